@@ -1,0 +1,29 @@
+"""Sparse inputs, embedding bags and row-sparse training for JAX, Flax and optax.
+
+A training step costs what the rows of its batch cost, not what its tables cost. The data's way through the library, top to bottom:
+`batch` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse gradients), `lazy` (any optax
+optimizer on them), `train` (the step that ties them together).
+"""
+
+from jaxsparse.batch import Batch as Batch
+from jaxsparse.batch import Batches as Batches
+from jaxsparse.batch import batches as batches
+from jaxsparse.batch import from_scipy as from_scipy
+from jaxsparse.collectives import pmean as pmean
+from jaxsparse.collectives import psum as psum
+from jaxsparse.embedding import embedding_bag as embedding_bag
+from jaxsparse.embedding import embedding_lookup as embedding_lookup
+from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
+from jaxsparse.grad import value_and_grad as value_and_grad
+from jaxsparse.lazy import LazyState as LazyState
+from jaxsparse.lazy import lazy as lazy  # type: ignore[no-redef]
+from jaxsparse.losses import weighted_mean as weighted_mean
+from jaxsparse.ops import concatenate as concatenate
+from jaxsparse.ops import dot as dot
+from jaxsparse.ops import mean as mean
+from jaxsparse.ops import sum as sum
+from jaxsparse.optimizers import lazy_adam as lazy_adam
+from jaxsparse.rows import RowSparse as RowSparse
+from jaxsparse.train import make_train_step as make_train_step
+
+__version__ = "0.1.0"

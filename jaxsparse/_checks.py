@@ -1,0 +1,91 @@
+"""Static checks, and the one way this library phrases an error.
+
+Everything here looks at types, shapes and dtypes only, so it works on tracers and costs nothing on the device.
+Checks that need values live on the host, in `batch.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+# Row ids travel as int32 words, and a block of k rows pads its ids with num_rows, num_rows + 1, ...
+MAX_ROWS = 2**31 - 1
+
+
+def message(function: str, argument: str, must: str, got: object, do: str = "") -> str:
+    """Names the argument, what it must be, what it was, and what to do about it."""
+    return f"The '{argument}' argument of js.{function} must be {must}. Got {got} instead.{' ' + do if do else ''}"
+
+
+def as_ids(function: str, argument: str, ids: Any) -> jax.Array:
+    """`ids` as an array of integers.
+
+    Raises:
+      TypeError: for any other dtype.
+      OverflowError: if NumPy ids do not fit the widest integer JAX has switched on, where JAX itself would keep
+        the lower 32 bits in silence (jax#18385): 2**32 would become row 0.
+    """
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids)
+        if ids.size == 0 and ids.dtype == np.float64:  # np.asarray([])
+            ids = ids.astype(np.int32)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(message(function, argument, "an integer array", f"{ids.dtype=}", "Cast it: ids.astype('int32')."))
+    if isinstance(ids, np.ndarray) and ids.size:
+        limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(ids.dtype))
+        flat = ids.reshape(-1)
+        for at in (int(flat.argmax()), int(flat.argmin())):
+            if not limits.min <= int(flat[at]) <= limits.max:
+                raise OverflowError(
+                    message(function, argument, f"at most {limits.max}", f"{flat[at]} at position {at}", "Switch on jax_enable_x64.")
+                )
+    return jnp.asarray(ids)
+
+
+def check_float(function: str, argument: str, x: Any) -> None:
+    """Raises TypeError unless `x` has a floating dtype."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(message(function, argument, "a floating-point array", f"{x.dtype=}"))
+
+
+def check_table(function: str, table: Any) -> None:
+    """Raises unless `table` is a floating array of shape (num_rows, ...) with num_rows addressable by int32."""
+    if table.ndim < 1:
+        raise ValueError(message(function, "table", "an array of shape (num_rows, ...)", f"{table.shape=}"))
+    check_float(function, "table", table)
+    check_num_rows(function, "table", table.shape[0])
+
+
+def check_num_rows(function: str, argument: str, num_rows: int) -> None:
+    """Raises ValueError if `num_rows` rows cannot be addressed by int32 ids."""
+    if not 0 <= num_rows < MAX_ROWS:
+        raise ValueError(message(function, argument, f"fewer than {MAX_ROWS} rows", num_rows, "Split it into several tables."))
+
+
+def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(message(function, argument, "one of " + ", ".join(map(repr, choices)), repr(value)))
+
+
+def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2,)) -> None:
+    """Raises unless `x` is a BCOO with only sparse dimensions, their number being one of `ndims`."""
+    if not isinstance(x, BCOO):
+        raise TypeError(
+            message(function, argument, "a BCOO or a dense array", type(x).__name__, "Make one of a SciPy matrix: js.from_scipy(x).")
+        )
+    if x.n_batch or x.n_dense or x.ndim not in ndims:
+        raise ValueError(
+            message(
+                function,
+                argument,
+                f"a BCOO of {' or '.join(map(str, ndims))} sparse dimensions and no others",
+                f"n_batch={x.n_batch}, n_sparse={x.n_sparse}, n_dense={x.n_dense}",
+                "Use jax.vmap over batch dimensions.",
+            )
+        )

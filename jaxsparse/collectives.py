@@ -1,0 +1,68 @@
+"""Sums and means across devices of trees that hold row-sparse gradients.
+
+`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead: every device ends up
+with all ids and rows, in device order, so what it makes of them is the same everywhere, and the bytes moved depend
+on the batch, not on num_rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxsparse.rows import RowSparse, is_row_sparse
+
+
+def psum(tree: Any, axis_name: Any) -> Any:
+    """The sum of `tree` over a mapped axis.
+
+    Args:
+      tree: any pytree; a RowSparse of ids (k,) becomes one of ids (n * k,), n being the axis's size, other leaves are lax.psum's.
+      axis_name: of jax.pmap or shard_map.
+
+    Returns:
+      The tree, the same on all devices.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> g = jax.vmap(lambda i: js.RowSparse(i[None], jnp.ones((1, 1)), (4, 1)))(jnp.array([2, 3]))
+      >>> jax.vmap(lambda g: js.psum(g, "batch").todense(), axis_name="batch")(g)[0].ravel().tolist()
+      [0.0, 0.0, 1.0, 1.0]
+    """
+    size = jax.lax.axis_size(axis_name)
+
+    def one(leaf: Any) -> Any:
+        if not is_row_sparse(leaf):
+            return jax.lax.psum(leaf, axis_name)
+        ids = jax.lax.all_gather(leaf.ids, axis_name, tiled=True)
+        rows = jax.lax.all_gather(leaf.rows, axis_name, tiled=True)
+        return RowSparse(ids, rows, leaf.shape, distinct=leaf.distinct and size * leaf.distinct)
+
+    return jax.tree.map(one, tree, is_leaf=is_row_sparse)
+
+
+def pmean(tree: Any, axis_name: Any) -> Any:
+    """The mean of `tree` over a mapped axis: psum divided by the axis's size, for RowSparse leaves as for dense ones.
+
+    Args, returns and errors are those of `js.psum`. Where devices hold different numbers of examples a mean of means is
+    not the mean; js.make_train_step weighs them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> g = jax.vmap(lambda i: js.RowSparse(i[None], jnp.ones((1, 1)), (4, 1)))(jnp.array([2, 3]))
+      >>> jax.vmap(lambda g: js.pmean(g, "batch").todense(), axis_name="batch")(g)[0].ravel().tolist()
+      [0.0, 0.0, 0.5, 0.5]
+    """
+    size = jax.lax.axis_size(axis_name)
+
+    def mean(leaf: Any) -> Any:
+        return leaf / size if not is_row_sparse(leaf) else scale(leaf, 1 / size)
+
+    return jax.tree.map(mean, psum(tree, axis_name), is_leaf=is_row_sparse)
+
+
+def scale(g: RowSparse, factor: Any) -> RowSparse:
+    """g with its rows multiplied by a scalar."""
+    rows = (g.rows * factor).astype(g.dtype)
+    return RowSparse(g.ids, rows, g.shape, unique=g.unique, distinct=g.distinct)

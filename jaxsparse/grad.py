@@ -1,0 +1,198 @@
+"""`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
+
+The function is traced once. `reads.find_reads` tells which leaves are only read by rows; each of their reads becomes
+`read(stop_gradient(leaf)) + delta`, and the program is differentiated with respect to the deltas (zeros, which XLA removes) and
+to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient; several reads are put end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxsparse._checks import message
+from jaxsparse.batch import Batch
+from jaxsparse.reads import Read, Replay, RowIds, Table, find_reads
+from jaxsparse.rows import RowSparse, concatenate_blocks, row_ids
+
+
+def value_and_grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that evaluates `fun` and its gradient, row-sparse where `fun` only reads rows.
+
+    Args:
+      fun: returns a real scalar, or with `has_aux` a pair (scalar, aux). It is traced; only the arguments in `argnums`
+        become tracers, all others pass through untouched.
+      argnums: which positional arguments to differentiate with respect to: pytrees of floating arrays.
+      has_aux: whether `fun` returns (scalar, aux).
+
+    Returns:
+      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad does. In
+      the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size; every other leaf is the array that
+      jax.grad gives. A leaf that is not used at all is zeros.
+
+    Raises:
+      TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"table": jnp.ones((5, 2)), "w": jnp.array([1., 2.])}
+      >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
+      >>> value, grads = js.value_and_grad(loss)(params, jnp.array([3, 0, 3]))
+      >>> grads["table"].ids.tolist(), grads["table"].rows.tolist(), grads["w"].tolist()
+      ([3, 0, 3], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], [3.0, 3.0])
+    """
+
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
+        traced = trace(fun, argnums, has_aux, args, kwargs)
+        sparse = [i for i in range(len(traced.leaves)) if traced.is_sparse(i)]
+        reads = [r for r in traced.reads if r.leaf in sparse]
+        arrays = {i: traced.leaves[i] for i in sparse}
+        others = [x for i, x in enumerate(traced.leaves) if i not in arrays]
+
+        def run(deltas: list[Any], others: list[Any]) -> Any:
+            it = iter(others)
+            inputs = [Table(i, arrays[i].dtype) if i in arrays else next(it) for i in range(len(traced.leaves))]
+            replay = Replay(arrays, deltas)
+            value, *aux = replay.run(traced.closed.jaxpr, traced.closed.consts, inputs)
+            return value, (aux, replay.ids)
+
+        deltas = [jnp.zeros(r.out.shape, r.out.dtype) for r in reads]
+        (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
+        it = iter(by_leaf)
+        with jax.named_scope("row_gradients"):
+            gradient = [_row_sparse(i, arrays[i], reads, ids, by_delta) if i in arrays else next(it) for i in range(len(traced.leaves))]
+        gradients = traced.unflatten(gradient)
+        return ((value, traced.aux(aux)) if has_aux else value), gradients
+
+    return value_and_grad_fun
+
+
+def grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """A function that evaluates the gradient of `fun`, row-sparse where `fun` only reads rows.
+
+    Arguments and errors are those of `js.value_and_grad`.
+
+    Returns:
+      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux), as jax.grad does.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.grad(lambda table, ids: jnp.sum(table[ids] ** 2))(jnp.ones((5, 1)), jnp.array([3])).todense().tolist()
+      [[0.0], [0.0], [0.0], [2.0], [0.0]]
+    """
+    both = value_and_grad(fun, argnums, has_aux)
+
+    def grad_fun(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return grad_fun
+
+
+class Traced:
+    """A traced function: its program, the leaves it was traced at, and how its leaves are used."""
+
+    def __init__(
+        self,
+        closed: core.ClosedJaxpr,
+        leaves: list[Any],
+        unflatten: Callable[[list[Any]], Any],
+        aux: Callable[[list[Any]], Any],
+        distinct: Callable[[Any], int | None],
+    ) -> None:
+        self.closed, self.leaves, self.unflatten, self.aux = closed, leaves, unflatten, aux
+        candidates = [jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0 for x in leaves]
+        self.reads, self.dense = find_reads(closed, candidates, distinct)
+
+    def is_sparse(self, leaf: int) -> bool:
+        """Whether the leaf is read by rows, and not used in any other way."""
+        return leaf not in self.dense and any(r.leaf == leaf for r in self.reads)
+
+
+def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any) -> Traced:
+    """Traces `fun` with respect to the arguments in `argnums`; everything else is closed over."""
+    several = not isinstance(argnums, int)
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    for n in numbers:
+        if not -len(args) <= n < len(args):
+            do = "Pass it by position."
+            raise TypeError(message("value_and_grad", "argnums", f"positions among the {len(args)} positional arguments", n, do))
+    numbers = [n % len(args) for n in numbers]
+    leaves, treedef = jax.tree.flatten([args[n] for n in numbers])
+    leaves = [_check_leaf(x) for x in leaves]
+    shape_of_aux: list[Any] = []
+
+    def flat_fun(*leaves: Any) -> Any:
+        full = list(args)
+        for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
+            full[n] = arg
+        out = fun(*full, **kwargs)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(message("value_and_grad", "fun", "a function that returns (scalar, aux), as has_aux=True says", repr(out)))
+        value, aux = out if has_aux else (out, None)
+        _check_value(value)
+        aux_leaves, aux_tree = jax.tree.flatten(aux)
+        arrays = [core.valid_jaxtype(x) for x in aux_leaves]
+        shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
+        return [value, *(x for a, x in zip(arrays, aux_leaves, strict=True) if a)]
+
+    closed = jax.make_jaxpr(flat_fun)(*leaves)
+
+    def unflatten(gradient: list[Any]) -> Any:
+        out = jax.tree.unflatten(treedef, gradient)
+        return tuple(out) if several else out[0]
+
+    def aux(arrays: list[Any]) -> Any:
+        tree, static, is_array = shape_of_aux
+        it = iter(arrays)
+        return jax.tree.unflatten(tree, [next(it) if a else x for a, x in zip(is_array, static, strict=True)])
+
+    return Traced(closed, leaves, unflatten, aux, _distinct_values((args, kwargs)))
+
+
+def _check_leaf(x: Any) -> Any:
+    if not hasattr(x, "dtype") and not isinstance(x, float):
+        raise TypeError(message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", type(x).__name__))
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        do = "Pass integers and keys in another argument."
+        raise TypeError(message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", f"a leaf of {x.dtype=}", do))
+    return x
+
+
+def _check_value(value: Any) -> None:
+    got = jax.typeof(value) if core.valid_jaxtype(value) else type(value).__name__
+    if getattr(got, "shape", None) != () or not jnp.issubdtype(got.dtype, jnp.floating):
+        do = "Reduce it to one number; return (scalar, aux) with has_aux=True."
+        raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
+
+
+def _distinct_values(arguments: Any) -> Callable[[Any], int | None]:
+    """What the batches among the arguments know about how many distinct values their integer arrays hold."""
+    batches = [x for x in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Batch)) if isinstance(x, Batch)]
+    bounds: dict[int, int] = {}
+    for batch in batches:
+        for array, bound in zip(jax.tree.leaves(batch.x), batch.distinct, strict=True):
+            if bound is not None:
+                bounds[id(array)] = bound
+    return lambda constant: bounds.get(id(constant))
+
+
+def _row_sparse(leaf: int, table: Any, reads: Sequence[Read], ids: Sequence[RowIds], cotangents: Sequence[Any]) -> RowSparse:
+    """The gradient of one leaf, of all its reads."""
+    blocks = []
+    for read, (read_ids, weights), g in zip(reads, ids, cotangents, strict=True):
+        if read.leaf != leaf:
+            continue
+        extra = read_ids.ndim + table.ndim - 1 - g.ndim  # 1 for a bag: its cotangent is that of every id in it
+        if extra:
+            g = jnp.broadcast_to(jnp.expand_dims(g, read_ids.ndim - 1), read_ids.shape + table.shape[1:])
+            if weights is not None:
+                g = g * weights.reshape(weights.shape + (1,) * (table.ndim - 1))
+        rows = g.reshape(-1, *table.shape[1:]).astype(table.dtype)
+        blocks.append(RowSparse(row_ids(read_ids, table.shape[0]).reshape(-1), rows, table.shape, distinct=read.distinct))
+    return concatenate_blocks(blocks)
