@@ -1,8 +1,8 @@
 """Sparse inputs, embedding bags and row-sparse training for JAX, Flax and optax.
 
-A training step costs what the rows of its batch cost, not what its tables cost. The data's way through the library, top to bottom:
-`batch` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse gradients), `lazy` (any optax
-optimizer on them), `train` (the step that ties them together).
+A training step costs what the rows of its batch cost, not what its tables cost. The data's way through the library, top
+to bottom: `batch` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse
+gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together).
 """
 
 from jaxsparse.batch import Batch as Batch

@@ -35,14 +35,22 @@ def as_ids(function: str, argument: str, ids: Any) -> jax.Array:
         if ids.size == 0 and ids.dtype == np.float64:  # np.asarray([])
             ids = ids.astype(np.int32)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(message(function, argument, "an integer array", f"{ids.dtype=}", "Cast it: ids.astype('int32')."))
+        raise TypeError(
+            message(function, argument, "an integer array", f"{ids.dtype=}", "Cast it: ids.astype('int32').")
+        )
     if isinstance(ids, np.ndarray) and ids.size:
         limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(ids.dtype))
         flat = ids.reshape(-1)
         for at in (int(flat.argmax()), int(flat.argmin())):
             if not limits.min <= int(flat[at]) <= limits.max:
                 raise OverflowError(
-                    message(function, argument, f"at most {limits.max}", f"{flat[at]} at position {at}", "Switch on jax_enable_x64.")
+                    message(
+                        function,
+                        argument,
+                        f"at most {limits.max}",
+                        f"{flat[at]} at position {at}",
+                        "Switch on jax_enable_x64.",
+                    )
                 )
     return jnp.asarray(ids)
 
@@ -64,7 +72,9 @@ def check_table(function: str, table: Any) -> None:
 def check_num_rows(function: str, argument: str, num_rows: int) -> None:
     """Raises ValueError if `num_rows` rows cannot be addressed by int32 ids."""
     if not 0 <= num_rows < MAX_ROWS:
-        raise ValueError(message(function, argument, f"fewer than {MAX_ROWS} rows", num_rows, "Split it into several tables."))
+        raise ValueError(
+            message(function, argument, f"fewer than {MAX_ROWS} rows", num_rows, "Split it into several tables.")
+        )
 
 
 def check_choice(function: str, argument: str, value: object, choices: tuple[str, ...]) -> None:
@@ -77,7 +87,13 @@ def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2
     """Raises unless `x` is a BCOO with only sparse dimensions, their number being one of `ndims`."""
     if not isinstance(x, BCOO):
         raise TypeError(
-            message(function, argument, "a BCOO or a dense array", type(x).__name__, "Make one of a SciPy matrix: js.from_scipy(x).")
+            message(
+                function,
+                argument,
+                "a BCOO or a dense array",
+                type(x).__name__,
+                "Make one of a SciPy matrix: js.from_scipy(x).",
+            )
         )
     if x.n_batch or x.n_dense or x.ndim not in ndims:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Sums and means across devices of trees that hold row-sparse gradients.
 
-`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead: every device ends up
-with all ids and rows, in device order, so what it makes of them is the same everywhere, and the bytes moved depend
-on the batch, not on num_rows.
+`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead: every
+device ends up with all ids and rows, in device order, so what it makes of them is the same everywhere, and the bytes
+moved depend on the batch, not on num_rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def psum(tree: Any, axis_name: Any) -> Any:
     """The sum of `tree` over a mapped axis.
 
     Args:
-      tree: any pytree; a RowSparse of ids (k,) becomes one of ids (n * k,), n being the axis's size, other leaves are lax.psum's.
+      tree: any pytree; a RowSparse of ids (k,) becomes one of ids (n * k,), n being the axis's size, other leaves are
+        lax.psum's.
       axis_name: of jax.pmap or shard_map.
 
     Returns:

@@ -1,16 +1,17 @@
 """Embedding lookups and bags: pure functions of a table and ids.
 
-Both are `out = S @ table`, S being a sparse (batch x num_rows) matrix: one non-zero a row for a lookup, several for a bag.
+Both are `out = S @ table`, S being a sparse (batch x num_rows) matrix: one non-zero a row for a lookup, several for a
+bag.
 
     lookup        table (num_rows, d), ids (...)           -> (..., d)
-    bag, padded   ids (B, L), shorter bags hold padding_idx    [[3, 1, P], [P, P, P], [4, 0, 2]]     bags [3 1], [], [4 0 2]
-    bag, offsets  ids (N,), where each bag starts              [3, 1, 4, 0, 2], offsets [0, 2, 2]    the same three
+    bag, padded   ids (B, L), shorter bags hold padding_idx    [[3, 1, P], [P, P, P], [4, 0, 2]]     bags [3 1], [], [4
+    0 2] bag, offsets  ids (N,), where each bag starts              [3, 1, 4, 0, 2], offsets [0, 2, 2]    the same three
     bag, segments ids (N,), which bag each id is in            [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]
 
-What is left out (padding_idx, ids of no bag) reads 0 and is never touched: its id leaves here as num_rows, which the gradient
-knows as padding. An id outside [0, num_rows) that is not padding is a mistake, and `mode`, JAX's own word for it, decides:
-"fill" (the default; "drop" is the same word in JAX) gives NaN for the whole bag and no gradient, "clip" the nearest row,
-"promise_in_bounds" leaves it to XLA. Negative ids are outside, they do not count from the end.
+What is left out (padding_idx, ids of no bag) reads 0 and is never touched: its id leaves here as num_rows, which the
+gradient knows as padding. An id outside [0, num_rows) that is not padding is a mistake, and `mode`, JAX's own word for
+it, decides: "fill" (the default; "drop" is the same word in JAX) gives NaN for the whole bag and no gradient, "clip"
+the nearest row, "promise_in_bounds" leaves it to XLA. Negative ids are outside, they do not count from the end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mo
       table: shape (num_rows, ...), floating.
       ids: integers of any shape.
       padding_idx: ids equal to it read 0 and are never touched. Any integer, inside the table or not.
-      mode: what an id outside [0, num_rows) reads: "fill" or "drop" NaN, "clip" the nearest row, "promise_in_bounds" undefined.
+      mode: what an id outside [0, num_rows) reads: "fill" or "drop" NaN, "clip" the nearest row, "promise_in_bounds"
+        undefined.
 
     Returns:
       Shape ids.shape + table.shape[1:], table's dtype.
@@ -85,7 +87,8 @@ def embedding_bag(
     Args:
       table: shape (num_rows, ...), floating.
       ids: integers, (B, L) padded, or (N,) with either `offsets` or `segment_ids`.
-      offsets: integers (B,), not decreasing and starting with 0: bag b is ids[offsets[b]:offsets[b+1]], the last one up to the end.
+      offsets: integers (B,), not decreasing and starting with 0: bag b is ids[offsets[b]:offsets[b+1]], the last one up
+        to the end.
       segment_ids: integers (N,): the bag of each id; entries outside [0, num_bags) are left out.
       num_bags: the number of bags B; required with segment_ids, and only there.
       weights: per-sample weights, the shape of ids.
@@ -104,7 +107,8 @@ def embedding_bag(
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> table = jnp.arange(1., 11.).reshape(5, 2)
-      >>> js.embedding_bag(table, jnp.array([3, 1, 1, 1, 4, 0]), offsets=jnp.array([0, 0, 3, 3, 6]), combiner="sum").tolist()
+      >>> ids, offsets = jnp.array([3, 1, 1, 1, 4, 0]), jnp.array([0, 0, 3, 3, 6])
+      >>> js.embedding_bag(table, ids, offsets=offsets, combiner="sum").tolist()
       [[0.0, 0.0], [13.0, 16.0], [0.0, 0.0], [13.0, 16.0], [0.0, 0.0]]
 
     References:
@@ -138,7 +142,9 @@ def embedding_bag(
     if offsets is not None:
         offsets = as_ids(f, "offsets", offsets)
         if offsets.ndim != 1 or (include_last_offset and offsets.shape[0] < 1):
-            raise ValueError(message(f, "offsets", "of shape (B,), or (B + 1,) with include_last_offset", f"{offsets.shape=}"))
+            raise ValueError(
+                message(f, "offsets", "of shape (B,), or (B + 1,) with include_last_offset", f"{offsets.shape=}")
+            )
         num_bags = offsets.shape[0] - include_last_offset
         bags = jnp.cumsum(jnp.zeros(ids.shape, jnp.int32).at[offsets].add(1, mode="drop")) - 1
         if num_bags:  # ids before the first offset are in no bag, which nobody can mean
@@ -154,7 +160,9 @@ def embedding_bag(
         out = (
             _padded_max(table, safe, kept)
             if combiner == "max"
-            else _combine(lambda w: padded_sum(table, safe, w), lambda w: jnp.sum(w, axis=1), weights, kept, combiner, table)
+            else _combine(
+                lambda w: padded_sum(table, safe, w), lambda w: jnp.sum(w, axis=1), weights, kept, combiner, table
+            )
         )
     else:
         assert num_bags is not None
@@ -170,8 +178,11 @@ def embedding_bag(
     return _poison(out, bad, mode)
 
 
-def _resolve(ids: jax.Array, num_rows: int, padding_idx: int | None, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids as int32 with num_rows for whatever reads nothing; which of them are no padding; which are outside the table."""
+def _resolve(
+    ids: jax.Array, num_rows: int, padding_idx: int | None, mode: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ids as int32 with num_rows for whatever reads nothing; which of them are no padding; which are outside the
+    table."""
     kept = jnp.ones(ids.shape, bool) if padding_idx is None else ids.astype(_at_least_int32(ids.dtype)) != padding_idx
     outside = ~in_range(ids.astype(_at_least_int32(ids.dtype)), num_rows)
     if mode == "clip":
@@ -220,7 +231,8 @@ def _combine(total: Any, count: Any, weights: Any, kept: jax.Array, combiner: st
 
 
 def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """sum over l of weights[:, l] * table[ids[:, l]], ids being in range or num_rows. (B, L) -> (B, ...), at least float32.
+    """sum over l of weights[:, l] * table[ids[:, l]], ids being in range or num_rows. (B, L) -> (B, ...), at least
+    float32.
 
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
@@ -244,7 +256,13 @@ _PADDED_SUM = jax.jit(_padded_sum)
 
 
 def segment_sum(
-    table: jax.Array, ids: jax.Array, weights: jax.Array | None, bags: jax.Array, num_bags: int, *, ordered: bool = False
+    table: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array | None,
+    bags: jax.Array,
+    num_bags: int,
+    *,
+    ordered: bool = False,
 ) -> jax.Array:
     """sum over the i of each bag of weights[i] * table[ids[i]]. (N,) -> (num_bags, ...), at least float32."""
     rows = gather_rows(table, ids)

@@ -1,8 +1,9 @@
 """`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
 
 The function is traced once. `reads.find_reads` tells which leaves are only read by rows; each of their reads becomes
-`read(stop_gradient(leaf)) + delta`, and the program is differentiated with respect to the deltas (zeros, which XLA removes) and
-to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient; several reads are put end to end.
+`read(stop_gradient(leaf)) + delta`, and the program is differentiated with respect to the deltas (zeros, which XLA
+removes) and to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient; several reads
+are put end to end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from jaxsparse.reads import Read, Replay, RowIds, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, row_ids
 
 
-def value_and_grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+def value_and_grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
     """A function that evaluates `fun` and its gradient, row-sparse where `fun` only reads rows.
 
     Args:
@@ -30,12 +33,13 @@ def value_and_grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, ha
       has_aux: whether `fun` returns (scalar, aux).
 
     Returns:
-      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad does. In
-      the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size; every other leaf is the array that
-      jax.grad gives. A leaf that is not used at all is zeros.
+      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad
+      does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size; every other leaf is
+      the array that jax.grad gives. A leaf that is not used at all is zeros.
 
     Raises:
-      TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not floating.
+      TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
+        floating.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -64,7 +68,10 @@ def value_and_grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, ha
         (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
         it = iter(by_leaf)
         with jax.named_scope("row_gradients"):
-            gradient = [_row_sparse(i, arrays[i], reads, ids, by_delta) if i in arrays else next(it) for i in range(len(traced.leaves))]
+            gradient = [
+                _row_sparse(i, arrays[i], reads, ids, by_delta) if i in arrays else next(it)
+                for i in range(len(traced.leaves))
+            ]
         gradients = traced.unflatten(gradient)
         return ((value, traced.aux(aux)) if has_aux else value), gradients
 
@@ -77,7 +84,8 @@ def grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: boo
     Arguments and errors are those of `js.value_and_grad`.
 
     Returns:
-      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux), as jax.grad does.
+      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux), as jax.grad
+      does.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -120,7 +128,9 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
     for n in numbers:
         if not -len(args) <= n < len(args):
             do = "Pass it by position."
-            raise TypeError(message("value_and_grad", "argnums", f"positions among the {len(args)} positional arguments", n, do))
+            raise TypeError(
+                message("value_and_grad", "argnums", f"positions among the {len(args)} positional arguments", n, do)
+            )
     numbers = [n % len(args) for n in numbers]
     leaves, treedef = jax.tree.flatten([args[n] for n in numbers])
     leaves = [_check_leaf(x) for x in leaves]
@@ -132,7 +142,11 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
             full[n] = arg
         out = fun(*full, **kwargs)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(message("value_and_grad", "fun", "a function that returns (scalar, aux), as has_aux=True says", repr(out)))
+            raise TypeError(
+                message(
+                    "value_and_grad", "fun", "a function that returns (scalar, aux), as has_aux=True says", repr(out)
+                )
+            )
         value, aux = out if has_aux else (out, None)
         _check_value(value)
         aux_leaves, aux_tree = jax.tree.flatten(aux)
@@ -156,16 +170,22 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
 
 def _check_leaf(x: Any) -> Any:
     if not hasattr(x, "dtype") and not isinstance(x, float):
-        raise TypeError(message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", type(x).__name__))
+        raise TypeError(
+            message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", type(x).__name__)
+        )
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         do = "Pass integers and keys in another argument."
-        raise TypeError(message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", f"a leaf of {x.dtype=}", do))
+        raise TypeError(
+            message(
+                "value_and_grad", "argnums", "arguments whose leaves are floating arrays", f"a leaf of {x.dtype=}", do
+            )
+        )
     return x
 
 
 def _check_value(value: Any) -> None:
-    got = jax.typeof(value) if core.valid_jaxtype(value) else type(value).__name__
+    got: Any = jax.typeof(value) if core.valid_jaxtype(value) else type(value).__name__
     if getattr(got, "shape", None) != () or not jnp.issubdtype(got.dtype, jnp.floating):
         do = "Reduce it to one number; return (scalar, aux) with has_aux=True."
         raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
@@ -182,17 +202,21 @@ def _distinct_values(arguments: Any) -> Callable[[Any], int | None]:
     return lambda constant: bounds.get(id(constant))
 
 
-def _row_sparse(leaf: int, table: Any, reads: Sequence[Read], ids: Sequence[RowIds], cotangents: Sequence[Any]) -> RowSparse:
+def _row_sparse(
+    leaf: int, table: Any, reads: Sequence[Read], ids: Sequence[RowIds], cotangents: Sequence[Any]
+) -> RowSparse:
     """The gradient of one leaf, of all its reads."""
     blocks = []
     for read, (read_ids, weights), g in zip(reads, ids, cotangents, strict=True):
         if read.leaf != leaf:
             continue
-        extra = read_ids.ndim + table.ndim - 1 - g.ndim  # 1 for a bag: its cotangent is that of every id in it
-        if extra:
-            g = jnp.broadcast_to(jnp.expand_dims(g, read_ids.ndim - 1), read_ids.shape + table.shape[1:])
+        rows = g
+        if g.ndim < read_ids.ndim + table.ndim - 1:  # a bag: its cotangent is that of every id in it
+            rows = jnp.broadcast_to(jnp.expand_dims(g, read_ids.ndim - 1), read_ids.shape + table.shape[1:])
             if weights is not None:
-                g = g * weights.reshape(weights.shape + (1,) * (table.ndim - 1))
-        rows = g.reshape(-1, *table.shape[1:]).astype(table.dtype)
-        blocks.append(RowSparse(row_ids(read_ids, table.shape[0]).reshape(-1), rows, table.shape, distinct=read.distinct))
+                rows = rows * weights.reshape(weights.shape + (1,) * (table.ndim - 1))
+        rows = rows.reshape(-1, *table.shape[1:]).astype(table.dtype)
+        blocks.append(
+            RowSparse(row_ids(read_ids, table.shape[0]).reshape(-1), rows, table.shape, distinct=read.distinct)
+        )
     return concatenate_blocks(blocks)

@@ -4,11 +4,12 @@ lazy is the outermost transformation. In an update it coalesces every RowSparse 
 state array that has one row per table row (mu, nu, trace, ...) and of the parameter, calls `inner.update` once on the
 whole tree, in which those leaves are now (k, ...) blocks and dense leaves are what they were, and scatters the state's
 rows back. Because `inner` sees coalesced blocks, norms, clipping, schedules, masks and weight decay inside it are right
-without knowing about sparsity: the norm of the blocks is the norm of the dense gradient. Padding rows are zero in gradient, state and parameter.
+without knowing about sparsity: the norm of the blocks is the norm of the dense gradient. Padding rows are zero in
+gradient, state and parameter.
 
-Which state arrays have one row per table row is asked of `inner.init` itself: it is evaluated abstractly for two made-up
-numbers of rows, and what changes with them is told from what does not. Comparing shapes with the real num_rows instead would take a
-block of k = num_rows, or a hidden layer of that width, for a table.
+Which state arrays have one row per table row is asked of `inner.init` itself: it is evaluated abstractly for two
+made-up numbers of rows, and what changes with them is told from what does not. Comparing shapes with the real num_rows
+instead would take a block of k = num_rows, or a hidden layer of that width, for a table.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import optax
 from jaxsparse._checks import message
 from jaxsparse.rows import RowSparse, coalesce, gather_rows, is_row_sparse, scatter_rows
 
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+_flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
+
 
 class LazyState(NamedTuple):
     """The state of `lazy(inner)`."""
@@ -33,20 +37,22 @@ class LazyState(NamedTuple):
 def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Wraps an optax transformation, usually a whole chain, to take row-sparse gradients at the cost of their rows.
 
-    Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step counters are
-    global: bias correction uses the number of updates, not the number of times a row was touched. Both are what torch's SparseAdam and
-    TensorFlow Addons' LazyAdam do. With every row touched, the result is that of dense `inner`.
+    Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step
+    counters are global: bias correction uses the number of updates, not the number of times a row was touched. Both are
+    what torch's SparseAdam and TensorFlow Addons' LazyAdam do. With every row touched, the result is that of dense
+    `inner`.
 
-    Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a transformation
-    that maps over gradients meets row ids and refuses.
+    Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a
+    transformation that maps over gradients meets row ids and refuses.
 
     Args:
-      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) are not
-        lazy-able; where their state shows it they raise.
+      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) are
+        not lazy-able; where their state shows it they raise.
 
     Returns:
-      A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that calls it.
-      Its state holds inner's, plus an int32 per row of each parameter, which must be donated along for a step to cost O(rows).
+      A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
+      calls it. Its state holds inner's, plus an int32 per row of each parameter, which must be donated along for a step
+      to cost O(rows).
 
     Raises:
       ValueError: from update, if a gradient's shape is not its parameter's, or inner keeps state that is not by row.
@@ -67,12 +73,14 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         return LazyState(inner.init(params), jax.tree.map(_scratch, params))
 
     def update_fn(updates: Any, state: LazyState, params: Any = None, **extra_args: Any) -> tuple[Any, LazyState]:
-        grads, tree = jax.tree.flatten(updates, is_leaf=is_row_sparse)
+        grads, tree = _flatten(updates, is_leaf=is_row_sparse)
         scratch = tree.flatten_up_to(state.scratch)
         values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
         for i, (g, p) in enumerate(zip(grads, values, strict=True)):
             if is_row_sparse(g) and p is not None and p.shape != g.shape:
-                raise ValueError(message("lazy", "updates", f"of the parameter's shape, {p.shape}", f"{g.shape} at leaf {i}"))
+                raise ValueError(
+                    message("lazy", "updates", f"of the parameter's shape, {p.shape}", f"{g.shape} at leaf {i}")
+                )
         with jax.named_scope("lazy_coalesce"):
             for i, g in enumerate(grads):
                 if is_row_sparse(g):
@@ -81,25 +89,38 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         key = (tree, tuple((g.shape, g.dtype, is_row_sparse(g)) for g in grads))
         if key not in row_leaves:
             row_leaves[key] = _row_leaves(inner, tree, grads, values)
-        slots, slot_tree = jax.tree.flatten(state.wrapped)
+        slots, slot_tree = _flatten(state.wrapped)
         if len(slots) != len(row_leaves[key]):
             must = f"the state that init made, of {len(row_leaves[key])} leaves"
             raise ValueError(message("lazy", "state", must, f"{len(slots)} leaves"))
 
         with jax.named_scope("lazy_gather"):
-            blocks = [x if i is None else gather_rows(x, grads[i].ids) for x, i in zip(slots, row_leaves[key], strict=True)]
-            at = [gather_rows(jnp.asarray(p), g.ids) if is_row_sparse(g) else p for p, g in zip(values, grads, strict=True)]
+            blocks = [
+                x if i is None else gather_rows(x, grads[i].ids) for x, i in zip(slots, row_leaves[key], strict=True)
+            ]
+            at = [
+                gather_rows(jnp.asarray(p), g.ids) if is_row_sparse(g) else p
+                for p, g in zip(values, grads, strict=True)
+            ]
         with jax.named_scope("lazy_update"):
             dense = tree.unflatten([g.rows if is_row_sparse(g) else g for g in grads])
-            new, wrapped = inner.update(dense, slot_tree.unflatten(blocks), None if params is None else tree.unflatten(at), **extra_args)
+            new, wrapped = inner.update(
+                dense, slot_tree.unflatten(blocks), None if params is None else tree.unflatten(at), **extra_args
+            )
         with jax.named_scope("lazy_scatter"):
-            new_slots, new_tree = jax.tree.flatten(wrapped)
+            new_slots, new_tree = _flatten(wrapped)
             if new_tree != slot_tree:
                 raise ValueError(
-                    message("lazy", "inner", "a transformation whose state keeps its structure", f"{slot_tree}, then {new_tree}")
+                    message(
+                        "lazy",
+                        "inner",
+                        "a transformation whose state keeps its structure",
+                        f"{slot_tree}, then {new_tree}",
+                    )
                 )
             new_slots = [
-                n if i is None else scatter_rows(x, grads[i].ids, n) for x, n, i in zip(slots, new_slots, row_leaves[key], strict=True)
+                n if i is None else scatter_rows(x, grads[i].ids, n)
+                for x, n, i in zip(slots, new_slots, row_leaves[key], strict=True)
             ]
         out = [
             RowSparse(g.ids, u, g.shape, unique=True, distinct=g.distinct) if is_row_sparse(g) else u
@@ -111,26 +132,34 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 
 
 def coalesce_gradients(grads: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Every RowSparse of `grads` coalesced, with the scratch of the `lazy` that will take it, wherever in `opt_state` that is.
+    """Every RowSparse of `grads` coalesced, with the scratch of the `lazy` that will take it, wherever in `opt_state`
+    that is.
 
     Raises:
       ValueError: if some RowSparse leaf has no lazy optimizer.
     """
-    by_path, tree = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)
+    by_path, tree = _flatten_with_path(grads, is_leaf=is_row_sparse)
     if not any(is_row_sparse(g) for _, g in by_path):
         return grads, opt_state
-    states, state_tree = jax.tree.flatten(opt_state, is_leaf=_is_lazy_state)
+    states, state_tree = _flatten(opt_state, is_leaf=_is_lazy_state)
     lazies = [i for i, s in enumerate(states) if _is_lazy_state(s)]
     scratch = {i: dict(jax.tree_util.tree_flatten_with_path(states[i].scratch)[0]) for i in lazies}
     out = []
-    for path, g in by_path:
+    for path, leaf in by_path:
+        g = leaf
         if is_row_sparse(g):
             owner = next((i for i in lazies if path in scratch[i]), None)
             if owner is None:
                 name = jax.tree_util.keystr(path)
                 do = "Wrap the whole chain: js.lazy(optax.chain(...))."
                 raise ValueError(
-                    message("make_train_step", "state", f"of a lazy optimizer, because params{name} is read by rows", "another", do)
+                    message(
+                        "make_train_step",
+                        "state",
+                        f"of a lazy optimizer, because params{name} is read by rows",
+                        "another",
+                        do,
+                    )
                 )
             g, scratch[owner][path] = coalesce(g, scratch[owner][path])
         out.append(g)
@@ -149,7 +178,7 @@ def _scratch(param: Any) -> jax.Array:
     return jnp.zeros(jnp.shape(param)[:1], jnp.int32)
 
 
-# Made-up numbers of rows, which no real dimension is likely to equal, and which the second evaluation exposes if it does.
+# Made-up numbers of rows that no real dimension is likely to equal; the second evaluation exposes one that does.
 _PROBES = (1_000_003, 1_500_007)
 
 
@@ -159,7 +188,8 @@ def _row_leaves(inner: Any, tree: Any, grads: list[Any], values: list[Any]) -> l
     def evaluate(probe: int) -> list[Any]:
         structs = [
             jax.ShapeDtypeStruct(
-                (probe + i, *g.shape[1:]) if is_row_sparse(g) else jnp.shape(g), jnp.result_type(g.dtype if p is None else p)
+                (probe + i, *g.shape[1:]) if is_row_sparse(g) else jnp.shape(g),
+                jnp.result_type(g.dtype if p is None else p),
             )
             for i, (g, p) in enumerate(zip(grads, values, strict=True))
         ]

@@ -32,7 +32,9 @@ def weighted_mean(values: Any, weight: Any) -> jax.Array:
     """
     values, weight = jnp.asarray(values), jnp.asarray(weight)
     if values.shape != weight.shape:
-        raise ValueError(message("weighted_mean", "weight", f"of the shape of values, {values.shape}", f"{weight.shape=}"))
+        raise ValueError(
+            message("weighted_mean", "weight", f"of the shape of values, {values.shape}", f"{weight.shape=}")
+        )
     weight = weight.astype(values.dtype)
     total = jnp.sum(weight)
     return jnp.sum(jnp.where(weight == 0, 0, values) * weight) / jnp.where(total == 0, 1, total)

@@ -1,7 +1,7 @@
 """Pure functions over BCOO: dot, sum, mean, concatenate. A dense array is welcome wherever a BCOO is.
 
-BCOO's own padding contract holds throughout: an entry whose index equals the dimension's size is padding, its data 0. The
-product treats an entry with any index out of range as padding, so it never touches a row of the weight.
+BCOO's own padding contract holds throughout: an entry whose index equals the dimension's size is padding, its data 0.
+The product treats an entry with any index out of range as padding, so it never touches a row of the weight.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxsparse.rows import in_range
 def dot(x: Any, w: Any) -> jax.Array:
     """The product x @ w of a sparse input and a dense weight: out[i] = sum_j x[i, j] w[j].
 
-    The gradient with respect to w has non-zero rows only at x's column ids, and js.value_and_grad keeps it that way; the
-    gradient with respect to x.data is <g[i], w[j]> at x's entries only.
+    The gradient with respect to w has non-zero rows only at x's column ids, and js.value_and_grad keeps it that way;
+    the gradient with respect to x.data is <g[i], w[j]> at x's entries only.
 
     Args:
       x: BCOO (n, m) or (m,), or a dense array, for which this is jnp.dot.
@@ -62,7 +62,7 @@ def dot(x: Any, w: Any) -> jax.Array:
     return out if x.ndim == 2 else out[0]
 
 
-def sum(x: Any, axis: int | None = None) -> jax.Array:  # noqa: A001
+def sum(x: Any, axis: int | None = None) -> jax.Array:
     """The sum over an axis, or over everything.
 
     Args:
@@ -124,8 +124,8 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
       axis: 0 or 1.
 
     Returns:
-      A BCOO of dtype the promotion of the parts', nse the sum of theirs. Padding stays padding: an index equal to the size of its part would name
-      a real column of the whole, so it is moved to the whole's own size.
+      A BCOO of dtype the promotion of the parts', nse the sum of theirs. Padding stays padding: an index equal to the
+      size of its part would name a real column of the whole, so it is moved to the whole's own size.
 
     Raises:
       TypeError: if dense and BCOO are mixed.

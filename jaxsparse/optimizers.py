@@ -22,14 +22,15 @@ def lazy_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam on the rows that a gradient touches; all other rows and their moments are frozen.
 
-    For each touched row, g being the sum of the gradients of all occurrences of its id, and t the number of updates so far,
-    this one included, whether or not they touched this row:
+    For each touched row, g being the sum of the gradients of all occurrences of its id, and t the number of updates so
+    far, this one included, whether or not they touched this row:
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
         p = p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-    eps stands outside the bias-corrected root, as in optax.adam and torch.optim.Adam. torch.optim.SparseAdam, TensorFlow Addons' LazyAdam and
-    MXNet use lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps'): the same with eps' = eps sqrt(1 - b2^t).
+    eps stands outside the bias-corrected root, as in optax.adam and torch.optim.Adam. torch.optim.SparseAdam,
+    TensorFlow Addons' LazyAdam and MXNet use lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps'): the same with eps' =
+    eps sqrt(1 - b2^t).
 
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.
@@ -37,8 +38,8 @@ def lazy_adam(
       eps, eps_root: added outside and inside the root.
       mu_dtype: dtype of the first moment; the parameter's by default.
       nesterov: Nesterov momentum, as in optax.adam.
-      before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Chaining it
-        outside is refused: there it would meet row ids.
+      before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Chaining
+        it outside is refused: there it would meet row ids.
 
     Returns:
       A transformation for dense and row-sparse gradients: `js.lazy(optax.chain(before, optax.adam(...)))`.

@@ -1,15 +1,18 @@
 """Finding, in a traced program, where its parameters are read by rows.
 
-A parameter is *read by rows* where it enters a gather of whole rows (`table[ids]`, `jnp.take`, `nn.Embed`, js.embedding_lookup,
-js.dot, ...) or js.embedding_bag's padded sum. Casts of the whole parameter (Flax's Embed makes one) and stop_gradient are looked
-through, as are nested jit and remat. Any other use is dense, and is reported with its primitive and source line: a custom_jvp or
-custom_vjp call, whose rule is the user's, and loop and branch bodies included.
+A parameter is *read by rows* where it enters a gather of whole rows (`table[ids]`, `jnp.take`, `nn.Embed`,
+js.embedding_lookup, js.dot, ...) or js.embedding_bag's padded sum. Casts of the whole parameter (Flax's Embed makes
+one) and stop_gradient are looked through, as are nested jit and remat. Any other use is dense, and is reported with its
+primitive and source line: a custom_jvp or custom_vjp call, whose rule is the user's, and loop and branch bodies
+included.
 
-`find_reads` walks a jaxpr and says which leaves are only read by rows. `replay` evaluates the same jaxpr with those leaves held
-back, handing each read to a callback. Both go through `_step`, so that they cannot disagree about what a read is.
+`find_reads` walks a jaxpr and says which leaves are only read by rows. `replay` evaluates the same jaxpr with those
+leaves held back, handing each read to a callback. Both go through `_step`, so that they cannot disagree about what a
+read is.
 
-`find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that js.batches counted, seen
-through reshapes, slices and any function applied element by element, has no more distinct values than it had on the host.
+`find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that
+js.batches counted, seen through reshapes, slices and any function applied element by element, has no more distinct
+values than it had on the host.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from jax.extend import core
 
 from jaxsparse.embedding import PADDED_SUM
 
-_LIBRARIES = re.compile(r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)")
+_LIBRARIES = re.compile(
+    r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
+)
 _CLIP = jax.lax.GatherScatterMode.CLIP
 
 
@@ -87,7 +92,8 @@ def _kind(eqn: Any, tables: Sequence[Table | None]) -> str:
 
 
 def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
-    """Whether this is js.embedding_bag's own padded sum, as called: under vmap its shapes differ, and it is looked through."""
+    """Whether this is js.embedding_bag's own padded sum, as called: under vmap its shapes differ, and it is looked
+    through."""
     if eqn.params.get("name") != PADDED_SUM or tables[0] is None or any(tables[1:]) or len(eqn.invars) not in (2, 3):
         return False
     table, ids, *weights = (v.aval for v in eqn.invars)
@@ -98,6 +104,10 @@ def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
 def _inner(eqn: Any) -> core.ClosedJaxpr:
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    return tuple(v.aval.shape)
 
 
 def source_line(eqn: Any) -> str:
@@ -124,10 +134,13 @@ class _Values(NamedTuple):
 _SCALAR = object()
 
 _ELEMENTWISE = frozenset(
-    "abs add and bitcast_convert_type clamp convert_element_type copy div eq ge gt integer_pow le lt max min mul ne neg not or "
-    "population_count rem select_n shift_left shift_right_arithmetic shift_right_logical sign square stop_gradient sub xor".split()
+    "abs add and bitcast_convert_type clamp convert_element_type copy div eq ge gt integer_pow le lt max min mul ne "
+    "neg not or population_count rem select_n shift_left shift_right_arithmetic shift_right_logical sign square "
+    "stop_gradient sub xor".split()
 )
-_RESHAPING = frozenset("broadcast_in_dim dynamic_slice expand_dims reshape rev slice squeeze transpose".split())
+_RESHAPING = frozenset(
+    "broadcast_in_dim dynamic_slice expand_dims reshape rev slice squeeze transpose".split(),
+)
 
 
 class _Finder:
@@ -138,13 +151,15 @@ class _Finder:
 
     def walk(self, jaxpr: Any, marks: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
         """Marks (Table, _Values or None) of the outputs, given those of the inputs."""
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, marks, strict=True))
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
+            zip(jaxpr.invars, marks, strict=True)
+        )
 
         def read(v: Any) -> Any:
             if isinstance(v, core.Literal):
-                return _Values(_SCALAR, 1) if v.aval.shape == () else None
+                return _Values(_SCALAR, 1) if _shape(v) == () else None
             mark = env.get(v)
-            return _Values(_SCALAR, 1) if mark is None and v.aval.shape == () else mark
+            return _Values(_SCALAR, 1) if mark is None and _shape(v) == () else mark
 
         for eqn in jaxpr.eqns:
             marks = [read(v) for v in eqn.invars]
@@ -192,7 +207,9 @@ def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
         views = {id(m.view): m for m in known if m.view is not _SCALAR}
         if len(views) <= 1:
             return next(iter(views.values()), _Values(_SCALAR, 1))
-    if name == "select_n" and all(isinstance(m, _Values) for m in marks[1:]):  # each value is one of the cases', whatever chooses
+    if name == "select_n" and all(
+        isinstance(m, _Values) for m in marks[1:]
+    ):  # each value is one of the cases', whatever chooses
         marks, name = marks[1:], "concatenate"
     if name in _RESHAPING and isinstance(marks[0], _Values):  # a new arrangement: not to be paired with the old one
         return _Values(object() if marks[0].view is not _SCALAR else _SCALAR, marks[0].distinct)
@@ -211,10 +228,14 @@ def find_reads(
     Args:
       closed: the traced program; its inputs are the leaves.
       candidates: which inputs to follow.
-      distinct: for a constant of the program (an array it closes over), a bound on its number of distinct values, or None.
+      distinct: for a constant of the program (an array it closes over), a bound on its number of distinct values, or
+        None.
     """
     finder = _Finder(candidates)
-    marks = [Table(i, v.aval.dtype) if c else None for i, (v, c) in enumerate(zip(closed.jaxpr.invars, candidates, strict=True))]
+    marks = [
+        Table(i, v.aval.dtype) if c else None
+        for i, (v, c) in enumerate(zip(closed.jaxpr.invars, candidates, strict=True))
+    ]
     bounds = [distinct(c) for c in closed.consts]
     outs = finder.walk(closed.jaxpr, marks, [None if b is None else _Values(object(), b) for b in bounds])
     del outs  # a table that is returned, in aux, is returned as it is
@@ -244,7 +265,9 @@ class Replay:
         return jax.lax.stop_gradient(self.arrays[table.leaf]).astype(table.dtype)
 
     def _walk(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
+            zip(jaxpr.invars, args, strict=True)
+        )
 
         def read(v: Any) -> Any:
             return v.val if isinstance(v, core.Literal) else env[v]
@@ -285,7 +308,9 @@ class Replay:
         if kind == _GATHER:  # vmap may have put the row's dimensions before those of the ids
             tail = eqn.params["dimension_numbers"].offset_dims
             first = iter(range(out.ndim - len(tail)))
-            delta = jnp.transpose(delta, [out.ndim - len(tail) + tail.index(i) if i in tail else next(first) for i in range(out.ndim)])
+            delta = jnp.transpose(
+                delta, [out.ndim - len(tail) + tail.index(i) if i in tail else next(first) for i in range(out.ndim)]
+            )
         return [out + delta]
 
     def _remat(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -316,6 +341,11 @@ def _evaluate(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
     pairs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)]
     invars = list(dict(pairs))  # the same variable may come in twice
     jaxpr = jaxpr.replace(
-        constvars=[], invars=invars, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects, debug_info=jaxpr.debug_info.with_unknown_names()
+        constvars=[],
+        invars=invars,
+        outvars=eqn.outvars,
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
     )
     return list(jax.core.eval_jaxpr(jaxpr, (), *dict(pairs).values()))

@@ -1,21 +1,23 @@
 """`RowSparse`, the row-sparse gradient, and the four things one does with it.
 
-A loss that reads a few rows of a table has a gradient that is zero everywhere else. `RowSparse` keeps the rows that were
-read: `rows[i]` is to be added to row `ids[i]` of an array of shape `shape`.
+A loss that reads a few rows of a table has a gradient that is zero everywhere else. `RowSparse` keeps the rows that
+were read: `rows[i]` is to be added to row `ids[i]` of an array of shape `shape`.
 
 Conventions, here and everywhere downstream:
 
 * An id outside [0, num_rows) is padding: it stands for no row, whatever `rows` holds beside it.
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
   num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding too.
-* `distinct`, when known, bounds the number of distinct ids from above. It is what lets `coalesce` make a block of 20,000
+* `distinct`, when known, bounds the number of distinct ids from above. It is what lets `coalesce` make a block of
+20,000
   rows of 80,000 ids: shapes are static, so without it the block has as many rows as there are ids.
 
 Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an
 id moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an
-"extended" dtype of JAX, made by its own extension point for PRNG implementations: it is the public way to such a dtype, and
-jit, scan, cond, vmap, pmap and shard_map carry it). The dtype's name is the advice that the refusal prints. The one map that no dtype
-refuses is zeros_like; the words are stored inverted, so that a zeroed word is id -1, which is padding.
+"extended" dtype of JAX, made by its own extension point for PRNG implementations: it is the public way to such a dtype,
+and jit, scan, cond, vmap, pmap and shard_map carry it). The dtype's name is the advice that the refusal prints. The one
+map that no dtype refuses is zeros_like; the words are stored inverted, so that a zeroed word is id -1, which is
+padding.
 """
 
 from __future__ import annotations
@@ -85,11 +87,18 @@ class RowSparse:
 
     __array_ufunc__ = None  # so that numpy_array + row_sparse reaches __radd__ instead of an object array
 
-    def __init__(self, ids: Any, rows: Any, shape: tuple[int, ...], *, unique: bool = False, distinct: int | None = None) -> None:
+    def __init__(
+        self, ids: Any, rows: Any, shape: tuple[int, ...], *, unique: bool = False, distinct: int | None = None
+    ) -> None:
         ids, rows = as_ids("RowSparse", "ids", ids), jnp.asarray(rows)
         if ids.ndim != 1 or rows.shape != ids.shape + tuple(shape[1:]):
             raise ValueError(
-                message("RowSparse", "rows", f"of shape (k, {', '.join(map(str, shape[1:]))}) for ids (k,)", f"{ids.shape=}, {rows.shape=}")
+                message(
+                    "RowSparse",
+                    "rows",
+                    f"of shape (k, {', '.join(map(str, shape[1:]))}) for ids (k,)",
+                    f"{ids.shape=}, {rows.shape=}",
+                )
             )
         check_num_rows("RowSparse", "shape", shape[0] + ids.shape[0])
         if ids.dtype.itemsize > 4 or ids.dtype == jnp.uint32:  # a wide id must not wrap round into a real row
@@ -133,7 +142,9 @@ class RowSparse:
             return f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "dtype") else repr(x)
 
         ids = f"int32[{','.join(map(str, self._ids.shape))}]" if hasattr(self._ids, "shape") else repr(self._ids)
-        return f"RowSparse(ids={ids}, rows={short(self.rows)}, shape={self.shape}{', unique=True' if self.unique else ''})"
+        return (
+            f"RowSparse(ids={ids}, rows={short(self.rows)}, shape={self.shape}{', unique=True' if self.unique else ''})"
+        )
 
     def todense(self) -> jax.Array:
         """The dense array, shape `shape`: O(num_rows) memory, for tests and for looking."""
@@ -155,15 +166,20 @@ class RowSparse:
         """
         if x.n_batch != 0 or x.n_sparse != 1:
             raise ValueError(
-                message("RowSparse.from_bcoo", "x", "a BCOO with n_batch=0 and n_sparse=1", f"n_batch={x.n_batch}, n_sparse={x.n_sparse}")
+                message(
+                    "RowSparse.from_bcoo",
+                    "x",
+                    "a BCOO with n_batch=0 and n_sparse=1",
+                    f"n_batch={x.n_batch}, n_sparse={x.n_sparse}",
+                )
             )
         return cls(x.indices[:, 0], x.data, x.shape)
 
     def __radd__(self, dense: Any) -> jax.Array:
         """dense + self, in dense's dtype: what `optax.apply_updates` calls. O(k) when `dense` is donated.
 
-        Where self is the wider type (float32 updates of a bfloat16 table), the sum is made in self's dtype and cast once, as
-        optax.apply_updates does; casting the update first would round twice.
+        Where self is the wider type (float32 updates of a bfloat16 table), the sum is made in self's dtype and cast
+        once, as optax.apply_updates does; casting the update first would round twice.
         """
         dense = jnp.asarray(dense)
         if dense.shape != self.shape:
@@ -226,12 +242,13 @@ def scatter_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
 def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     """Adds up the rows of repeated ids: a RowSparse with unique ids, of min(k, distinct, num_rows) rows.
 
-    The result is a function of ids and rows alone, the same on every replica: an id takes the place of its first occurrence.
+    The result is a function of ids and rows alone, the same on every replica: an id takes the place of its first
+    occurrence.
 
     Args:
       g: the gradient, ids (k,) and rows (k, ...). Sums of 16-bit rows are made in float32.
-      scratch: int32 (num_rows,), any values. With it the work is a few O(k) passes and no sort: every id writes the first
-        position it occurs at into its scratch entry and reads it back, and nothing has to be cleared. Without it
+      scratch: int32 (num_rows,), any values. With it the work is a few O(k) passes and no sort: every id writes the
+        first position it occurs at into its scratch entry and reads it back, and nothing has to be cleared. Without it
         the ids are sorted, which costs ten times more on CPU.
 
     Returns:
@@ -262,6 +279,8 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     rows = jax.ops.segment_sum(g.rows.astype(wide), segment, num_segments=size)
     if size < min(k, num_rows):
         rows = jnp.where(slot[-1] < size, rows, jnp.nan)
-    unique_ids = (num_rows + jnp.arange(size, dtype=jnp.int32)).at[jnp.where(is_first, slot, size)].set(ids, mode="drop")
+    unique_ids = (
+        (num_rows + jnp.arange(size, dtype=jnp.int32)).at[jnp.where(is_first, slot, size)].set(ids, mode="drop")
+    )
     block = RowSparse(unique_ids, rows.astype(g.dtype), g.shape, unique=True, distinct=g.distinct)
     return block if scratch is None else (block, scratch)

@@ -21,20 +21,20 @@ def make_train_step(
     """A function step(state, batch, *args) -> (state, metrics) that costs what the rows of the batch cost.
 
     Args:
-      loss_fn: loss_fn(params, batch, *args) -> a scalar, or (scalar, aux) with `has_aux`. The scalar is the mean over the examples of the
-        batch that have weight: `js.weighted_mean(losses, batch.weight)`.
-      has_aux: whether loss_fn returns (scalar, aux). aux, say new batch statistics, comes back as metrics["aux"]; what it needs
-        of the previous step goes in through *args.
-      axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are combined over it, each device counting
-        by the sum of its `batch.weight` (equally, if the batch has no weight), so that n devices with a split batch agree with
-        one device and the whole batch, a device with no example included. aux stays each device's own.
+      loss_fn: loss_fn(params, batch, *args) -> a scalar, or (scalar, aux) with `has_aux`. The scalar is the mean over
+        the examples of the batch that have weight: `js.weighted_mean(losses, batch.weight)`.
+      has_aux: whether loss_fn returns (scalar, aux). aux, say new batch statistics, comes back as metrics["aux"]; what
+        it needs of the previous step goes in through *args.
+      axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are combined over it, each device
+        counting by the sum of its `batch.weight` (equally, if the batch has no weight), so that n devices with a split
+        batch agree with one device and the whole batch, a device with no example included. aux stays each device's own.
       jit: compile here, donating the state. False to compile outside, for example
         `jax.pmap(step, axis_name="batch", donate_argnums=0)`.
 
     Returns:
-      The step. `state` is a flax TrainState, or any object with params, opt_state, replace and apply_gradients; it is donated, so use
-      the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's own clipping;
-      "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux".
+      The step. `state` is a flax TrainState, or any object with params, opt_state, replace and apply_gradients; it is
+      donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
+      own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux".
 
     Raises:
       ValueError: if a parameter is read by rows and its optimizer is not lazy.
@@ -76,7 +76,8 @@ def make_train_step(
 
 
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
-    """The mean over all examples that have weight, of each device's mean over its own; a device without any counts nothing."""
+    """The mean over all examples that have weight, of each device's mean over its own; a device without any counts
+    nothing."""
     weight = getattr(batch, "weight", None)
     own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(own, axis_name)
