@@ -99,7 +99,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 x if i is None else gather_rows(x, grads[i].ids) for x, i in zip(slots, row_leaves[key], strict=True)
             ]
             at = [
-                gather_rows(jnp.asarray(p), g.ids) if is_row_sparse(g) else p
+                gather_rows(jnp.asarray(p), g.ids) if is_row_sparse(g) and p is not None else p
                 for p, g in zip(values, grads, strict=True)
             ]
         with jax.named_scope("lazy_update"):
@@ -178,31 +178,32 @@ def _scratch(param: Any) -> jax.Array:
     return jnp.zeros(jnp.shape(param)[:1], jnp.int32)
 
 
-# Made-up numbers of rows that no real dimension is likely to equal; the second evaluation exposes one that does.
-_PROBES = (1_000_003, 1_500_007)
+# Made-up numbers of rows that no real dimension is likely to equal; the second evaluation exposes one that does. The
+# third has wider rows as well: what changes with the width, but not with the number of rows, looks across rows.
+_PROBES = ((1_000_003, 0), (1_500_007, 0), (1_000_003, 1))
 
 
 def _row_leaves(inner: Any, tree: Any, grads: list[Any], values: list[Any]) -> list[int | None]:
     """For every leaf of inner's state, which parameter's rows it has one row for, or None."""
 
-    def evaluate(probe: int) -> list[Any]:
-        structs = [
-            jax.ShapeDtypeStruct(
-                (probe + i, *g.shape[1:]) if is_row_sparse(g) else jnp.shape(g),
-                jnp.result_type(g.dtype if p is None else p),
-            )
-            for i, (g, p) in enumerate(zip(grads, values, strict=True))
-        ]
-        return jax.tree.leaves(jax.eval_shape(inner.init, tree.unflatten(structs)))
+    def evaluate(probe: tuple[int, int]) -> list[tuple[int, ...]]:
+        structs = []
+        for i, (g, p) in enumerate(zip(grads, values, strict=True)):
+            shape = (probe[0] + i, *(d + probe[1] for d in g.shape[1:])) if is_row_sparse(g) else jnp.shape(g)
+            structs.append(jax.ShapeDtypeStruct(shape, jnp.result_type(g.dtype if p is None else p)))
+        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(inner.init, tree.unflatten(structs)))]
 
     out: list[int | None] = []
-    for one, two in zip(*map(evaluate, _PROBES), strict=True):
-        if one.shape == two.shape:
+    for one, more, wider in zip(*map(evaluate, _PROBES), strict=True):
+        if one == more == wider:
             out.append(None)
             continue
-        leaf = one.shape[0] - _PROBES[0]
-        if two.shape[0] - _PROBES[1] != leaf or one.shape[1:] != two.shape[1:] or not 0 <= leaf < len(grads):
-            got = f"an array of shape {one.shape} where a table has {_PROBES[0]} rows"
-            raise ValueError(message("lazy", "inner", "a transformation that acts on each row by itself", got))
+        leaf = one[0] - _PROBES[0][0]
+        if one == more or more[0] - _PROBES[1][0] != leaf or one[1:] != more[1:] or not 0 <= leaf < len(grads):
+            got = (
+                f"one with state of shape {one} for tables of {_PROBES[0][0]} rows and {more} for {_PROBES[1][0]} rows"
+            )
+            do = "Use a transformation without statistics across rows; adam, adagrad and rmsprop have none."
+            raise ValueError(message("lazy", "inner", "a transformation that acts on each row by itself", got, do))
         out.append(leaf)
     return out

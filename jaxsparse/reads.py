@@ -58,6 +58,7 @@ class Table:
 
     leaf: int
     dtype: Any
+    cast: bool = False
     stopped: bool = False
 
 
@@ -94,11 +95,13 @@ def _kind(eqn: Any, tables: Sequence[Table | None]) -> str:
 def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
     """Whether this is js.embedding_bag's own padded sum, as called: under vmap its shapes differ, and it is looked
     through."""
-    if eqn.params.get("name") != PADDED_SUM or tables[0] is None or any(tables[1:]) or len(eqn.invars) not in (2, 3):
+    if eqn.params.get("name") != PADDED_SUM or len(eqn.invars) not in (2, 3):
+        return False
+    if tables[0] is None or tables[0].cast or any(tables[1:]):
         return False
     table, ids, *weights = (v.aval for v in eqn.invars)
     same = ids.ndim == 2 and all(w.shape == ids.shape for w in weights) and len(eqn.outvars) == 1
-    return same and eqn.outvars[0].aval.shape == ids.shape[:1] + table.shape[1:] and tables[0].dtype == table.dtype
+    return same and eqn.outvars[0].aval.shape == ids.shape[:1] + table.shape[1:]
 
 
 def _inner(eqn: Any) -> core.ClosedJaxpr:
@@ -177,7 +180,7 @@ class _Finder:
         kind = _kind(eqn, tables)
         table = next(t for t in tables if t)
         if kind == _CAST:
-            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"])]
+            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
         if kind == _STOP:
             return [dataclasses.replace(table, stopped=True)]
         if kind in (_CALL, _REMAT):
@@ -284,7 +287,7 @@ class Replay:
         kind = _kind(eqn, tables)
         table = next(t for t in tables if t)
         if kind == _CAST:
-            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"])]
+            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
         if kind == _STOP:
             return [dataclasses.replace(table, stopped=True)]
         if kind == _CALL:

@@ -1,0 +1,67 @@
+"""The floors: imports run downward. And the package is what it says it is."""
+
+import ast
+import pathlib
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLOORS = [
+    {"_checks", "rows"},
+    {"ops", "embedding", "collectives", "batch", "features"},
+    {"grad", "reads", "lazy", "optimizers", "losses"},
+    {"train"},
+    {"__main__"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path.stem for path in (ROOT / "jaxsparse").glob("*.py") if path.stem != "__init__")
+
+
+def imports(name: str) -> set[str]:
+    tree = ast.parse((ROOT / "jaxsparse" / f"{name}.py").read_text())
+    froms = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    plain = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    return froms | plain
+
+
+def inner_imports(name: str) -> set[str]:
+    return {module.removeprefix("jaxsparse.") for module in imports(name) if module.startswith("jaxsparse.")}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downward(name):
+    assert name in FLOOR, f"{name}.py stands on no floor"
+    for other in inner_imports(name):
+        assert FLOOR[other] <= FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other} (floor {FLOOR[other]})"
+
+
+def test_imports_have_no_circle():
+    done: set[str] = set()
+    while len(done) < len(MODULES):
+        ready = {name for name in MODULES if name not in done and inner_imports(name) <= done}
+        assert ready, f"a circle among {sorted(set(MODULES) - done)}"
+        done |= ready
+
+
+def test_run_time_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = {"jax", "flax", "optax", "numpy", "scipy", "chex", "tqdm"}
+    assert {d.split(">")[0] for d in project["dependencies"]} == allowed
+    used = {module.split(".")[0] for name in MODULES for module in imports(name)}
+    third_party = used - set(__import__("sys").stdlib_module_names) - {"jaxsparse"}
+    assert third_party <= allowed, third_party - allowed
+    tests = " ".join(project["optional-dependencies"]["test"])
+    assert "torch" not in tests and "tensorflow" not in tests
+
+
+def test_top_level():
+    names = {path.name for path in ROOT.iterdir()}
+    shown = {name for name in names if not name.startswith(".") and not name.endswith("egg-info")}
+    expected = {"jaxsparse", "notebooks", "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    assert shown - {"build", "dist"} <= expected
+
+
+def test_no_file_is_two_rooms():
+    for name in MODULES:
+        assert len((ROOT / "jaxsparse" / f"{name}.py").read_text().splitlines()) <= 400, name

@@ -1,0 +1,300 @@
+"""Row-sparse gradients: which leaves get them, and that densified they are jax.grad's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxsparse as js
+from jaxsparse.rows import is_row_sparse
+
+V, D = 11, 4
+TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)
+OTHER = jnp.asarray(np.random.default_rng(1).normal(size=(V, D)), jnp.float32)
+IDS = jnp.array([[3, 1, 3], [0, 10, 7]])
+WEIGHTS = jnp.asarray(np.random.default_rng(2).normal(size=IDS.shape), jnp.float32)
+X = js.from_scipy(scipy.sparse.random(6, V, 0.3, "csr", np.float32, rng=np.random.default_rng(3)), nse=25)
+
+
+def dense(tree):
+    return jax.tree.map(lambda g: g.todense() if is_row_sparse(g) else g, tree, is_leaf=is_row_sparse)
+
+
+def sparse_leaves(grads):
+    """Paths of the leaves that ARE RowSparse."""
+    leaves = jax.tree_util.tree_flatten_with_path(grads, is_leaf=is_row_sparse)[0]
+    return {jax.tree_util.keystr(path) for path, g in leaves if is_row_sparse(g)}
+
+
+def assert_as_jax(fun, args, expect, rtol=1e-5):
+    """js.value_and_grad equals jax.value_and_grad, with row-sparse gradients at `expect` and nowhere else; jitted and
+    not."""
+    want_value, want = jax.value_and_grad(fun)(*args)
+    for transform in (lambda f: f, jax.jit):
+        value, grads = transform(js.value_and_grad(fun))(*args)
+        assert sparse_leaves(grads) == set(expect)
+        np.testing.assert_allclose(value, want_value, rtol=rtol)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5), dense(grads), want)
+        jax.tree.map(lambda a, b: (a.dtype == b.dtype) or pytest.fail("dtype"), dense(grads), want)
+
+
+def squares(x):
+    return jnp.sum(jnp.sin(x) ** 2)
+
+
+READS = {
+    "index": lambda t: squares(t[IDS]),
+    "index_negative": lambda t: squares(t[IDS - V // 2]),
+    "take": lambda t: squares(jnp.take(t, IDS, axis=0)),
+    "take_clip": lambda t: squares(jnp.take(t, IDS + 5, axis=0, mode="clip")),
+    "take_wrap": lambda t: squares(jnp.take(t, IDS + 5, axis=0, mode="wrap")),
+    "take_fill_0": lambda t: squares(jnp.take(t, IDS + 5, axis=0, fill_value=0)),
+    "at_get": lambda t: squares(t.at[IDS + 5].get(mode="fill", fill_value=0)),
+    "at_get_clip": lambda t: squares(t.at[IDS + 5].get(mode="clip")),
+    "out_of_bounds": lambda t: squares(t[IDS + 5]),
+    "int8": lambda t: squares(t[IDS.astype(jnp.int8)]),
+    "uint32": lambda t: squares(t[IDS.astype(jnp.uint32)]),
+    "lookup": lambda t: squares(js.embedding_lookup(t, IDS)),
+    "lookup_padding": lambda t: squares(js.embedding_lookup(t, IDS, padding_idx=3)),
+    "bag_sum": lambda t: squares(js.embedding_bag(t, IDS, combiner="sum")),
+    "bag_mean_weights": lambda t: squares(js.embedding_bag(t, IDS, weights=WEIGHTS**2, combiner="mean")),
+    "bag_sqrtn_padding": lambda t: squares(js.embedding_bag(t, IDS, combiner="sqrtn", padding_idx=3)),
+    "bag_max": lambda t: squares(js.embedding_bag(t, IDS, combiner="max")),
+    "bag_offsets": lambda t: squares(js.embedding_bag(t, IDS.ravel(), offsets=jnp.array([0, 2, 2]), combiner="mean")),
+    "bag_segments": lambda t: squares(
+        js.embedding_bag(t, IDS.ravel(), segment_ids=jnp.array([2, 0, 0, 9, 2, 2]), num_bags=3, combiner="sqrtn")
+    ),
+    "bag_long": lambda t: squares(js.embedding_bag(t, jnp.tile(IDS, (1, 30)), combiner="mean")),
+    "bag_empty": lambda t: squares(js.embedding_bag(t, IDS[:, :0], combiner="mean")),
+    "dot": lambda t: squares(js.dot(X, t)),
+    "twice": lambda t: squares(t[IDS]) + squares(js.embedding_bag(t, IDS, combiner="sum")) + squares(t[IDS[0]]),
+    "cast": lambda t: squares(t.astype(jnp.bfloat16)[IDS].astype(jnp.float32)),
+    "cast_bag": lambda t: squares(js.embedding_bag(t.astype(jnp.bfloat16), IDS).astype(jnp.float32)),
+    "nested_jit": lambda t: jax.jit(lambda t, i: squares(jax.jit(jnp.tanh)(t[i])))(t, IDS),
+    "remat": lambda t: jax.checkpoint(lambda t, i: squares(t[i] * 2))(t, IDS),
+    "remat_of_jit": jax.checkpoint(jax.jit(lambda t: squares(js.embedding_bag(t, IDS)) + squares(t[IDS]))),
+    "vmap_ids": lambda t: squares(jax.vmap(lambda i: t[i] + 1)(IDS)),
+    "vmap_ids_out_axis": lambda t: squares(jax.vmap(lambda i: t[i], out_axes=2)(IDS)),
+    "vmap_bag": lambda t: squares(
+        jax.vmap(lambda i: js.embedding_bag(t, i, combiner="sum"))(jnp.stack([IDS, IDS + 1]))
+    ),
+    "vmap_model": lambda t: jnp.sum(jax.vmap(lambda i: squares(t[i].mean(0)))(IDS)),
+    "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
+    "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
+    "scalar_loss_of_some": lambda t: t[IDS][0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads(name):
+    with jax.numpy_rank_promotion("allow"):
+        assert_as_jax(READS[name], (TABLE,), {""}, rtol=2e-2 if "cast" in name else 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(V,), (V, 1), (V, 2, 3)])
+def test_tables_of_any_rank(shape):
+    t = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    assert_as_jax(lambda t: squares(t[IDS]), (t,), {""})
+    assert_as_jax(lambda t: squares(js.embedding_bag(t, IDS)), (t,), {""})
+    assert_as_jax(lambda t: squares(js.dot(X, t)), (t,), {""})
+
+
+DENSE = {
+    "norm": lambda t: squares(t[IDS]) + 0.1 * jnp.sum(t**2),
+    "tied_output": lambda t: squares(t[IDS] @ t.T),
+    "columns": lambda t: squares(t[:, jnp.array([0, 1])]),
+    "scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), None), 0.0, IDS)[0],
+    "cond": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t[IDS]), lambda: squares(t[IDS[0]])),
+    "slice": lambda t: squares(t[2:5]),
+    "unused": lambda t: jnp.float32(1),
+    "only_stopped": lambda t: squares(jax.lax.stop_gradient(t)[IDS]),
+    "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_uses_get_dense_gradients(name):
+    assert_as_jax(DENSE[name], (TABLE,), set())
+
+
+def test_the_users_own_rule_is_kept():
+    @jax.custom_jvp
+    def tenth(t):
+        return t[IDS]
+
+    tenth.defjvp(lambda primals, tangents: (tenth(*primals), 0.1 * tangents[0][IDS]))
+
+    @jax.custom_vjp
+    def fifth(t):
+        return t[IDS]
+
+    fifth.defvjp(lambda t: (t[IDS], None), lambda _, g: (jnp.zeros_like(TABLE).at[IDS].add(g / 5),))
+    assert_as_jax(lambda t: squares(tenth(t)), (TABLE,), set())
+    assert_as_jax(lambda t: squares(fifth(t)), (TABLE,), set())
+    # but one that the table does not enter is no obstacle
+    assert_as_jax(lambda t: squares(jax.nn.relu(t[IDS])), (TABLE,), {""})
+
+
+def test_a_leaf_of_any_size_and_mixed_trees():
+    params = {"t": TABLE, "u": OTHER[:3, :2], "b": TABLE[:, 0], "w": jnp.ones((D, 2)), "s": jnp.float32(2)}
+
+    def loss(p):
+        h = p["t"][IDS] @ p["w"] + p["u"][IDS % 3] + p["b"][IDS][..., None]
+        return squares(h) * p["s"]
+
+    with jax.numpy_rank_promotion("allow"):
+        assert_as_jax(loss, (params,), {"['t']", "['u']", "['b']"})
+
+
+def test_linen_embed_untouched():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(V, D, name="e", dtype=self.dtype)(ids).mean(1)
+            return nn.Dense(1, name="d")(x.astype(jnp.float32))[:, 0]
+
+        dtype: type = jnp.float32
+
+    for dtype, rtol in ((jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)):
+        model = Model(dtype=dtype)
+        params = model.init(jax.random.key(0), IDS)
+        with jax.numpy_rank_promotion("allow"):
+            assert_as_jax(lambda p: squares(model.apply(p, IDS)), (params,), {"['params']['e']['embedding']"}, rtol)  # noqa: B023
+
+
+def test_nnx_embed_untouched():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(V, D, rngs=rngs)
+            self.head = nnx.Linear(D, 1, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.head(self.embed(ids).mean(1))[:, 0]
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+
+    def loss(params):
+        return squares(nnx.merge(graph, params)(IDS))
+
+    with jax.numpy_rank_promotion("allow"):
+        _, grads = jax.jit(js.value_and_grad(loss))(params)
+        want = jax.grad(loss)(params)
+    (name,) = sparse_leaves(grads)
+    assert "embed" in name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense(grads), want)
+
+
+def test_argnums_aux_and_other_arguments():
+    def fun(a, b, mode, *, scale, train):
+        assert mode == "mean" and train is True and isinstance(scale, np.ndarray)  # untouched
+        loss = squares(js.embedding_bag(b, IDS, combiner=mode)) + squares(a["t"][IDS]) * scale[0]
+        return loss, {"mean": loss / 2, "name": "aux", "nothing": None, "count": 3}
+
+    args, kwargs = ({"t": TABLE}, OTHER, "mean"), {"scale": np.array([2.0]), "train": True}
+    for argnums in (0, 1, (0, 1), (1, 0), (1,), -2):
+        (value, aux), grads = js.value_and_grad(fun, argnums=argnums, has_aux=True)(*args, **kwargs)
+        plain = jax.value_and_grad(lambda *a, n=argnums: fun(*a, "mean", **kwargs)[0], argnums if argnums != -2 else 1)
+        want_value, want = plain(*args[:2])
+        assert jax.tree.structure(dense(grads)) == jax.tree.structure(want)
+        assert all(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense(grads), want)
+        np.testing.assert_allclose(value, want_value, rtol=1e-6)
+        assert aux["name"] == "aux" and aux["nothing"] is None and aux["count"] == 3
+        np.testing.assert_allclose(aux["mean"], value / 2)
+    grads, aux = js.grad(fun, argnums=1, has_aux=True)(*args, **kwargs)
+    assert is_row_sparse(grads) and aux["name"] == "aux"
+
+
+def test_a_table_returned_in_aux_is_itself():
+    _, aux = js.grad(lambda t: (squares(t[IDS]), t), has_aux=True)(TABLE)
+    np.testing.assert_array_equal(aux, TABLE)
+
+
+def test_gradients_of_weights_and_bcoo_data():
+    def loss(args):
+        t, w, data = args
+        x = type(X)((data, X.indices), shape=X.shape)
+        return squares(js.embedding_bag(t, IDS, weights=w, combiner="sum")) + squares(js.dot(x, t))
+
+    assert_as_jax(loss, ((TABLE, WEIGHTS, X.data),), {"[0]"})
+
+
+@given(
+    st.integers(1, 30), st.integers(0, 5), st.integers(0, 7), st.sampled_from(["sum", "mean", "sqrtn", "max"]),
+    st.booleans(), st.integers(0, 999),
+)  # fmt: skip
+def test_bags_of_any_shape(num_rows, bags, length, combiner, weighted, seed):
+    rng = np.random.default_rng(seed)
+    table = jnp.asarray(rng.normal(size=(num_rows, 3)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, num_rows + 1, (bags, length)), jnp.int32)  # num_rows is padding
+    weights = jnp.asarray(rng.normal(size=ids.shape), jnp.float32) if weighted and combiner != "max" else None
+
+    def loss(t):
+        return jnp.sum(js.embedding_bag(t, ids, weights=weights, combiner=combiner, padding_idx=num_rows) * 0.5)
+
+    grads = js.grad(loss)(table)
+    assert is_row_sparse(grads) and np.isfinite(grads.rows).all()
+    np.testing.assert_allclose(grads.todense(), jax.grad(loss)(table), rtol=1e-4, atol=1e-5)
+    touched = set(np.asarray(grads.ids)[np.asarray(grads.ids) < num_rows].tolist())
+    assert touched == set(np.asarray(ids)[np.asarray(ids) < num_rows].tolist())  # padding touches no row
+
+
+def test_the_cast_of_the_whole_table_is_moved_past_the_gather():
+    big = jax.ShapeDtypeStruct((10_000_000, 8), jnp.float32)
+    fun = js.grad(lambda t: squares(jnp.take(t.astype(jnp.bfloat16), IDS, axis=0).astype(jnp.float32)))
+    text = jax.jit(fun).lower(big).as_text()
+    assert "10000000x8xf32" in text and "10000000x8xbf16" not in text
+
+
+def test_bounds_on_distinct_ids_reach_the_gradient():
+    """What batches counted is proven through casts, wraps and reshapes, and not claimed where it cannot be."""
+    ids = np.random.default_rng(0).zipf(1.3, (64, 20)) % 50
+    offsets = np.arange(20) * 50
+    batch = next(iter(js.batches(ids, batch_size=64)))
+    (bound,) = batch.distinct
+    assert bound < 100  # of 64 * 20
+    table = jnp.ones((1000, 2))
+    proven = {
+        "take": lambda t, b: t[b.x].sum(),
+        "bag": lambda t, b: js.embedding_bag(t, b.x).sum(),
+        "lookup": lambda t, b: js.embedding_lookup(t, b.x, padding_idx=0).sum(),
+        "hashed": lambda t, b: t[(b.x * 7 + 1) % 1000].sum(),
+        "reshaped": lambda t, b: t[b.x.reshape(-1)[5:].astype(jnp.uint32)].sum(),
+    }
+    for name, loss in proven.items():
+        got = jax.eval_shape(js.grad(loss), table, batch).distinct
+        assert got is not None and got <= bound + 2, (name, got)
+    unproven = {
+        "offsets": lambda t, b: t[b.x + offsets[None, :]].sum(),
+        "pairs": lambda t, b: t[b.x[:, :10] * 20 + b.x[:, 10:]].sum(),
+        "sum_of_views": lambda t, b: t[b.x[:20, :] + b.x[:20, :].T].sum(),
+        "cumulative": lambda t, b: t[jnp.cumsum(b.x, 1)].sum(),
+    }
+    for name, loss in unproven.items():
+        with jax.numpy_rank_promotion("allow"):
+            assert jax.eval_shape(js.grad(loss), table, batch).distinct is None, name
+    matrix = scipy.sparse.csr_matrix((np.ones(1280, np.float32), ids.ravel(), np.arange(0, 1281, 20)), (64, 1000))
+    batch = next(iter(js.batches(matrix, batch_size=64)))
+    assert jax.eval_shape(js.grad(lambda t, b: js.dot(b.x, t).sum()), table, batch).distinct < 300
+
+
+ERRORS = [
+    (lambda: js.grad(lambda t: t[IDS])(TABLE), TypeError, r"'fun'.*real scalar.*float32\[2,3,4\]"),
+    (lambda: js.grad(lambda t: jnp.sum(IDS))(TABLE), TypeError, "real scalar.*int32"),
+    (lambda: js.grad(lambda t: (squares(t), 1))(TABLE), TypeError, "has_aux=True"),
+    (lambda: js.grad(squares, has_aux=True)(TABLE), TypeError, "scalar, aux"),
+    (lambda: js.grad(squares)(IDS), TypeError, "floating arrays.*int32"),
+    (lambda: js.grad(squares)("t"), TypeError, "floating arrays.*str"),
+    (lambda: js.grad(squares, argnums=1)(TABLE), TypeError, "'argnums'.*1"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), ERRORS)
+def test_errors(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -1,0 +1,275 @@
+"""RowSparse: what it adds up to, what it refuses, and what carries it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental.sparse import BCOO
+
+import jaxsparse as js
+from jaxsparse.rows import coalesce, concatenate_blocks
+
+
+def dense(ids, rows, shape):
+    """The oracle: what a RowSparse stands for."""
+    out = np.zeros(shape, np.float64)
+    for i, row in zip(np.asarray(ids), np.asarray(rows, np.float64), strict=True):
+        if 0 <= i < shape[0]:
+            out[i] += row
+    return out
+
+
+@st.composite
+def gradients(draw):
+    num_rows, k = draw(st.integers(1, 12)), draw(st.integers(0, 20))
+    tail = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
+    ids = draw(st.lists(st.integers(-2, num_rows + 2), min_size=k, max_size=k))
+    rows = np.random.default_rng(draw(st.integers(0, 99))).normal(size=(k, *tail)).astype(np.float32)
+    return np.array(ids, np.int32), rows, (num_rows, *tail)
+
+
+@given(gradients())
+def test_todense_and_addition(gradient):
+    ids, rows, shape = gradient
+    g = js.RowSparse(ids, rows, shape)
+    np.testing.assert_allclose(g.todense(), dense(ids, rows, shape), atol=1e-5)
+    p = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.testing.assert_allclose(jnp.asarray(p) + g, p + dense(ids, rows, shape), atol=1e-5)
+    np.testing.assert_allclose(p + g, p + dense(ids, rows, shape), atol=1e-5)  # a NumPy parameter
+    np.testing.assert_allclose((g + g).todense(), 2 * dense(ids, rows, shape), atol=1e-5)
+    np.testing.assert_allclose(g.to_bcoo().todense(), dense(ids, rows, shape), atol=1e-5)
+    np.testing.assert_allclose(js.RowSparse.from_bcoo(g.to_bcoo()).todense(), dense(ids, rows, shape), atol=1e-5)
+
+
+@given(gradients(), st.booleans())
+def test_coalesce(gradient, with_scratch):
+    ids, rows, shape = gradient
+    g = js.RowSparse(ids, rows, shape)
+    if with_scratch:
+        block, scratch = coalesce(g, jnp.full(shape[0], 7, jnp.int32))  # whatever the scratch held before
+        assert scratch.shape == shape[:1]
+    else:
+        block = coalesce(g)
+    assert block.unique and block.rows.shape[0] == min(len(ids), shape[0])
+    np.testing.assert_allclose(block.todense(), dense(ids, rows, shape), atol=1e-5)
+    got = np.asarray(block.ids)
+    assert len(set(got.tolist())) == len(got)  # padding included
+    real = [int(i) for i in ids if 0 <= i < shape[0]]
+    in_block = [int(i) for i in got if 0 <= i < shape[0]]
+    assert sorted(set(real)) == sorted(in_block)
+    if with_scratch:
+        assert in_block == list(dict.fromkeys(real))  # in the order of their first occurrence
+    padding = ~((got >= 0) & (got < shape[0]))
+    assert not np.asarray(block.rows)[padding].any()
+
+
+def test_coalesce_with_a_bound_on_distinct_ids():
+    ids = jnp.array([5, 2, 5, 9, 2, 5])
+    g = js.RowSparse(ids, jnp.ones((6, 2)), (9, 2), distinct=2)  # 9 is padding
+    block, _ = coalesce(g, jnp.zeros(9, jnp.int32))
+    assert block.rows.shape == (2, 2)
+    np.testing.assert_array_equal(block.todense(), g.todense())
+
+
+@pytest.mark.parametrize("scratch", [None, jnp.zeros(9, jnp.int32)])
+def test_a_wrong_bound_is_not_silent(scratch):
+    g = js.RowSparse(jnp.array([5, 2, 7, 5]), jnp.ones((4, 2)), (9, 2), distinct=2)
+    block = coalesce(g) if scratch is None else coalesce(g, scratch)[0]
+    assert np.isnan(block.rows).all()
+
+
+def test_coalesce_sums_half_precision_in_single():
+    g = js.RowSparse(jnp.zeros(512, jnp.int32), jnp.full((512, 1), 1.0, jnp.bfloat16), (1, 1))
+    assert coalesce(g).rows.item() == 512  # bfloat16 sums would stop at 256
+    assert coalesce(g).dtype == jnp.bfloat16
+
+
+def test_coalesce_is_a_function_of_the_ids():
+    ids = jax.random.randint(jax.random.key(0), (1000,), 0, 50)
+    g = js.RowSparse(ids, jax.random.normal(jax.random.key(1), (1000, 3)), (50, 3))
+    one, _ = coalesce(g, jnp.zeros(50, jnp.int32))
+    two, _ = coalesce(g, jax.random.randint(jax.random.key(2), (50,), -5, 2000))
+    np.testing.assert_array_equal(one.ids, two.ids)
+    np.testing.assert_array_equal(one.rows, two.rows)
+
+
+def test_bfloat16_table_is_added_in_single_and_rounded_once():
+    p = jnp.asarray(np.random.default_rng(0).normal(size=(200, 8)), jnp.bfloat16)
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(200, 8)) * 1e-2, jnp.float32)
+    sparse = optax.apply_updates(p, js.RowSparse(jnp.arange(200), u, p.shape, unique=True))
+    duplicated = js.RowSparse(jnp.arange(400) % 200, jnp.concatenate([u / 2, u / 2]), p.shape)
+    assert sparse.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(sparse, optax.apply_updates(p, u))
+    np.testing.assert_array_equal(optax.apply_updates(p, duplicated), optax.apply_updates(p, u))
+    rounded_twice = p + u.astype(jnp.bfloat16)
+    assert (rounded_twice != optax.apply_updates(p, u)).any()  # or this test could not tell
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids are not numbers
+
+
+GRADS = {"t": js.RowSparse(jnp.array([1, 2]), jnp.ones((2, 3)), (4, 3)), "w": jnp.ones(3)}
+PARAMS = {"t": jnp.ones((4, 3)), "w": jnp.ones(3)}
+REFUSED = {
+    "scale": lambda: optax.scale(0.1),
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, 0.9),
+    "adam": lambda: optax.adam(0.1),
+    "adamw": lambda: optax.adamw(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "sign": lambda: optax.sign_sgd(0.1),
+    "clip": lambda: optax.clip(1.0),
+    "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+    "scale_by_schedule": lambda: optax.scale_by_schedule(lambda count: 0.1),
+    "add_decayed_weights": lambda: optax.add_decayed_weights(0.1),
+    "ema": lambda: optax.ema(0.9),
+    "multi_steps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+    "before_lazy": lambda: optax.chain(optax.clip_by_global_norm(1.0), js.lazy_adam(0.1)),
+    "after_lazy": lambda: optax.chain(js.lazy_adam(0.1), optax.scale(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_optimizers_outside_lazy_are_refused(name):
+    tx = REFUSED[name]()
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def test_the_refusal_names_the_way_out():
+    with pytest.raises(TypeError, match=r"js\.lazy.*before="):
+        optax.scale(0.1).update(GRADS, optax.EmptyState())
+
+
+MAPS = {
+    "add": lambda g: jax.tree.map(jnp.add, g, g),
+    "multiply": lambda g: jax.tree.map(lambda x: 0.5 * x, g),
+    "sign": lambda g: jax.tree.map(jnp.sign, g),
+    "cast": lambda g: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g),
+    "norm": optax.tree.norm,
+    "mean": lambda g: jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), 0), g, g),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_that_reach_the_ids_are_refused(name):
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        MAPS[name](GRADS)
+
+
+@pytest.mark.parametrize("name", ["psum", "pmean", "pmax"])
+def test_collectives_of_ids_are_refused(name):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), GRADS)
+    with pytest.raises((TypeError, ValueError), match=r"js\.psum / js\.pmean"):
+        jax.pmap(lambda g: getattr(jax.lax, name)(g, "i"), axis_name="i", devices=jax.devices()[:2])(stacked)
+
+
+def test_zeros_like_names_no_row():
+    zeros = jax.tree.map(jnp.zeros_like, GRADS)["t"]
+    assert not ((zeros.ids >= 0) & (zeros.ids < 4)).any()
+    np.testing.assert_array_equal(zeros.todense(), np.zeros((4, 3)))
+
+
+def test_set_to_zero_leaves_parameters_alone():
+    updates, _ = optax.set_to_zero().update(GRADS, optax.EmptyState())
+    np.testing.assert_array_equal(optax.apply_updates(PARAMS, updates)["t"], PARAMS["t"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boundaries
+
+
+def crossings():
+    def scan(g):
+        return jax.lax.scan(lambda c, _: (c, None), g, None, length=3)[0]
+
+    def while_loop(g):
+        return jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1]), (0, g))[1]
+
+    def cond(g):
+        return jax.lax.cond(g.rows.sum() > 0, lambda g: g, lambda g: jax.tree.map(jnp.zeros_like, g), g)
+
+    def vmap(g):
+        many = jax.vmap(lambda i: js.RowSparse(i[None], jnp.ones((1, 3)), (4, 3)))(g.ids)
+        one = jax.vmap(lambda g: g.todense())(many)
+        np.testing.assert_array_equal(one.sum(0), dense(g.ids, np.ones((2, 3)), (4, 3)))
+        return g
+
+    def pmap(g):
+        stacked = jax.tree.map(lambda x: jnp.stack([x, x]), g)
+        out = jax.pmap(lambda g: g, devices=jax.devices()[:2])(stacked)
+        return jax.tree.map(lambda x: x[0], out)
+
+    def shard_map(g):
+        mesh = jax.make_mesh((2,), ("i",))
+        spec = jax.sharding.PartitionSpec()
+        return jax.shard_map(lambda g: g, mesh=mesh, in_specs=spec, out_specs=spec)(g)
+
+    return {
+        "jit": jax.jit(lambda g: g),
+        "scan": scan,
+        "while": while_loop,
+        "cond": cond,
+        "vmap": vmap,
+        "pmap": pmap,
+        "shard_map": shard_map,
+    }
+
+
+@pytest.mark.parametrize("name", crossings())
+def test_crosses(name):
+    g = GRADS["t"]
+    out = crossings()[name](g)
+    assert isinstance(out, js.RowSparse)
+    np.testing.assert_array_equal(out.ids, g.ids)
+    np.testing.assert_array_equal(out.rows, g.rows)
+
+
+def test_vjp_through_a_row_sparse_argument():
+    out, vjp = jax.vjp(lambda g: g.rows.sum(), GRADS["t"])
+    (cotangent,) = vjp(jnp.ones_like(out))
+    np.testing.assert_array_equal(cotangent.rows, np.ones((2, 3)))
+
+
+def test_tree_utilities():
+    g = GRADS["t"]
+    assert jax.eval_shape(lambda g: g, g).shape == (4, 3)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(GRADS)[0]]
+    assert paths == ["['t'].ids", "['t'].rows", "['w']"]
+    assert not hasattr(g, "__jax_array__")  # it would densify in silence
+    with pytest.raises(TypeError):
+        jnp.asarray(g)
+    np.testing.assert_array_equal(concatenate_blocks([g, g]).ids, [1, 2, 1, 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: js.RowSparse(jnp.ones(2), jnp.ones((2, 3)), (4, 3)), TypeError, "'ids'.*integer.*float32"),
+        (lambda: js.RowSparse(jnp.arange(2), jnp.ones((3, 3)), (4, 3)), ValueError, r"'rows'.*\(k, 3\)"),
+        (lambda: js.RowSparse(jnp.arange(2), jnp.ones((2, 3)), (2**31, 3)), ValueError, "'shape'.*2147483647"),
+        (lambda: js.RowSparse(np.array([2**32]), jnp.ones((1, 3)), (4, 3)), OverflowError, "4294967296 at position 0"),
+        (lambda: jnp.ones((5, 3)) + GRADS["t"], ValueError, r"'dense'.*\(4, 3\).*\(5, 3\)"),
+        (lambda: GRADS["t"] + js.RowSparse(jnp.arange(2), jnp.ones((2, 3)), (5, 3)), ValueError, "'other'"),
+        (lambda: js.RowSparse.from_bcoo(BCOO.fromdense(jnp.eye(3))), ValueError, "n_sparse=2"),
+    ],
+)
+def test_errors_say_what_is_wrong(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_wide_ids_do_not_wrap():
+    with jax.enable_x64(True):
+        g = js.RowSparse(jnp.array([2**32 + 1, 1, -(2**32)]), jnp.ones((3, 2)), (4, 2))
+        np.testing.assert_array_equal(g.todense(), dense([9, 1, 9], np.ones((3, 2)), (4, 2)))
+    g = js.RowSparse(jnp.array([2**32 - 1], jnp.uint32), jnp.ones((1, 2)), (4, 2))
+    assert not g.todense().any()
