@@ -17,7 +17,8 @@ from jax.extend import core
 
 from jaxsparse._checks import message
 from jaxsparse.batch import Batch
-from jaxsparse.reads import Read, Replay, RowIds, Table, find_reads
+from jaxsparse.reads import Read, Table, find_reads
+from jaxsparse.replay import Replay, RowIds
 from jaxsparse.rows import RowSparse, concatenate_blocks, row_ids
 
 

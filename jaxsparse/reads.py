@@ -1,14 +1,13 @@
 """Finding, in a traced program, where its parameters are read by rows.
 
 A parameter is *read by rows* where it enters a gather of whole rows (`table[ids]`, `jnp.take`, `nn.Embed`,
-js.embedding_lookup, js.dot, ...) or js.embedding_bag's padded sum. Casts of the whole parameter (Flax's Embed makes
-one) and stop_gradient are looked through, as are nested jit and remat. Any other use is dense, and is reported with its
-primitive and source line: a custom_jvp or custom_vjp call, whose rule is the user's, and loop and branch bodies
-included.
+js.embedding_lookup, js.dot, ...), a dynamic slice of whole rows (`table[i]`), or js.embedding_bag's padded sum. Casts
+of the whole parameter (Flax's Embed makes one) and stop_gradient are looked through; so are nested jit, remat, the
+branches of cond and switch, and the bodies of scans over which the parameter stays the same. Any other use is dense,
+and is reported with its primitive and source line: a custom_jvp or custom_vjp call, whose rule is the user's, included.
 
-`find_reads` walks a jaxpr and says which leaves are only read by rows. `replay` evaluates the same jaxpr with those
-leaves held back, handing each read to a callback. Both go through `_step`, so that they cannot disagree about what a
-read is.
+`find_reads` walks a jaxpr and says which leaves are only read by rows. `replay.Replay` evaluates the same jaxpr with
+those leaves held back. Both ask `kind_of`, so that they cannot disagree about what a read is.
 
 `find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that
 js.batches counted, seen through reshapes, slices and any function applied element by element, has no more distinct
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,6 @@ from jaxsparse.embedding import PADDED_SUM
 _LIBRARIES = re.compile(
     r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
 )
-_CLIP = jax.lax.GatherScatterMode.CLIP
 
 
 class Read(NamedTuple):
@@ -40,7 +38,7 @@ class Read(NamedTuple):
 
     leaf: int
     out: jax.ShapeDtypeStruct  # what the read gives: ids, or bags, first
-    ids: Any  # the shape of the ids read
+    ids: tuple[int, ...]  # the shape of the ids read
     distinct: int | None  # a proven bound on the number of distinct ids
     source: str  # "file:line (function)"
 
@@ -63,23 +61,29 @@ class Table:
 
 
 # What an equation means for the tables that enter it.
-_CAST, _STOP, _GATHER, _BAG, _CALL, _REMAT, _DENSE = "cast", "stop", "gather", "bag", "call", "remat", "dense"
+CAST, STOP, DENSE = "cast", "stop", "dense"
+GATHER, SLICE, BAG = "gather", "slice", "bag"  # the reads
+CALL, REMAT, SCAN, COND = "call", "remat", "scan", "cond"
 
 
-def _kind(eqn: Any, tables: Sequence[Table | None]) -> str:
+def kind_of(eqn: Any, tables: Sequence[Table | None]) -> str:
     """What `eqn` does with the tables among its operands (given in order, None for anything else)."""
     name, params = eqn.primitive.name, eqn.params
     first_only = tables[0] is not None and all(t is None for t in tables[1:])
     if name in ("jit", "pjit", "closed_call"):
-        return _BAG if _is_padded_sum(eqn, tables) else _CALL
+        return BAG if _is_padded_sum(eqn, tables) else CALL
     if name in ("checkpoint", "remat", "remat2"):
-        return _REMAT
+        return REMAT
+    if name == "scan" and not any(tables[params["num_consts"] :]):
+        return SCAN
+    if name == "cond" and tables[0] is None:
+        return COND
     if not first_only:
-        return _DENSE
+        return DENSE
     if name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
-        return _CAST
+        return CAST
     if name == "stop_gradient":
-        return _STOP
+        return STOP
     if name == "gather":
         numbers, operand = params["dimension_numbers"], eqn.invars[0].aval
         whole_rows = (
@@ -88,8 +92,10 @@ def _kind(eqn: Any, tables: Sequence[Table | None]) -> str:
             and not numbers.operand_batching_dims
             and tuple(params["slice_sizes"]) == (1, *operand.shape[1:])
         )
-        return _GATHER if whole_rows else _DENSE
-    return _DENSE
+        return GATHER if whole_rows else DENSE
+    if name == "dynamic_slice" and tuple(params["slice_sizes"][1:]) == eqn.invars[0].aval.shape[1:]:
+        return SLICE
+    return DENSE
 
 
 def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
@@ -104,7 +110,7 @@ def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
     return same and eqn.outvars[0].aval.shape == ids.shape[:1] + table.shape[1:]
 
 
-def _inner(eqn: Any) -> core.ClosedJaxpr:
+def inner_jaxpr(eqn: Any) -> core.ClosedJaxpr:
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
@@ -146,11 +152,12 @@ _RESHAPING = frozenset(
 )
 
 
-class _Finder:
-    def __init__(self, leaves: Sequence[bool]) -> None:
+class Finder:
+    """Walks a jaxpr, marking each variable with the Table or the _Values it holds."""
+
+    def __init__(self) -> None:
         self.reads: list[Read] = []
         self.dense: dict[int, DenseUse] = {}
-        self.leaves = leaves
 
     def walk(self, jaxpr: Any, marks: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
         """Marks (Table, _Values or None) of the outputs, given those of the inputs."""
@@ -174,33 +181,64 @@ class _Finder:
         nothing: list[Any] = [None] * len(eqn.outvars)
         if not any(tables):
             if eqn.primitive.name in ("jit", "pjit", "closed_call"):
-                inner = _inner(eqn)
+                inner = inner_jaxpr(eqn)
                 return self.walk(inner.jaxpr, marks, [None] * len(inner.consts))
             return [_values_out(eqn, marks)] if len(eqn.outvars) == 1 else nothing
-        kind = _kind(eqn, tables)
+        kind = kind_of(eqn, tables)
         table = next(t for t in tables if t)
-        if kind == _CAST:
+        if kind == CAST:
             return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
-        if kind == _STOP:
+        if kind == STOP:
             return [dataclasses.replace(table, stopped=True)]
-        if kind in (_CALL, _REMAT):
-            inner = _inner(eqn)
+        if kind in (CALL, REMAT):
+            inner = inner_jaxpr(eqn)
             return self.walk(inner.jaxpr, marks, [None] * len(inner.consts))
-        if kind in (_GATHER, _BAG):
+        if kind == SCAN:
+            return self._scan(eqn, tables)
+        if kind == COND:
+            return self._cond(eqn, marks)
+        if kind in (GATHER, SLICE, BAG):
             if not table.stopped:
-                values = marks[1] if isinstance(marks[1], _Values) else None
-                ids = eqn.invars[1].aval.shape[:-1] if kind == _GATHER else eqn.invars[1].aval.shape
-                tail = eqn.invars[0].aval.shape[1:]
-                if kind == _BAG:
-                    struct = jax.ShapeDtypeStruct(ids[:1] + tail, eqn.outvars[0].aval.dtype)
-                else:
-                    struct = jax.ShapeDtypeStruct(ids + tail, table.dtype)
-                self.reads.append(Read(table.leaf, struct, ids, values and values.distinct, source_line(eqn)))
+                self.reads.append(_read(eqn, kind, table, marks[1]))
             return nothing
-        for t in tables:
-            if t and t.leaf not in self.dense:
-                self.dense[t.leaf] = DenseUse(eqn.primitive.name, source_line(eqn))
+        self._dense_use(tables, eqn)
         return nothing
+
+    def _dense_use(self, tables: Sequence[Any], eqn: Any) -> None:
+        for t in tables:
+            if isinstance(t, Table) and t.leaf not in self.dense:
+                self.dense[t.leaf] = DenseUse(eqn.primitive.name, source_line(eqn))
+
+    def _scan(self, eqn: Any, tables: list[Table | None]) -> list[Any]:
+        """The reads of the body, once for each turn, and without bounds: a scalar may differ from turn to turn."""
+        first, length, inner = len(self.reads), eqn.params["length"], inner_jaxpr(eqn)
+        outs = self.walk(inner.jaxpr, tables, [None] * len(inner.consts))
+        self.reads[first:] = [
+            Read(r.leaf, jax.ShapeDtypeStruct((length, *r.out.shape), r.out.dtype), (length, *r.ids), None, r.source)
+            for r in self.reads[first:]
+        ]
+        self._dense_use(outs, eqn)  # stacked, or carried on
+        return [None] * len(eqn.outvars)
+
+    def _cond(self, eqn: Any, marks: list[Any]) -> list[Any]:
+        """The reads of every branch, one branch after the other."""
+        for branch in eqn.params["branches"]:
+            self._dense_use(self.walk(branch.jaxpr, marks[1:], [None] * len(branch.consts)), eqn)
+        return [None] * len(eqn.outvars)
+
+
+def _read(eqn: Any, kind: str, table: Table, ids_mark: Any) -> Read:
+    """The read that an equation makes."""
+    tail, dtype = eqn.invars[0].aval.shape[1:], table.dtype
+    if kind == SLICE:
+        ids: tuple[int, ...] = (eqn.params["slice_sizes"][0],)
+    else:
+        ids = eqn.invars[1].aval.shape[:-1] if kind == GATHER else eqn.invars[1].aval.shape
+    if kind == BAG:
+        dtype = eqn.outvars[0].aval.dtype
+    distinct = ids_mark.distinct if isinstance(ids_mark, _Values) and kind != SLICE else None
+    out = jax.ShapeDtypeStruct((ids[:1] if kind == BAG else ids) + tail, dtype)
+    return Read(table.leaf, out, ids, distinct, source_line(eqn))
 
 
 def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
@@ -234,7 +272,7 @@ def find_reads(
       distinct: for a constant of the program (an array it closes over), a bound on its number of distinct values, or
         None.
     """
-    finder = _Finder(candidates)
+    finder = Finder()
     marks = [
         Table(i, v.aval.dtype) if c else None
         for i, (v, c) in enumerate(zip(closed.jaxpr.invars, candidates, strict=True))
@@ -243,112 +281,3 @@ def find_reads(
     outs = finder.walk(closed.jaxpr, marks, [None if b is None else _Values(object(), b) for b in bounds])
     del outs  # a table that is returned, in aux, is returned as it is
     return finder.reads, finder.dense
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# replay
-
-# The ids of a read and, for the padded sum, the weights its cotangent is to be multiplied by.
-RowIds = tuple[jax.Array, jax.Array | None]
-
-
-class Replay:
-    """Evaluates the program with `arrays[leaf]` read through `read + delta`: one delta a read, in program order."""
-
-    def __init__(self, arrays: dict[int, Any], deltas: Sequence[Any]) -> None:
-        self.arrays = arrays
-        self.deltas: Iterator[Any] = iter(deltas)
-        self.ids: list[RowIds] = []
-
-    def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        """The outputs; tables among them as arrays. `args` holds a Table where a leaf is held back."""
-        return [self._array(x) if isinstance(x, Table) else x for x in self._walk(jaxpr, constants, args)]
-
-    def _array(self, table: Table) -> Any:
-        return jax.lax.stop_gradient(self.arrays[table.leaf]).astype(table.dtype)
-
-    def _walk(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
-            zip(jaxpr.invars, args, strict=True)
-        )
-
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, core.Literal) else env[v]
-
-        for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._step(jaxpr, eqn, values), strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    def _step(self, jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-        tables = [v if isinstance(v, Table) else None for v in values]
-        if not any(tables):
-            return _evaluate(jaxpr, eqn, values)
-        kind = _kind(eqn, tables)
-        table = next(t for t in tables if t)
-        if kind == _CAST:
-            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
-        if kind == _STOP:
-            return [dataclasses.replace(table, stopped=True)]
-        if kind == _CALL:
-            inner = _inner(eqn)
-            return self._walk(inner.jaxpr, inner.consts, values)
-        if kind == _REMAT:
-            return self._remat(eqn, values)
-        assert kind in (_GATHER, _BAG), f"{kind=}: find_reads and replay disagree"
-        (out,) = _evaluate(jaxpr, eqn, [jax.lax.stop_gradient(self.arrays[table.leaf]), *values[1:]])
-        if kind == _GATHER:
-            out = out.astype(table.dtype)
-        if table.stopped:
-            return [out]
-        num_rows = self.arrays[table.leaf].shape[0]
-        if kind == _BAG:
-            self.ids.append((values[1], values[2] if len(values) == 3 else None))
-        else:
-            ids = values[1][..., 0]
-            self.ids.append((jnp.clip(ids, 0, num_rows - 1) if eqn.params["mode"] == _CLIP else ids, None))
-        delta = next(self.deltas)
-        if kind == _GATHER:  # vmap may have put the row's dimensions before those of the ids
-            tail = eqn.params["dimension_numbers"].offset_dims
-            first = iter(range(out.ndim - len(tail)))
-            delta = jnp.transpose(
-                delta, [out.ndim - len(tail) + tail.index(i) if i in tail else next(first) for i in range(out.ndim)]
-            )
-        return [out + delta]
-
-    def _remat(self, eqn: Any, values: list[Any]) -> list[Any]:
-        """The call again under jax.checkpoint, its deltas going in and its ids coming out as any other array."""
-        inner = _inner(eqn)
-        finder = _Finder(())
-        finder.walk(inner.jaxpr, [v if isinstance(v, Table) else None for v in values], [None] * len(inner.consts))
-        deltas = [next(self.deltas) for _ in finder.reads]
-        held = [v if isinstance(v, Table) else None for v in values]
-        results: list[Any] = []
-
-        def body(deltas: list[Any], rest: list[Any]) -> Any:
-            sub = Replay(self.arrays, deltas)
-            it = iter(rest)
-            outs = sub._walk(inner.jaxpr, inner.consts, [t if t else next(it) for t in held])
-            results[:] = [x if isinstance(x, Table) else None for x in outs]
-            return [x for x in outs if not isinstance(x, Table)], sub.ids
-
-        again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        outs, ids = again(deltas, [v for v in values if not isinstance(v, Table)])
-        self.ids += ids
-        it = iter(outs)
-        return [t if t else next(it) for t in results]
-
-
-def _evaluate(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """One equation, as jax.core.eval_jaxpr evaluates it: with its own source line, name stack and context."""
-    pairs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)]
-    invars = list(dict(pairs))  # the same variable may come in twice
-    jaxpr = jaxpr.replace(
-        constvars=[],
-        invars=invars,
-        outvars=eqn.outvars,
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(jax.core.eval_jaxpr(jaxpr, (), *dict(pairs).values()))

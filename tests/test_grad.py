@@ -86,6 +86,28 @@ READS = {
     "vmap_model": lambda t: jnp.sum(jax.vmap(lambda i: squares(t[i].mean(0)))(IDS)),
     "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
     "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
+    "one_row": lambda t: jax.jit(lambda t, i: squares(t[i]))(t, 3),
+    "one_row_clamped": lambda t: squares(jax.lax.dynamic_slice(t, (V - 1, 0), (2, D))),
+    "scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), jnp.sum(t[i[0]])), 0.0, IDS)[0],
+    "scan_invariant": lambda t: jax.lax.scan(lambda c, i: (c, squares(c[i])), t, IDS)[1].sum(),
+    "scan_ys": lambda t: squares(jax.lax.scan(lambda c, i: (c + 1, t[i] * c), 1.0, IDS, reverse=True)[1]),
+    "scan_carried_ids": lambda t: jax.lax.scan(lambda c, _: ((c * 3 + 1) % V, t[c]), IDS[0], None, length=4)[1].sum(),
+    "scan_of_bags": lambda t: squares(
+        jax.lax.scan(lambda c, i: (c, js.embedding_bag(t, i)), 0, jnp.stack([IDS] * 2))[1]
+    ),
+    "scan_of_scan": lambda t: jax.lax.scan(
+        lambda c, i: (jax.lax.scan(lambda d, k: (d + squares(t[k]), None), c, i)[0], None), 0.0, IDS
+    )[0],
+    "fori": lambda t: jax.lax.fori_loop(0, 2, lambda k, c: c + squares(t[IDS[k]]), 0.0),
+    "map": lambda t: squares(jax.lax.map(lambda i: t[i].sum(0), IDS)),
+    "cond_true": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda i: squares(t[i]), lambda i: squares(t[i[0]]) * 2, IDS),
+    "cond_false": lambda t: jax.lax.cond(IDS[0, 0] > 3, lambda i: squares(t[i]), lambda i: squares(t[i[0]]) * 2, IDS),
+    "cond_one_sided": lambda t: jax.lax.cond(IDS[0, 0] > 3, lambda: 0.0, lambda: squares(js.embedding_bag(t, IDS))),
+    "switch": lambda t: squares(jax.lax.switch(IDS[0, 1], [lambda: t[IDS], lambda: t[IDS + 1], lambda: t[IDS] * 2])),
+    "scan_of_cond": lambda t: jax.lax.scan(
+        lambda c, i: (c + jax.lax.cond(i[0] > 2, lambda: squares(t[i]), lambda: squares(t[i[1]])), None), 0.0, IDS
+    )[0],
+    "remat_of_scan": jax.checkpoint(lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), None), 0.0, IDS)[0]),
     "scalar_loss_of_some": lambda t: t[IDS][0, 0, 0],
 }
 
@@ -108,8 +130,10 @@ DENSE = {
     "norm": lambda t: squares(t[IDS]) + 0.1 * jnp.sum(t**2),
     "tied_output": lambda t: squares(t[IDS] @ t.T),
     "columns": lambda t: squares(t[:, jnp.array([0, 1])]),
-    "scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), None), 0.0, IDS)[0],
-    "cond": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t[IDS]), lambda: squares(t[IDS[0]])),
+    "carried_on": lambda t: jax.lax.scan(lambda c, i: (c.at[i].add(1.0), squares(c[i])), t, IDS)[1].sum(),
+    "scanned_over": lambda t: jax.lax.scan(lambda c, row: (c + squares(row), None), 0.0, t)[0],
+    "dense_in_a_scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i] @ t.T), None), 0.0, IDS)[0],
+    "dense_in_a_branch": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t), lambda: squares(t[IDS[0]])),
     "slice": lambda t: squares(t[2:5]),
     "unused": lambda t: jnp.float32(1),
     "only_stopped": lambda t: squares(jax.lax.stop_gradient(t)[IDS]),

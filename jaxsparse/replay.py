@@ -1,0 +1,199 @@
+"""Evaluating a traced program with some of its parameters held back, so that gradients stop at what was read of them.
+
+Every read of a held-back leaf becomes `read(stop_gradient(leaf)) + delta`, with one delta a read in the order in which
+`reads.find_reads` lists them; the ids of each read come out beside the program's results. A region that JAX
+differentiates as a whole (remat, a scan, a cond) is made again with its deltas as further inputs and its ids as further
+outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxsparse.reads import BAG, CALL, CAST, COND, GATHER, REMAT, SCAN, SLICE, STOP, Finder, Table, inner_jaxpr, kind_of
+from jaxsparse.rows import row_ids
+
+# The ids of a read and, for the padded sum, the weights its cotangent is to be multiplied by.
+RowIds = tuple[jax.Array, jax.Array | None]
+
+
+class Replay:
+    """Evaluates the program with `arrays[leaf]` read through `read + delta`: one delta a read, in program order."""
+
+    def __init__(self, arrays: dict[int, Any], deltas: Sequence[Any]) -> None:
+        self.arrays = arrays
+        self.deltas: Iterator[Any] = iter(deltas)
+        self.ids: list[RowIds] = []
+
+    def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """The outputs; tables among them as arrays. `args` holds a Table where a leaf is held back."""
+        return [self._array(x) if isinstance(x, Table) else x for x in self._walk(jaxpr, constants, args)]
+
+    def _array(self, table: Table) -> Any:
+        return jax.lax.stop_gradient(self.arrays[table.leaf]).astype(table.dtype)
+
+    def _walk(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
+            zip(jaxpr.invars, args, strict=True)
+        )
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, core.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            env.update(zip(eqn.outvars, self._step(jaxpr, eqn, values), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _step(self, jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
+        tables = [v if isinstance(v, Table) else None for v in values]
+        if not any(tables):
+            return _evaluate(jaxpr, eqn, values)
+        kind = kind_of(eqn, tables)
+        table = next(t for t in tables if t)
+        if kind == CAST:
+            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
+        if kind == STOP:
+            return [dataclasses.replace(table, stopped=True)]
+        if kind in (GATHER, SLICE, BAG):
+            return [self._read(jaxpr, eqn, kind, table, values)]
+        if kind == CALL:
+            inner = inner_jaxpr(eqn)
+            return self._walk(inner.jaxpr, inner.consts, values)
+        regions = {REMAT: self._remat, SCAN: self._scan, COND: self._cond}
+        assert kind in regions, f"{kind=}: find_reads and replay disagree"
+        return regions[kind](eqn, values)
+
+    def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+        array = self.arrays[table.leaf]
+        num_rows = array.shape[0]
+        (out,) = _evaluate(jaxpr, eqn, [jax.lax.stop_gradient(array), *values[1:]])
+        if kind != BAG:
+            out = out.astype(table.dtype)
+        if table.stopped:
+            return out
+        delta, weights = next(self.deltas), None
+        if kind == GATHER:
+            ids = values[1][..., 0]
+            if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+                ids = jnp.clip(ids, 0, num_rows - 1)
+            # vmap may have put the row's dimensions before those of the ids
+            tail, first = eqn.params["dimension_numbers"].offset_dims, iter(range(out.ndim))
+            lead = out.ndim - len(tail)
+            delta = jnp.transpose(delta, [lead + tail.index(i) if i in tail else next(first) for i in range(out.ndim)])
+        elif kind == SLICE:
+            size = eqn.params["slice_sizes"][0]
+            ids = jnp.clip(values[1], 0, num_rows - size) + jnp.arange(size)  # as lax.dynamic_slice clamps
+        else:
+            ids, weights = values[1], values[2] if len(values) == 3 else None
+        self.ids.append((row_ids(jnp.asarray(ids), num_rows), weights))
+        return out + delta
+
+    def _apart(
+        self, jaxprs: Sequence[core.ClosedJaxpr], values: Sequence[Any]
+    ) -> tuple[list[list[Any]], list[Any], Any]:
+        """For a region: the deltas of each of its programs, the values that are no tables, and how to put the two kinds
+        of values together again inside."""
+        held = [v if isinstance(v, Table) else None for v in values]
+        deltas = []
+        for inner in jaxprs:
+            finder = Finder()
+            finder.walk(inner.jaxpr, held, [None] * len(inner.consts))
+            deltas.append([next(self.deltas) for _ in finder.reads])
+
+        def together(rest: Sequence[Any]) -> list[Any]:
+            it = iter(rest)
+            return [t if t else next(it) for t in held]
+
+        return deltas, [v for v in values if not isinstance(v, Table)], together
+
+    def _remat(self, eqn: Any, values: list[Any]) -> list[Any]:
+        inner = inner_jaxpr(eqn)
+        (deltas,), rest, together = self._apart([inner], values)
+        tables: list[Any] = []
+
+        def body(deltas: list[Any], rest: list[Any]) -> Any:
+            sub = Replay(self.arrays, deltas)
+            outs = sub._walk(inner.jaxpr, inner.consts, together(rest))
+            tables[:] = [x if isinstance(x, Table) else None for x in outs]
+            return [x for x in outs if not isinstance(x, Table)], sub.ids
+
+        again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+        outs, ids = again(deltas, rest)
+        self.ids += ids
+        it = iter(outs)
+        return [t if t else next(it) for t in tables]
+
+    def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
+        inner, params = inner_jaxpr(eqn), eqn.params
+        consts, carry = params["num_consts"], params["num_carry"]
+        (deltas,), rest, together = self._apart([inner], values)
+        fixed = rest[: len(rest) - len(values) + consts]  # no table is beyond the constants
+
+        def body(state: Any, turn: Any) -> Any:
+            xs, deltas = turn
+            sub = Replay(self.arrays, deltas)
+            outs = sub._walk(inner.jaxpr, inner.consts, together([*fixed, *state, *xs]))
+            return outs[:carry], (outs[carry:], sub.ids)
+
+        turns = slice(consts, consts + carry)
+        start = [jnp.asarray(v, a.dtype) for v, a in zip(values[turns], inner.in_avals[turns], strict=True)]
+        state, (ys, ids) = jax.lax.scan(
+            body,
+            start,
+            (values[consts + carry :], deltas),
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
+        self.ids += ids
+        return [*state, *ys]
+
+    def _cond(self, eqn: Any, values: list[Any]) -> list[Any]:
+        branches = eqn.params["branches"]
+        deltas, rest, together = self._apart(branches, values[1:])
+
+        def run(i: int, deltas: list[Any], rest: list[Any]) -> Any:
+            sub = Replay(self.arrays, deltas)
+            return sub.run(branches[i].jaxpr, branches[i].consts, together(rest)), sub.ids
+
+        reads = [jax.eval_shape(lambda *args, i=i: run(i, *args)[1], deltas[i], rest) for i in range(len(branches))]
+
+        def branch(i: int) -> Callable[..., Any]:
+            def fun(deltas: list[list[Any]], rest: list[Any]) -> Any:
+                outs, ids = run(i, deltas[i], rest)
+                # what another branch would have read is padding here: its cotangents are zero, and it names no row
+                return outs, [ids if j == i else jax.tree.map(_padding, reads[j]) for j in range(len(branches))]
+
+            return fun
+
+        outs, ids = jax.lax.switch(values[0], [branch(i) for i in range(len(branches))], deltas, rest)
+        self.ids += [read for of_branch in ids for read in of_branch]
+        return list(outs)
+
+
+def _padding(struct: Any) -> jax.Array:
+    """Ids that name no row, or weights that nothing is multiplied by."""
+    return jnp.full(struct.shape, -1 if jnp.issubdtype(struct.dtype, jnp.integer) else 0, struct.dtype)
+
+
+def _evaluate(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    """One equation, as jax.core.eval_jaxpr evaluates it: with its own source line, name stack and context."""
+    pairs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)]
+    invars = list(dict(pairs))  # the same variable may come in twice
+    jaxpr = jaxpr.replace(
+        constvars=[],
+        invars=invars,
+        outvars=eqn.outvars,
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return list(jax.core.eval_jaxpr(jaxpr, (), *dict(pairs).values()))
