@@ -3,15 +3,16 @@
 Shapes are static on the device and sizes are not in the data, so everything is padded, by BCOO's contract (index =
 size, data = 0) for sparse matrices and with padding_idx (or num_rows) for id lists. Examples that fill up a batch are
 empty there, and elsewhere repeat one of the batch, so that no new row is touched and nothing new can overflow; their
-weight is 0. How much: `Sizes` has a few sizes for a whole run, one where all batches are alike. How many distinct
-values an integer array holds matters to the cost of a step, so it is counted here and carried, rounded up likewise, as
-a static field of the batch.
+weight is 0. How much: `Sizes` has a few sizes for a whole run, and all features of a batch are padded to the same level
+of theirs, or every combination would be a shape to compile. How many distinct values an integer array holds matters to
+the cost of a step, so it is counted here and carried, rounded up to what batches of that level hold, as a static field
+of the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,17 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
-from jaxsparse.features import Array, Sizes, as_full, bcoo, canonical_csr, entries, is_feature, make_features, where_bad
+from jaxsparse.features import (
+    LEVELS,
+    Array,
+    Sizes,
+    bcoo,
+    canonical_csr,
+    entries,
+    make_features,
+    round_up,
+    where_bad,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +80,7 @@ def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
     """
     csr = canonical_csr(matrix, "from_scipy", "matrix")
     nse = csr.nnz if nse is None else nse
-    if nse < csr.nnz:
+    if not _is_int(nse) or nse < csr.nnz:
         do = "A smaller nse would lose entries."
         raise ValueError(message("from_scipy", "nse", f"at least the number of stored entries, {csr.nnz}", nse, do))
     data, indices = entries(csr, np.arange(csr.shape[0]), csr.shape[0], nse)
@@ -116,7 +127,7 @@ def batches(
       A `Batches`: each iteration over it is one epoch of `Batch`.
 
     Raises:
-      TypeError: for an x that is none of the above.
+      TypeError: for an x that is none of the above, and for sizes and ids that are no integers.
       ValueError: for sizes that do not fit together, ids outside [0, num_rows), nse too small, or, with check_finite,
         NaN and inf.
       OverflowError: for ids past the int32 range.
@@ -149,7 +160,8 @@ class Batches:
     """What `js.batches` returns. `len()` is the number of batches an epoch.
 
     Each `iter()` starts an epoch at its beginning: the one that comes next, or the same one again if its iteration was
-    left early. To go on where a run stopped, save `state` beside the checkpoint and set it before iterating.
+    left early. To go on where a run stopped, save `state` beside the checkpoint and set it before iterating: the epoch
+    then starts there, however often it is left early. An epoch is over when its last batch has been handed out.
 
     Attributes:
       state: the position as a dict of ints: epoch, step (of the batch to come next), and the settings that the order
@@ -172,53 +184,54 @@ class Batches:
         devices: int | None,
         check_finite: bool,
     ) -> None:
-        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        if not _is_int(batch_size) or batch_size < 1:
             raise ValueError(message("batches", "batch_size", "an integer of at least 1", batch_size))
-        if devices is not None and (devices < 1 or batch_size % devices):
+        if devices is not None and (not _is_int(devices) or devices < 1 or batch_size % devices):
             raise ValueError(message("batches", "devices", f"a divisor of batch_size, {batch_size}", devices))
+        if not _is_int(seed) or seed < 0:
+            raise ValueError(message("batches", "seed", "an integer of at least 0", seed))
         per_name = {"num_rows": num_rows, "padding_idx": padding_idx, "nse": nse}
+        for argument, value in per_name.items():
+            for v in value.values() if isinstance(value, Mapping) else [value]:
+                if v is not None and not _is_int(v):
+                    raise TypeError(message("batches", argument, "an integer, or a dict of them", repr(v)))
         names: set[str] = set()
-        self._features = make_features(x, "x", None, per_name, check_finite, names)
+        features, self._tree = jax.tree.flatten(make_features(x, "x", None, per_name, check_finite, names))
         for argument, value in per_name.items():
             for name in set(value) - names if isinstance(value, Mapping) else ():
                 raise ValueError(
                     message("batches", argument, f"keyed by the features of x, {sorted(names)}", repr(name))
                 )
-        leaves = jax.tree.leaves(self._features, is_leaf=is_feature)
-        if not leaves:
+        if not features:
             raise ValueError(message("batches", "x", "at least one feature", "an empty dict"))
-        self._num_examples = leaves[0].num_examples
-        for leaf in leaves[1:]:
-            if leaf.num_examples != self._num_examples:
-                must = f"of {self._num_examples} examples, as {leaves[0].name} is"
-                raise ValueError(message("batches", leaf.name, must, leaf.num_examples))
-        self._y = None if y is None else Array(np.asarray(y), "y", check_finite)
-        self._weight = None if weight is None else Array(np.asarray(weight).astype(np.float32), "weight", check_finite)
+        self._features, self._num_examples = features, features[0].num_examples
+        for feature in features[1:]:
+            if feature.num_examples != self._num_examples:
+                must = f"of {self._num_examples} examples, as {features[0].name} is"
+                raise ValueError(message("batches", feature.name, must, feature.num_examples))
+        self._y = None if y is None else Array(y, "y", check_finite)
+        self._weight = None if weight is None else Array(weight, "weight", check_finite)
         for other in (self._y, self._weight):
             if other is not None and other.num_examples != self._num_examples:
                 raise ValueError(
                     message("batches", other.name, f"of {self._num_examples} examples, as x is", other.num_examples)
                 )
-        if self._weight is not None and (self._weight.values.ndim != 1 or (self._weight.values < 0).any()):
-            raise ValueError(
-                message(
-                    "batches",
-                    "weight",
-                    "of shape (n,) and not negative",
-                    where_bad(self._weight.values, self._weight.values < 0),
-                )
-            )
+        if self._weight is not None:
+            values = self._weight.values
+            if values.ndim != 1 or jnp.iscomplexobj(values) or (values < 0).any():
+                must = "real, of shape (n,) and not negative"
+                raise ValueError(message("batches", "weight", must, where_bad(values, values < 0)))
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
         self._drop_remainder, self._devices = bool(drop_remainder), devices
         self._epoch = self._step = self._start = 0
-        few = [
-            (order, step)
-            for order in map(self._order, range(_LOOK_AHEAD if shuffle else 1))
-            for step in range(len(self))
-        ]
-        self._sizes = self._map(lambda f: f.sizes([part for order, step in few for part in self._chunk(order, step)]))
-        first = [part for order, step in few[:_LOOK_AHEAD] for part in self._chunk(order, step)]
-        self._distinct = [Sizes(counts) for counts in zip(*map(self._count, first), strict=True)]
+        epochs = min(-(-_LOOK_AHEAD // max(len(self), 1)), _LOOK_AHEAD // 4) if shuffle else 1
+        ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in range(len(self))]
+        ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
+        self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse) for f in features]
+        by_level: dict[int, list[list[np.ndarray]]] = {}
+        for parts in ahead:
+            by_level.setdefault(self._level(parts), []).append(parts)
+        self._distinct = {level: self._usual_counts(by_level[level]) for level in sorted(by_level)}
 
     def __len__(self) -> int:
         full, rest = divmod(self._num_examples, self._batch_size)
@@ -235,12 +248,13 @@ class Batches:
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
         for name, value in self._settings().items():
-            if int(state[name]) != value:
-                raise ValueError(message("batches", "state", f"saved with {name}={value}", f"{name}={state[name]}"))
-        if not (int(state["epoch"]) >= 0 and 0 <= int(state["step"]) <= len(self)):
+            if state.get(name) != value:
+                got = f"{name}={state.get(name)}"
+                raise ValueError(message("batches", "state", f"saved with {name}={value}", got))
+        epoch, step = int(state.get("epoch", -1)), int(state.get("step", -1))
+        if not (epoch >= 0 and 0 <= step <= len(self)):
             raise ValueError(message("batches", "state", f"a position of an epoch of {len(self)} batches", dict(state)))
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
-        self._start = self._step
+        self._epoch, self._step, self._start = epoch, step, step
 
     def _settings(self) -> dict[str, int]:
         return {
@@ -253,14 +267,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self._epoch, self._start
-        self._start = 0
         order = self._order(epoch)
         for step in range(start, len(self)):
             batch = self._batch(self._chunk(order, step))
-            self._epoch, self._step = (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
+            if step + 1 < len(self):
+                self._epoch, self._step = epoch, step + 1
+            else:
+                self._epoch, self._step, self._start = epoch + 1, 0, 0
             yield batch
         if start >= len(self):  # an empty epoch, or a position at the end of one
-            self._epoch, self._step = epoch + 1, 0
+            self._epoch, self._step, self._start = epoch + 1, 0, 0
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
@@ -276,29 +292,43 @@ class Batches:
             for i in range(self._devices or 1)
         ]
 
-    def _map(self, f: Callable[..., Any], *rest: Any) -> Any:
-        return jax.tree.map(f, self._features, *rest, is_leaf=is_feature)
+    def _is_full(self, parts: list[np.ndarray]) -> bool:
+        return sum(map(len, parts)) == self._batch_size
 
-    def _count(self, part: np.ndarray) -> list[int | None]:
-        """For each leaf of x, how many distinct values a full shard like this part holds."""
-        return [c for f in jax.tree.leaves(self._features, is_leaf=is_feature) for c in f.distinct(part)]
+    def _count(self, parts: list[np.ndarray]) -> list[int | None]:
+        """For each leaf of x, how many distinct values the examples of a shard of this batch hold at most."""
+        by_part = [[count for f in self._features for count in f.distinct(part)] for part in parts]
+        return [None if None in counts else max(counts) for counts in zip(*by_part, strict=True)]
+
+    def _usual_counts(self, batches: list[list[np.ndarray]]) -> list[int]:
+        """For each leaf of x, a count that batches like these hardly ever exceed."""
+        some = batches[:: max(len(batches) // _LOOK_AHEAD, 1)]
+        counts = np.array([[count or 0 for count in self._count(parts)] for parts in some])
+        low, high = np.percentile(counts, [25, 75], axis=0)
+        # on top of the largest seen, twice the interquartile range: 2.7 standard deviations
+        return [round_up(int(n)) for n in counts.max(axis=0) + 2 * (high - low)]
+
+    def _level(self, parts: list[np.ndarray]) -> int:
+        return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
 
     def _batch(self, parts: list[np.ndarray]) -> Batch:
         length, spare = self._batch_size // len(parts), int(parts[0][0])
-        sizes = self._map(lambda f, sizes: f.fit(sizes, parts, length), self._sizes)
+        wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
+        level = next((level for level in self._distinct if level >= wanted), max(self._distinct))
+        sizes = [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
         shards = []
         for part in parts:
             weight = np.zeros(length, np.float32)
             weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
-            x = self._map(lambda f, size, part=part: f.take(part, length, size, spare), sizes)
-            shards.append((x, None if self._y is None else self._y.take(part, length, None, spare), weight))
-        distinct: list[int | None] = []
-        sizes_of_x = [int(leaf.size) for leaf in jax.tree.leaves(shards[0][0])]
-        counted = list(zip(*map(self._count, parts), strict=True))  # by leaf, then by shard
-        for size, expected, counts in zip(sizes_of_x, self._distinct, counted, strict=True):
-            full = [as_full(c, len(part), length) for c, part in zip(counts, parts, strict=True) if c is not None]
-            # beside what was counted: the row numbers of a BCOO, and what marks padding
-            distinct.append(min(size, expected.fit(max(full)) + length + 2) if full else None)
+            leaves = [f.take(part, length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
+            y = None if self._y is None else self._y.take(part, length, 0, spare)
+            shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
+        leaves = jax.tree.leaves(shards[0][0])
+        beside = [n for f in self._features for n in f.beside(length)]
+        distinct = [
+            None if count is None else min(int(leaf.size), other + (usual if count <= usual else round_up(count)))
+            for leaf, other, count, usual in zip(leaves, beside, self._count(parts), self._distinct[level], strict=True)
+        ]
         x, y, weight = (
             jax.tree.map(lambda *leaves: np.stack(leaves), *shards)
             if self._devices
@@ -307,4 +337,8 @@ class Batches:
         return Batch(x, y, weight, distinct=tuple(distinct))
 
 
-_LOOK_AHEAD = 4  # epochs for sizes, batches for counts
+_LOOK_AHEAD = 64  # batches to learn the sizes from
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)

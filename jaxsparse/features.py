@@ -1,6 +1,10 @@
 """The kinds of features that a batch is made of: what each is, how large a batch of it gets, and how one is cut. Host
 side only.
 
+Each has `need`, the size that a batch of these shards needs; `distinct`, how many distinct values the examples of a
+shard hold, by leaf; `beside`, how many more come with padding and row numbers; `take`, one shard, padded; and `nse`, a
+size that is fixed.
+
 This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
 behind it need not check anything. Nothing is clipped, wrapped or dropped.
 """
@@ -8,6 +12,7 @@ behind it need not check anything. Nothing is clipped, wrapped or dropped.
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,27 +27,24 @@ from jaxsparse._checks import MAX_ROWS, message
 
 class Sizes:
     """A few static sizes for a run: the largest that is expected, in eighths of an octave, and three quarters and half
-    of that.
+    of that: levels 2, 1 and 0. One size for all levels where all needs are alike, or where it is fixed.
 
-    What needs more than the largest gets its own size. Where all batches need the same, all get the same.
+    What needs more than the largest gets its own size.
     """
 
-    def __init__(self, needs: Sequence[int | None], fixed: int | None = None) -> None:
-        known = [n for n in needs if n is not None]
-        self.largest = round_up(max(known, default=1)) if fixed is None else fixed
-        self.fixed = fixed is not None
+    def __init__(self, needs: Sequence[int], fixed: int | None) -> None:
+        largest = round_up(max(needs, default=1)) if fixed is None else fixed
+        alike = fixed is not None or len(set(needs)) < 2
+        self.sizes = (largest,) * LEVELS if alike else (-(-largest // 2), -(-3 * largest // 4), largest)
 
-    def fit(self, need: int) -> int:
-        if self.fixed:
-            return self.largest
-        rungs = (-(-self.largest // 2), -(-3 * self.largest // 4), self.largest)
-        return next((rung for rung in rungs if rung >= need), round_up(need))
+    def level(self, need: int) -> int:
+        return next((level for level, size in enumerate(self.sizes) if size >= need), LEVELS - 1)
+
+    def fit(self, need: int, level: int) -> int:
+        return self.sizes[level] if need <= self.sizes[level] else round_up(need)
 
 
-def as_full(need: int, examples: int, length: int) -> int:
-    """What a full shard would need where `examples` of its `length` need this much, so that the last batch gets no
-    shape of its own."""
-    return need if examples == length else max(need, -(-need * length // max(examples, 1)))
+LEVELS = 3
 
 
 def round_up(n: int) -> int:
@@ -58,27 +60,23 @@ class Sparse:
         self.csr, self.name, self.nse = canonical_csr(matrix, "batches", name), name, nse
         if check_finite and not np.isfinite(self.csr.data).all():
             at = int(np.flatnonzero(~np.isfinite(self.csr.data))[0])
-            row = int(np.searchsorted(self.csr.indptr, at, side="right")) - 1
-            raise ValueError(
-                message("batches", name, "finite", f"{self.csr.data[at]} at row {row}, column {self.csr.indices[at]}")
-            )
+            raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {_entry(self.csr, at)}"))
         self.num_examples = self.csr.shape[0]
         self.lengths = np.diff(self.csr.indptr).astype(np.int64)
         self.counter = _Counter(self.csr.shape[1])
 
-    def sizes(self, parts: list[np.ndarray]) -> Sizes:
-        return Sizes([int(self.lengths[part].sum()) for part in parts], self.nse)
-
-    def fit(self, sizes: Sizes, parts: list[np.ndarray], length: int) -> int:
-        entries = [int(self.lengths[part].sum()) for part in parts]
-        if self.nse is not None and max(entries) > self.nse:
-            batch = f"the batch of examples {parts[0][:3].tolist()}..."
-            must = f"at least {max(entries)}, the entries of {self.name} in {batch}"
+    def need(self, parts: list[np.ndarray]) -> int:
+        entries = max(int(self.lengths[part].sum()) for part in parts)
+        if self.nse is not None and entries > self.nse:
+            must = f"at least {entries}, the entries of {self.name} in the batch from example {parts[0][0]} on"
             raise ValueError(message("batches", "nse", must, self.nse, "Raise nse, or leave it out."))
-        return sizes.fit(max(as_full(n, len(part), length) for n, part in zip(entries, parts, strict=True)))
+        return entries
 
     def distinct(self, part: np.ndarray) -> list[int | None]:
         return [None, self.counter(_columns(self.csr, part))]  # of data, of indices
+
+    def beside(self, length: int) -> list[int]:
+        return [0, length + 2]  # row numbers, and the two that mark padding
 
     def take(self, part: np.ndarray, length: int, size: int, spare: int) -> BCOO:
         del spare
@@ -89,18 +87,18 @@ class Sparse:
 class Lists:
     """Lists of ids: (B, L) padded."""
 
+    nse = None
+
     def __init__(self, lists: Any, name: str, num_rows: int | None, padding_idx: int | None) -> None:
+        rows = [_id_list(row, name, i) for i, row in enumerate(lists)]
         if num_rows is None:
             do = "It is the number of rows of the table that the ids go into."
             raise ValueError(message("batches", "num_rows", f"given, because {name} is a list of id lists", None, do))
-        self.name, self.num_examples = name, len(lists)
-        self.lengths = np.fromiter((len(row) for row in lists), np.int64, len(lists))
+        self.name, self.num_examples = name, len(rows)
+        self.lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        flat = np.concatenate(
-            [np.asarray(row) if len(row) else np.zeros(0, np.int32) for row in lists] or [np.zeros(0, np.int32)]
-        )
-        if not np.issubdtype(flat.dtype, np.integer):
-            raise TypeError(message("batches", name, "lists of integers", f"{flat.dtype=}"))
+        # floats, where uint64 stands beside int64: exact for every id that is legal
+        flat = np.concatenate([row for row in rows if len(row)] or [np.zeros(0, np.int32)])
 
         def position(at: int) -> str:
             row = int(np.searchsorted(self.starts, at, side="right")) - 1
@@ -110,15 +108,15 @@ class Lists:
         self.padding = num_rows if padding_idx is None else padding_idx
         self.counter = _Counter(num_rows)
 
-    def sizes(self, parts: list[np.ndarray]) -> Sizes:
-        return Sizes([int(self.lengths[part].max(initial=1)) for part in parts])
-
-    def fit(self, sizes: Sizes, parts: list[np.ndarray], length: int) -> int:
-        del length
-        return sizes.fit(max(int(self.lengths[part].max(initial=1)) for part in parts))
+    def need(self, parts: list[np.ndarray]) -> int:
+        return max(int(self.lengths[part].max(initial=1)) for part in parts)
 
     def distinct(self, part: np.ndarray) -> list[int | None]:
         return [self.counter(self.flat[_spans(self.starts[part], self.lengths[part])])]
+
+    def beside(self, length: int) -> list[int]:
+        del length
+        return [1]
 
     def take(self, part: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del spare
@@ -131,29 +129,28 @@ class Lists:
 class Ids:
     """An array of ids."""
 
+    nse = None
+
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         self.name, self.num_examples = name, len(ids)
-
-        def position(at: int) -> str:
-            return f"position {tuple(map(int, np.unravel_index(at, ids.shape)))}"
-
-        self.ids = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, position).reshape(ids.shape)
+        flat = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, lambda at: _position(at, ids.shape))
+        self.ids = flat.reshape(ids.shape)
         self.padding = padding_idx
         top = int(ids.max(initial=0)) + 1
         self.counter = _Counter(top if num_rows is None else num_rows)
 
-    def sizes(self, parts: list[np.ndarray]) -> None:
+    def need(self, parts: list[np.ndarray]) -> int:
         del parts
-
-    def fit(self, sizes: None, parts: list[np.ndarray], length: int) -> None:
-        del sizes, parts, length
+        return 0
 
     def distinct(self, part: np.ndarray) -> list[int | None]:
-        return [
-            self.counter(self.ids[part].reshape(-1)) + self.ids[:1].size
-        ]  # padding may repeat another shard's example
+        return [self.counter(self.ids[part].reshape(-1))]
 
-    def take(self, part: np.ndarray, length: int, size: None, spare: int) -> np.ndarray:
+    def beside(self, length: int) -> list[int]:
+        del length
+        return [self.ids[:1].size if self.padding is None else 1]  # padding may repeat an example of another shard
+
+    def take(self, part: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
         return _pad(self.ids[part], length, self.ids[spare] if self.padding is None else self.padding)
 
@@ -161,24 +158,31 @@ class Ids:
 class Array:
     """Any other array."""
 
-    def __init__(self, values: np.ndarray, name: str, check_finite: bool) -> None:
-        if values.ndim < 1:
-            raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {values.shape}"))
-        if check_finite and np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
-            raise ValueError(message("batches", name, "finite", where_bad(values, ~np.isfinite(values))))
-        self.values, self.name, self.num_examples = _jax_dtype(values, "batches", name), name, len(values)
+    nse = None
 
-    def sizes(self, parts: list[np.ndarray]) -> None:
+    def __init__(self, values: Any, name: str, check_finite: bool) -> None:
+        given = _as_array(values, name)
+        self.values = _jax_dtype(given, "batches", name, lambda at: _position(at, given.shape))
+        if given.ndim < 1:
+            raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {given.shape}"))
+        # after the cast: what overflows float32 is inf on the device
+        if check_finite and jnp.issubdtype(given.dtype, jnp.inexact) and not np.isfinite(self.values).all():
+            raise ValueError(message("batches", name, "finite", where_bad(given, ~np.isfinite(self.values))))
+        self.name, self.num_examples = name, len(given)
+
+    def need(self, parts: list[np.ndarray]) -> int:
         del parts
-
-    def fit(self, sizes: None, parts: list[np.ndarray], length: int) -> None:
-        del sizes, parts, length
+        return 0
 
     def distinct(self, part: np.ndarray) -> list[int | None]:
         del part
         return [None]
 
-    def take(self, part: np.ndarray, length: int, size: None, spare: int) -> np.ndarray:
+    def beside(self, length: int) -> list[int]:
+        del length
+        return [0]
+
+    def take(self, part: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
         return _pad(self.values[part], length, self.values[spare])
 
@@ -202,10 +206,6 @@ class _Counter:
         return int(np.count_nonzero(self.seen[at] == positions))
 
 
-def is_feature(x: object) -> bool:
-    return isinstance(x, (Sparse, Lists, Ids, Array))
-
-
 def make_features(
     x: Any, path: str, key: str | None, per_name: dict[str, Any], check_finite: bool, names: set[str]
 ) -> Any:
@@ -219,11 +219,8 @@ def make_features(
         return Sparse(x, path, nse, check_finite)
     if isinstance(x, (list, tuple)) and (not x or any(isinstance(row, (list, tuple, np.ndarray)) for row in x)):
         return Lists(x, path, num_rows, padding_idx)
-    array = np.asarray(x)
-    if array.dtype == object or (array.dtype.kind not in "biuf" and not jnp.issubdtype(array.dtype, jnp.floating)):
-        do = "Use a SciPy matrix, an array, or a list of id lists."
-        raise TypeError(message("batches", path, "numbers", f"{type(x).__name__} of {array.dtype=}", do))
-    if array.ndim and np.issubdtype(array.dtype, np.integer):
+    array = _as_array(x, path)
+    if array.ndim and array.dtype.kind in "iu":
         return Ids(array, path, num_rows, padding_idx)
     return Array(array, path, check_finite)
 
@@ -231,8 +228,33 @@ def make_features(
 def where_bad(values: np.ndarray, bad: np.ndarray) -> str:
     if not bad.any():
         return f"shape {values.shape}"
-    at = tuple(int(i) for i in np.argwhere(bad)[0])
-    return f"{values[at]} at position {at if len(at) > 1 else at[0]}"
+    at = int(np.flatnonzero(bad)[0])
+    return f"{values.reshape(-1)[at]} at {_position(at, values.shape)}"
+
+
+def _position(at: int, shape: tuple[int, ...]) -> str:
+    return f"position {at if len(shape) == 1 else tuple(map(int, np.unravel_index(at, shape)))}"
+
+
+def _entry(csr: Any, at: int) -> str:
+    return f"row {int(np.searchsorted(csr.indptr, at, side='right')) - 1}, column {csr.indices[at]}"
+
+
+def _as_array(x: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except ValueError:  # rows of several lengths
+        must = "an array, or rows of one length"
+        do = "Ragged features are lists of id lists, or SciPy matrices."
+        raise TypeError(message("batches", name, must, reprlib.repr(x), do)) from None
+
+
+def _id_list(row: Any, name: str, at: int) -> np.ndarray:
+    ids = _as_array(row, name)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        do = "Numbers that are no ids go into an array or a SciPy matrix."
+        raise TypeError(message("batches", name, "lists of integers", f"{reprlib.repr(row)} at position {at}", do))
+    return ids
 
 
 def _pad(values: np.ndarray, length: int, fill: Any) -> np.ndarray:
@@ -253,6 +275,8 @@ def _checked_ids(
             raise ValueError(message("batches", "num_rows", f"between 0 and {MAX_ROWS - 1}", num_rows))
         bad |= ids >= num_rows
     if padding_idx is not None:
+        if not -(2**31) <= padding_idx < 2**31:
+            raise ValueError(message("batches", "padding_idx", "within int32", padding_idx))
         bad &= ids != padding_idx
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
@@ -279,33 +303,32 @@ def canonical_csr(matrix: Any, function: str, argument: str) -> Any:
     for size in matrix.shape:
         if size >= MAX_ROWS:
             raise OverflowError(message(function, argument, f"of dimensions below {MAX_ROWS}", f"shape {matrix.shape}"))
-    csr = matrix.tocsr()
-    if csr.nnz:
-        bad = (csr.indices < 0) | (csr.indices >= csr.shape[1])
+    if matrix.format in ("csr", "csc"):  # SciPy's constructors do not look, and its conversions then write anywhere
+        major, minor = (0, 1) if matrix.format == "csr" else (1, 0)
+        bad = (matrix.indices < 0) | (matrix.indices >= matrix.shape[minor])
         if bad.any():
-            at = int(np.flatnonzero(bad)[0])
-            row = int(np.searchsorted(csr.indptr, at, side="right")) - 1
-            raise ValueError(
-                message(
-                    function, argument, f"of column indices in [0, {csr.shape[1]})", f"{csr.indices[at]} in row {row}"
-                )
-            )
-    if csr is matrix or np.shares_memory(csr.data, matrix.data):
-        csr = csr.copy()
+            at, axes = int(np.flatnonzero(bad)[0]), ("row", "column")
+            where = f"{axes[major]} {int(np.searchsorted(matrix.indptr, at, side='right')) - 1}"
+            must = f"of {axes[minor]} indices in [0, {matrix.shape[minor]})"
+            raise ValueError(message(function, argument, must, f"{matrix.indices[at]} in {where}"))
+    csr = matrix.tocsr(copy=True)
     csr.sum_duplicates()  # sorts too; keeps explicit zeros
-    csr.data = _jax_dtype(csr.data, function, argument)
+    csr.data = _jax_dtype(csr.data, function, argument, lambda at: _entry(csr, at))
     return csr
 
 
-def _jax_dtype(values: np.ndarray, function: str, argument: str) -> np.ndarray:
+def _jax_dtype(values: np.ndarray, function: str, argument: str, position: Callable[[int], str]) -> np.ndarray:
     """In the dtype that JAX keeps them in: 64 bits become 32 unless jax_enable_x64 is on. Integers that do not fit
-    raise."""
-    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
-    if np.issubdtype(values.dtype, np.integer) and values.size:
+    raise, and so do dtypes that JAX has not."""
+    try:
+        dtype = jax.typeof(np.empty(0, values.dtype)).dtype
+    except TypeError:
+        raise TypeError(message(function, argument, "of numbers that JAX has a dtype for", f"{values.dtype}")) from None
+    if values.dtype.kind in "iu" and values.size:
         limits, flat = np.iinfo(dtype), values.reshape(-1)
         for at in (int(flat.argmax()), int(flat.argmin())):
             if not limits.min <= int(flat[at]) <= limits.max:
-                raise OverflowError(message(function, argument, f"within {dtype}", f"{flat[at]} at position {at}"))
+                raise OverflowError(message(function, argument, f"within {dtype}", f"{flat[at]} at {position(at)}"))
     return values.astype(dtype, copy=False)
 
 
