@@ -13,6 +13,7 @@ from jaxsparse.collectives import pmean as pmean
 from jaxsparse.collectives import psum as psum
 from jaxsparse.embedding import embedding_bag as embedding_bag
 from jaxsparse.embedding import embedding_lookup as embedding_lookup
+from jaxsparse.explain import explain as explain  # type: ignore[no-redef]
 from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
 from jaxsparse.grad import value_and_grad as value_and_grad
 from jaxsparse.lazy import LazyState as LazyState

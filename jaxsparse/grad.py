@@ -23,7 +23,7 @@ from jaxsparse.rows import RowSparse, concatenate_blocks, row_ids
 
 
 def value_and_grad(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
 ) -> Callable[..., Any]:
     """A function that evaluates `fun` and its gradient, row-sparse where `fun` only reads rows.
 
@@ -32,6 +32,9 @@ def value_and_grad(
         become tracers, all others pass through untouched.
       argnums: which positional arguments to differentiate with respect to: pytrees of floating arrays.
       has_aux: whether `fun` returns (scalar, aux).
+      tables: which leaves get row-sparse gradients. None: those that are only read by rows. Otherwise a function of
+        (path, leaf), or names, one of which is a part of the path: those leaves and no others, even where they are
+        not used at all. The path is as jax.tree_util.keystr has it: "['params']['Embed_0']['embedding']".
 
     Returns:
       A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad
@@ -41,6 +44,7 @@ def value_and_grad(
     Raises:
       TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
         floating.
+      ValueError: if `tables` names a leaf that is used as a whole, with the line that does it, or no leaf at all.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -53,7 +57,7 @@ def value_and_grad(
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
         traced = trace(fun, argnums, has_aux, args, kwargs)
-        sparse = [i for i in range(len(traced.leaves)) if traced.is_sparse(i)]
+        sparse = traced.sparse_leaves(tables)
         reads = [r for r in traced.reads if r.leaf in sparse]
         arrays = {i: traced.leaves[i] for i in sparse}
         others = [x for i, x in enumerate(traced.leaves) if i not in arrays]
@@ -79,7 +83,9 @@ def value_and_grad(
     return value_and_grad_fun
 
 
-def grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False) -> Callable[..., Any]:
+def grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
+) -> Callable[..., Any]:
     """A function that evaluates the gradient of `fun`, row-sparse where `fun` only reads rows.
 
     Arguments and errors are those of `js.value_and_grad`.
@@ -93,13 +99,17 @@ def grad(fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: boo
       >>> js.grad(lambda table, ids: jnp.sum(table[ids] ** 2))(jnp.ones((5, 1)), jnp.array([3])).todense().tolist()
       [[0.0], [0.0], [0.0], [2.0], [0.0]]
     """
-    both = value_and_grad(fun, argnums, has_aux)
+    both = value_and_grad(fun, argnums, has_aux, tables=tables)
 
     def grad_fun(*args: Any, **kwargs: Any) -> Any:
         value, gradient = both(*args, **kwargs)
         return (gradient, value[1]) if has_aux else gradient
 
     return grad_fun
+
+
+# None, names, or a function of (path, leaf).
+Tables = str | Sequence[str] | Callable[[str, Any], bool] | None
 
 
 class Traced:
@@ -112,14 +122,36 @@ class Traced:
         unflatten: Callable[[list[Any]], Any],
         aux: Callable[[list[Any]], Any],
         distinct: Callable[[Any], int | None],
+        paths: list[str],
     ) -> None:
-        self.closed, self.leaves, self.unflatten, self.aux = closed, leaves, unflatten, aux
-        candidates = [jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0 for x in leaves]
+        self.closed, self.leaves, self.unflatten, self.aux, self.paths = closed, leaves, unflatten, aux, paths
+        candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
         self.reads, self.dense = find_reads(closed, candidates, distinct)
 
-    def is_sparse(self, leaf: int) -> bool:
-        """Whether the leaf is read by rows, and not used in any other way."""
-        return leaf not in self.dense and any(r.leaf == leaf for r in self.reads)
+    def sparse_leaves(self, tables: Tables = None) -> list[int]:
+        """The leaves that get row-sparse gradients."""
+        read = {r.leaf for r in self.reads}
+        if tables is None:
+            return [i for i in range(len(self.leaves)) if i in read and i not in self.dense]
+        if isinstance(tables, str):
+            tables = [tables]
+        chosen = []
+        for i, (path, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
+            if tables(path, leaf) if callable(tables) else any(name in path for name in tables):
+                chosen.append(i)
+        for i in chosen:
+            if i in self.dense:
+                got = f"{self.paths[i]}, which {self.dense[i].cause} uses as a whole at {self.dense[i].source}"
+                raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
+            if self.leaves[i].ndim < 1:
+                raise ValueError(message("value_and_grad", "tables", "leaves that have rows", self.paths[i]))
+        if not callable(tables):
+            for name in tables:
+                if not any(name in path for path in self.paths):
+                    raise ValueError(
+                        message("value_and_grad", "tables", f"parts of the paths {self.paths}", repr(name))
+                    )
+        return chosen
 
 
 def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any) -> Traced:
@@ -166,7 +198,10 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
         it = iter(arrays)
         return jax.tree.unflatten(tree, [next(it) if a else x for a, x in zip(is_array, static, strict=True)])
 
-    return Traced(closed, leaves, unflatten, aux, _distinct_values((args, kwargs)))
+    by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
+    argument = (lambda n: f"[{n}]") if several else (lambda n: "")
+    paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
+    return Traced(closed, leaves, unflatten, aux, _distinct_values((args, kwargs)), paths)
 
 
 def _check_leaf(x: Any) -> Any:
@@ -220,4 +255,6 @@ def _row_sparse(
         blocks.append(
             RowSparse(row_ids(read_ids, table.shape[0]).reshape(-1), rows, table.shape, distinct=read.distinct)
         )
+    if not blocks:  # chosen with tables=, and not used at all
+        return RowSparse(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.shape[1:]), table.dtype), table.shape)
     return concatenate_blocks(blocks)

@@ -7,9 +7,7 @@ rows back. Because `inner` sees coalesced blocks, norms, clipping, schedules, ma
 without knowing about sparsity: the norm of the blocks is the norm of the dense gradient. Padding rows are zero in
 gradient, state and parameter.
 
-Which state arrays have one row per table row is asked of `inner.init` itself: it is evaluated abstractly for two
-made-up numbers of rows, and what changes with them is told from what does not. Comparing shapes with the real num_rows
-instead would take a block of k = num_rows, or a hidden layer of that width, for a table.
+Which state arrays have one row per table row, and whether `inner` acts by row at all, is found out in `rowwise.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import optax
 
 from jaxsparse._checks import message
 from jaxsparse.rows import RowSparse, coalesce, gather_rows, is_row_sparse, scatter_rows
+from jaxsparse.rowwise import check_by_row, find_row_leaves
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
@@ -46,8 +45,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     transformation that maps over gradients meets row ids and refuses.
 
     Args:
-      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) are
-        not lazy-able; where their state shows it they raise.
+      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) or
+        draw by shape (noise) raise at the first update, where `inner` is tried on small tables: see `rowwise.py`.
 
     Returns:
       A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
@@ -86,9 +85,13 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 if is_row_sparse(g):
                     grads[i], scratch[i] = coalesce(g, scratch[i])
 
-        key = (tree, tuple((g.shape, g.dtype, is_row_sparse(g)) for g in grads))
+        leaves = [g if p is None else p for g, p in zip(grads, values, strict=True)]
+        flags = [is_row_sparse(g) for g in grads]
+        key = (tree, tuple((g.shape, g.dtype, f) for g, f in zip(grads, flags, strict=True)))
         if key not in row_leaves:
-            row_leaves[key] = _row_leaves(inner, tree, grads, values)
+            row_leaves[key] = find_row_leaves(inner, tree, leaves, flags)
+            if any(flags) and params is not None and not extra_args:
+                check_by_row(inner, tree, leaves, flags)
         slots, slot_tree = _flatten(state.wrapped)
         if len(slots) != len(row_leaves[key]):
             must = f"the state that init made, of {len(row_leaves[key])} leaves"
@@ -176,34 +179,3 @@ def _is_lazy_state(x: object) -> bool:
 def _scratch(param: Any) -> jax.Array:
     """The coalescing scratch of a parameter: of every one, since init cannot know which will be read by rows."""
     return jnp.zeros(jnp.shape(param)[:1], jnp.int32)
-
-
-# Made-up numbers of rows that no real dimension is likely to equal; the second evaluation exposes one that does. The
-# third has wider rows as well: what changes with the width, but not with the number of rows, looks across rows.
-_PROBES = ((1_000_003, 0), (1_500_007, 0), (1_000_003, 1))
-
-
-def _row_leaves(inner: Any, tree: Any, grads: list[Any], values: list[Any]) -> list[int | None]:
-    """For every leaf of inner's state, which parameter's rows it has one row for, or None."""
-
-    def evaluate(probe: tuple[int, int]) -> list[tuple[int, ...]]:
-        structs = []
-        for i, (g, p) in enumerate(zip(grads, values, strict=True)):
-            shape = (probe[0] + i, *(d + probe[1] for d in g.shape[1:])) if is_row_sparse(g) else jnp.shape(g)
-            structs.append(jax.ShapeDtypeStruct(shape, jnp.result_type(g.dtype if p is None else p)))
-        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(inner.init, tree.unflatten(structs)))]
-
-    out: list[int | None] = []
-    for one, more, wider in zip(*map(evaluate, _PROBES), strict=True):
-        if one == more == wider:
-            out.append(None)
-            continue
-        leaf = one[0] - _PROBES[0][0]
-        if one == more or more[0] - _PROBES[1][0] != leaf or one[1:] != more[1:] or not 0 <= leaf < len(grads):
-            got = (
-                f"one with state of shape {one} for tables of {_PROBES[0][0]} rows and {more} for {_PROBES[1][0]} rows"
-            )
-            do = "Use a transformation without statistics across rows; adam, adagrad and rmsprop have none."
-            raise ValueError(message("lazy", "inner", "a transformation that acts on each row by itself", got, do))
-        out.append(leaf)
-    return out

@@ -57,7 +57,6 @@ class Table:
     leaf: int
     dtype: Any
     cast: bool = False
-    stopped: bool = False
 
 
 # What an equation means for the tables that enter it.
@@ -189,7 +188,7 @@ class Finder:
         if kind == CAST:
             return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
         if kind == STOP:
-            return [dataclasses.replace(table, stopped=True)]
+            return nothing  # an array like any other from here on
         if kind in (CALL, REMAT):
             inner = inner_jaxpr(eqn)
             return self.walk(inner.jaxpr, marks, [None] * len(inner.consts))
@@ -198,8 +197,7 @@ class Finder:
         if kind == COND:
             return self._cond(eqn, marks)
         if kind in (GATHER, SLICE, BAG):
-            if not table.stopped:
-                self.reads.append(_read(eqn, kind, table, marks[1]))
+            self.reads.append(_read(eqn, kind, table, marks[1]))
             return nothing
         self._dense_use(tables, eqn)
         return nothing

@@ -61,7 +61,7 @@ class Replay:
         if kind == CAST:
             return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
         if kind == STOP:
-            return [dataclasses.replace(table, stopped=True)]
+            return [self._array(table)]
         if kind in (GATHER, SLICE, BAG):
             return [self._read(jaxpr, eqn, kind, table, values)]
         if kind == CALL:
@@ -77,8 +77,6 @@ class Replay:
         (out,) = _evaluate(jaxpr, eqn, [jax.lax.stop_gradient(array), *values[1:]])
         if kind != BAG:
             out = out.astype(table.dtype)
-        if table.stopped:
-            return out
         delta, weights = next(self.deltas), None
         if kind == GATHER:
             ids = values[1][..., 0]

@@ -1,5 +1,7 @@
 """Row-sparse gradients: which leaves get them, and that densified they are jax.grad's."""
 
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,7 @@ READS = {
     ),
     "vmap_model": lambda t: jnp.sum(jax.vmap(lambda i: squares(t[i].mean(0)))(IDS)),
     "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
+    "stopped_and_used_whole": lambda t: squares(t[IDS]) * jnp.sum(jax.lax.stop_gradient(t) ** 2),
     "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
     "one_row": lambda t: jax.jit(lambda t, i: squares(t[i]))(t, 3),
     "one_row_clamped": lambda t: squares(jax.lax.dynamic_slice(t, (V - 1, 0), (2, D))),
@@ -305,6 +308,62 @@ def test_bounds_on_distinct_ids_reach_the_gradient():
     matrix = scipy.sparse.csr_matrix((np.ones(1280, np.float32), ids.ravel(), np.arange(0, 1281, 20)), (64, 1000))
     batch = next(iter(js.batches(matrix, batch_size=64)))
     assert jax.eval_shape(js.grad(lambda t, b: js.dot(b.x, t).sum()), table, batch).distinct < 300
+
+
+def test_explain():
+    params = {
+        "t": jnp.ones((500, 2)),
+        "small": jnp.ones((9, 2)),
+        "tied": TABLE,
+        "w": jnp.ones(2),
+        "s": jnp.float32(1),
+        "no": jnp.ones(3),
+    }
+
+    def loss(p, batch):
+        h = p["t"][batch.x] + p["t"][batch.x * 2] + p["small"][batch.x % 9]
+        return jnp.sum(h @ p["w"]) * p["s"] + squares(p["tied"][IDS]) + jnp.sum(p["tied"] ** 2)  # the dense use
+
+    batch = next(iter(js.batches(np.arange(24).reshape(4, 6), batch_size=4)))
+    said = js.explain(loss)(params, batch)
+    t, small, tied = said["['t']"], said["['small']"], said["['tied']"]
+    assert t.row_sparse and t.num_rows == 500 and t.rows_read == 48 and t.distinct == 2 * batch.distinct[0]
+    assert t.advice == "" and "tables=" in small.advice and len(t.reads) == 2
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.endswith("# the dense use"))
+    assert not tied.row_sparse and tied.cause == "integer_pow" and f"test_grad.py:{line} " in tied.source
+    assert f"test_grad.py:{line - 1} (" in t.reads[0]
+    assert said["['w']"].cause == "dot_general" and said["['s']"].cause == "mul" and said["['no']"].cause == "not used"
+    printed = str(said).splitlines()
+    assert len(printed) == len(params)
+    assert next(p for p in printed if p.startswith("['t']")).startswith(
+        "['t']  row-sparse: 2 reads of 48 of 500 rows (at most"
+    )
+    assert "['tied']  dense: integer_pow at " in str(said)
+
+
+def test_tables_forces_the_choice():
+    params = {"a": TABLE, "b": OTHER, "c": OTHER}
+
+    def loss(p):
+        return squares(p["a"][IDS]) + squares(p["b"][IDS]) + jnp.sum(p["b"])
+
+    want = jax.grad(loss)(params)
+    for tables, expect in [
+        (None, {"['a']"}), ("a", {"['a']"}), ([], set()), (["c"], {"['c']"}), (("a", "c"), {"['a']", "['c']"}),
+        (lambda path, leaf: "a" in path and leaf.shape == (V, D), {"['a']"}),
+    ]:  # fmt: skip
+        grads = js.grad(loss, tables=tables)(params)
+        assert sparse_leaves(grads) == expect
+        assert {
+            path for path, p in js.explain(loss, tables=tables)(params).parameters.items() if p.row_sparse
+        } == expect
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), dense(grads), want)
+    assert js.grad(loss, tables="c")(params)["c"].rows.shape == (0, D)
+    with pytest.raises(ValueError, match=r"'tables'.*\['b'\].*reduce_sum.*test_grad.py:\d+"):
+        js.grad(loss, tables="b")(params)
+    with pytest.raises(ValueError, match=r"'tables'.*'z'"):
+        js.grad(loss, tables=["a", "z"])(params)
 
 
 ERRORS = [

@@ -45,6 +45,9 @@ INNERS = {
     "inject": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.05), 3),
     "ema": lambda: optax.chain(optax.adam(0.05), optax.ema(0.9)),
+    "adan": lambda: optax.adan(0.05),
+    "rprop": lambda: optax.rprop(0.05),
+    "novograd": lambda: optax.novograd(0.05),
 }
 
 
@@ -373,17 +376,60 @@ def test_state_keeps_optax_names():
 NOT_BY_ROW = {
     "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
     "sm3": lambda: optax.sm3(0.1),
-    "shampoo_like": lambda: optax.GradientTransformation(
+    "lamb": lambda: optax.lamb(0.1),
+    "lars": lambda: optax.lars(0.1),
+    "block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)),
+    "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),
+    "flat_state": lambda: optax.GradientTransformation(
         lambda p: jax.tree.map(lambda x: jnp.zeros((x.size,)), p), lambda u, s, p=None: (u, s)
     ),
+    "mean_of_rows": lambda: optax.stateless(lambda u, p: jax.tree.map(lambda x: x - x.mean(0, keepdims=True), u)),
 }
 
 
 @pytest.mark.parametrize("name", NOT_BY_ROW)
-def test_state_that_is_not_by_row_is_refused(name):
+@pytest.mark.parametrize("jitted", [True, False])
+def test_what_is_not_by_row_is_refused(name, jitted):
     tx = js.lazy(NOT_BY_ROW[name]())
-    with pytest.raises(ValueError, match=r"'inner'.*each row by itself.*rows"):
-        tx.update(gradient(0), tx.init(params()), params())
+    update = jax.jit(tx.update) if jitted else tx.update
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=r"'inner'.*each row by itself"):
+        update(gradient(0), tx.init(params()), params())
+
+
+RECIPES = {
+    "a rate for each table": optax.partition(
+        {"fast": optax.adam(0.1), "slow": optax.sgd(0.01)}, {"t": "fast", "u": "slow", "w": "slow"}
+    ),
+    "a frozen table": optax.partition(
+        {"on": optax.adam(0.1), "off": optax.set_to_zero()}, {"t": "on", "u": "off", "w": "on"}
+    ),
+    "masked": optax.masked(optax.adam(0.1), MASK),
+    "no NaN": optax.chain(optax.zero_nans(), optax.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_inside(name):
+    """Those whose state optax's tree_map_params does not know, so that only the parameters have an oracle."""
+    inner, values = RECIPES[name], params()
+    tx = js.lazy(inner)
+    state, want, want_state = tx.init(values), values, inner.init(values)
+    for step in range(3):  # all rows are touched, so dense optax itself is the oracle
+        grads = {
+            k: js.RowSparse(jnp.arange(V), g, g.shape) if k != "w" else g for k, g in densify(gradient(step)).items()
+        }
+        updates, state = tx.update(grads, state, values)
+        values = optax.apply_updates(values, updates)
+        updates, want_state = inner.update(densify(grads), want_state, want)
+        want = optax.apply_updates(want, updates)
+    chex.assert_trees_all_close(values, want, rtol=1e-5, atol=1e-6)
+    before = values
+    updates, _ = tx.update(gradient(3), state, values)
+    values = optax.apply_updates(values, updates)
+    untouched = ~touched_rows(gradient(3))["t"]
+    np.testing.assert_array_equal(values["t"][untouched], before["t"][untouched])
+    if name == "a frozen table":
+        np.testing.assert_array_equal(values["u"], params()["u"])
 
 
 def test_shapes_that_do_not_fit():

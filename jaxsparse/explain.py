@@ -1,0 +1,130 @@
+"""`explain`: which parameters a loss reads by rows, and what makes the others dense.
+
+Frameworks have fallen back to dense gradients in silence for years. Here the choice is made by looking at the program,
+and this is the look: nothing is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxsparse.grad import Tables, trace
+from jaxsparse.reads import Read
+
+# Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
+_CROSSOVER = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What `js.explain` says of one parameter.
+
+    Attributes:
+      path: as jax.tree_util.keystr has it.
+      row_sparse: whether its gradient is a RowSparse.
+      num_rows: its rows; 0 for a scalar.
+      rows_read: how many ids name a row in one evaluation, repeats included.
+      distinct: a bound on how many of them are distinct, where js.batches counted them; or None.
+      reads: the source lines that read rows.
+      cause: for a dense gradient, the primitive that uses the whole parameter, or why there is none; "" if row-sparse.
+      source: the source line of `cause`.
+      advice: "" or what would be faster.
+    """
+
+    path: str
+    row_sparse: bool
+    num_rows: int
+    rows_read: int
+    distinct: int | None
+    reads: tuple[str, ...]
+    cause: str
+    source: str
+    advice: str
+
+    def __str__(self) -> str:
+        if self.row_sparse:
+            many = f"{len(self.reads)} reads" if len(self.reads) > 1 else "1 read"
+            bound = "" if self.distinct is None else f" (at most {self.distinct:,} distinct)"
+            where = ", ".join(dict.fromkeys(self.reads))
+            line = f"row-sparse: {many} of {self.rows_read:,} of {self.num_rows:,} rows{bound} at {where}"
+        else:
+            line = f"dense: {self.cause}" + (f" at {self.source}" if self.source else "")
+        return f"{self.path or 'parameter'}  {line}" + (f". {self.advice}" if self.advice else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `js.explain` returns: its print is one line for each parameter.
+
+    Attributes:
+      parameters: by path, in the order of the leaves.
+    """
+
+    parameters: dict[str, Parameter]
+
+    def __getitem__(self, path: str) -> Parameter:
+        return self.parameters[path]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.parameters.values()))
+
+    __repr__ = __str__
+
+
+def explain(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
+) -> Callable[..., Explanation]:
+    """A function that says which gradients of `fun` are row-sparse, and why the others are dense.
+
+    Args and errors are those of `js.value_and_grad`.
+
+    Returns:
+      A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"table": jnp.ones((5000, 2)), "w": jnp.ones(2)}
+      >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
+      >>> said = js.explain(loss)(params, jnp.array([3, 0, 3]))
+      >>> said["['table']"].row_sparse, said["['table']"].rows_read, said["['w']"].cause
+      (True, 3, 'dot_general')
+    """
+
+    def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
+        traced = trace(fun, argnums, has_aux, args, kwargs)
+        sparse = traced.sparse_leaves(tables)
+        out = {}
+        for i, (path, leaf) in enumerate(zip(traced.paths, traced.leaves, strict=True)):
+            reads = [r for r in traced.reads if r.leaf == i]
+            cause, source = traced.dense.get(i, ("not used", "") if not reads else ("not in tables=", ""))
+            row_sparse = i in sparse
+            num_rows = leaf.shape[0] if leaf.ndim else 0
+            out[path] = Parameter(
+                path=path,
+                row_sparse=row_sparse,
+                num_rows=num_rows,
+                rows_read=sum(math.prod(r.ids) for r in reads),
+                distinct=_bound(reads),
+                reads=tuple(r.source for r in reads),
+                cause="" if row_sparse else cause,
+                source="" if row_sparse else source,
+                advice=_advice(row_sparse, reads, num_rows),
+            )
+        return Explanation(out)
+
+    return explain_fun
+
+
+def _bound(reads: list[Read]) -> int | None:
+    known = [r.distinct for r in reads if r.distinct is not None]
+    return sum(known) if known and len(known) == len(reads) else None
+
+
+def _advice(row_sparse: bool, reads: list[Read], num_rows: int) -> str:
+    rows = sum(math.prod(r.ids) for r in reads)
+    if row_sparse and num_rows < _CROSSOVER * rows:
+        return "At this size a dense gradient is likely faster: tables= leaves it out."
+    return ""
