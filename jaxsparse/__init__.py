@@ -5,6 +5,7 @@ to bottom: `batch` (SciPy and id lists to static shapes), `ops` and `embedding` 
 gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together).
 """
 
+from jaxsparse.accumulate import accumulate as accumulate  # type: ignore[no-redef]
 from jaxsparse.batch import Batch as Batch
 from jaxsparse.batch import Batches as Batches
 from jaxsparse.batch import batches as batches
@@ -23,7 +24,12 @@ from jaxsparse.ops import concatenate as concatenate
 from jaxsparse.ops import dot as dot
 from jaxsparse.ops import mean as mean
 from jaxsparse.ops import sum as sum
+from jaxsparse.optimizers import lazy_adagrad as lazy_adagrad
 from jaxsparse.optimizers import lazy_adam as lazy_adam
+from jaxsparse.optimizers import lazy_adamw as lazy_adamw
+from jaxsparse.optimizers import lazy_ftrl as lazy_ftrl
+from jaxsparse.optimizers import lazy_rowwise_adagrad as lazy_rowwise_adagrad
+from jaxsparse.optimizers import lazy_sgd as lazy_sgd
 from jaxsparse.rows import RowSparse as RowSparse
 from jaxsparse.train import make_train_step as make_train_step
 

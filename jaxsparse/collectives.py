@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxsparse.rows import RowSparse, is_row_sparse
+from jaxsparse.rows import RowSparse, is_row_sparse, scale
 
 
 def psum(tree: Any, axis_name: Any) -> Any:
@@ -61,9 +61,3 @@ def pmean(tree: Any, axis_name: Any) -> Any:
         return leaf / size if not is_row_sparse(leaf) else scale(leaf, 1 / size)
 
     return jax.tree.map(mean, psum(tree, axis_name), is_leaf=is_row_sparse)
-
-
-def scale(g: RowSparse, factor: Any) -> RowSparse:
-    """g with its rows multiplied by a scalar."""
-    rows = (g.rows * factor).astype(g.dtype)
-    return RowSparse(g.ids, rows, g.shape, unique=g.unique, distinct=g.distinct)

@@ -229,6 +229,12 @@ def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
     )
 
 
+def scale(g: RowSparse, factor: Any) -> RowSparse:
+    """g with its rows multiplied by a scalar."""
+    rows = (g.rows * factor).astype(g.dtype)
+    return RowSparse(g.ids, rows, g.shape, unique=g.unique, distinct=g.distinct)
+
+
 def gather_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     """x[ids], zero where an id is padding. x (num_rows, ...), ids (k,) -> (k, ...)."""
     return x.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse.collectives import psum, scale
+from jaxsparse.collectives import psum
 from jaxsparse.grad import value_and_grad
 from jaxsparse.lazy import coalesce_gradients
-from jaxsparse.rows import in_range, is_row_sparse
+from jaxsparse.rows import in_range, is_row_sparse, scale
 
 
 def make_train_step(

@@ -1,0 +1,174 @@
+"""The named optimizers against their formulas in NumPy, and accumulation against one big batch."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import jaxsparse as js
+from jaxsparse.rows import is_row_sparse
+
+V, D = 9, 3
+
+
+def gradients(steps=6, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        ids = rng.choice([0, 2, 2, 5, 7, V], 8)
+        yield ids, rng.normal(size=(8, D)).astype(np.float32)
+
+
+def summed(ids, rows):
+    """Touched rows and the dense sum of their gradients, float64."""
+    out = np.zeros((V, D))
+    np.add.at(out, ids[ids < V], rows[ids < V].astype(np.float64))
+    return np.unique(ids[ids < V]), out
+
+
+def run(tx, table, steps):
+    table, state = jnp.asarray(table), None
+    state = tx.init(table)
+    for ids, rows in steps:
+        g = js.RowSparse(jnp.asarray(ids, jnp.int32), jnp.asarray(rows), (V, D))
+        updates, state = jax.jit(tx.update)(g, state, table)
+        table = optax.apply_updates(table, updates)
+    return np.asarray(table), state
+
+
+def test_rowwise_adagrad_is_fbgemms_formula():
+    table = np.random.default_rng(1).normal(size=(V, D))
+    want, s = table.copy(), np.full(V, 0.2)
+    for ids, rows in gradients():
+        touched, g = summed(ids, rows)
+        s[touched] += np.mean(g[touched] ** 2, axis=1)
+        want[touched] -= 0.1 * g[touched] / (np.sqrt(s[touched]) + 1e-3)[:, None]
+    tx = js.lazy_rowwise_adagrad(0.1, initial_accumulator_value=0.2, eps=1e-3)
+    got, state = run(tx, table.astype(np.float32), gradients())
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    sums = optax.tree_utils.tree_get(state, "sum_of_squares")
+    assert sums.shape == (V,)
+    np.testing.assert_allclose(sums, s, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.8, 0.1), (50.0, 0.0)])
+def test_ftrl_is_mcmahans_algorithm(l1, l2):
+    lr, beta = 0.3, 1.5
+    w, z, n = (np.zeros((V, D)) for _ in range(3))
+    for ids, rows in gradients(12):
+        touched, g = summed(ids, rows)
+        for i in touched:
+            for j in range(D):
+                sigma = (np.sqrt(n[i, j] + g[i, j] ** 2) - np.sqrt(n[i, j])) / lr
+                z[i, j] += g[i, j] - sigma * w[i, j]
+                n[i, j] += g[i, j] ** 2
+                small = abs(z[i, j]) <= l1
+                w[i, j] = 0 if small else -(z[i, j] - np.sign(z[i, j]) * l1) / ((beta + np.sqrt(n[i, j])) / lr + l2)
+    got, _ = run(js.lazy_ftrl(lr, beta, l1, l2), np.zeros((V, D), np.float32), gradients(12))
+    np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(got == 0, w == 0)  # exact zeros
+    assert {0.0: 0, 50.0: D * 4}.get(l1, (w[[0, 2, 5, 7]] == 0).sum()) == (w[[0, 2, 5, 7]] == 0).sum()
+
+
+def test_ftrl_refuses_what_it_cannot_do():
+    with pytest.raises(TypeError, match=r"'learning_rate'.*schedule"):
+        js.lazy_ftrl(optax.constant_schedule(0.1))
+    tx = js.lazy_ftrl(0.1)
+    with pytest.raises(ValueError, match=r"'params'.*update"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+
+
+CLIP = optax.clip_by_global_norm(0.5)
+ALIASES = {
+    "adam": (lambda before: js.lazy_adam(0.1, 0.8, 0.9, before=before), optax.adam(0.1, 0.8, 0.9)),
+    "adamw": (
+        lambda before: js.lazy_adamw(0.1, weight_decay=0.3, nesterov=True, before=before),
+        optax.adamw(0.1, weight_decay=0.3, nesterov=True),
+    ),
+    "sgd": (lambda before: js.lazy_sgd(0.1, 0.9, True, before=before), optax.sgd(0.1, 0.9, True)),
+    "adagrad": (lambda before: js.lazy_adagrad(0.1, 0.2, before=before), optax.adagrad(0.1, 0.2)),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("before", [None, CLIP])
+def test_aliases(name, before):
+    named, inner = ALIASES[name]
+    chain = inner if before is None else optax.chain(before, inner)
+    table = np.random.default_rng(1).normal(size=(V, D)).astype(np.float32)
+    got, _ = run(named(before), table, gradients())
+    want, _ = run(js.lazy(chain), table, gradients())
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["adagrad", "sgd"])
+def test_where_frozen_and_dense_are_the_same(name):
+    """A row without a gradient does not move under Adagrad, nor under plain sgd: lazy is dense optax there."""
+    inner = {"adagrad": optax.adagrad(0.1), "sgd": optax.sgd(0.1)}[name]
+    table = np.random.default_rng(1).normal(size=(V, D)).astype(np.float32)
+    want, state = jnp.asarray(table), inner.init(jnp.asarray(table))
+    for ids, rows in gradients():
+        updates, state = inner.update(jnp.asarray(summed(ids, rows)[1], jnp.float32), state, want)
+        want = optax.apply_updates(want, updates)
+    got, _ = run(js.lazy(inner), table, gradients())
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# accumulate
+
+
+def loss_fn(params, batch):
+    ids, y = batch
+    return jnp.mean((params["t"][ids].sum(1) @ params["w"] - y) ** 2)
+
+
+INNERS = [js.lazy_adam(0.05, before=CLIP), js.lazy_sgd(0.1, 0.9), js.lazy_rowwise_adagrad(0.1)]
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")  # the gradients that were waiting
+@pytest.mark.parametrize("inner", INNERS)
+def test_accumulation_equals_one_big_batch(inner):
+    rng = np.random.default_rng(0)
+    params = {"t": jnp.asarray(rng.normal(size=(V, D)), jnp.float32), "w": jnp.ones(D)}
+    big = TrainState.create(apply_fn=None, params=params, tx=inner)
+    small = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=js.accumulate(inner, 3))
+    traces = []
+
+    def counted(params, batch):
+        traces.append(1)
+        return loss_fn(params, batch)
+
+    big_step, small_step = js.make_train_step(loss_fn), js.make_train_step(counted)
+    for _ in range(4):
+        ids, y = jnp.asarray(rng.integers(0, V, (12, 2))), jnp.asarray(rng.normal(size=12), jnp.float32)
+        for part in range(3):
+            before = jax.tree.map(np.array, small.params)
+            small, metrics = small_step(small, (ids[4 * part : 4 * part + 4], y[4 * part : 4 * part + 4]))
+            if part < 2:
+                chex.assert_trees_all_equal(small.params, before)
+                assert metrics["rows_touched"] > 0
+        big, _ = big_step(big, (ids, y))
+        chex.assert_trees_all_close(small.params, big.params, rtol=2e-5, atol=2e-6)
+        chex.assert_trees_all_close(small.opt_state.inner_state.wrapped, big.opt_state.wrapped, rtol=2e-5, atol=2e-6)
+    assert len(traces) == 3  # one for each mini-step
+
+
+def test_accumulation_of_dense_optax():
+    tx = js.accumulate(optax.adam(0.1), 2)
+    params = state = None
+    params = jnp.ones(3)
+    state = tx.init(params)
+    for g in (jnp.array([1.0, 0, 2]), jnp.array([3.0, 2, 0])):
+        updates, state = tx.update(g, state, params)
+    want, _ = optax.adam(0.1).update(jnp.array([2.0, 1, 1]), optax.adam(0.1).init(params), params)
+    np.testing.assert_allclose(updates, want, rtol=1e-6)
+    assert not is_row_sparse(updates)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, "2"])
+def test_accumulation_steps(steps):
+    with pytest.raises(ValueError, match=r"'steps'.*positive integer"):
+        js.accumulate(js.lazy_adam(0.1), steps)
