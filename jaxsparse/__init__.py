@@ -5,6 +5,8 @@ to bottom: `batch` (SciPy and id lists to static shapes), `ops` and `embedding` 
 gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together).
 """
 
+from jaxsparse import nn as nn
+from jaxsparse import testing as testing
 from jaxsparse.accumulate import accumulate as accumulate  # type: ignore[no-redef]
 from jaxsparse.batch import Batch as Batch
 from jaxsparse.batch import Batches as Batches
@@ -19,6 +21,8 @@ from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
 from jaxsparse.grad import value_and_grad as value_and_grad
 from jaxsparse.lazy import LazyState as LazyState
 from jaxsparse.lazy import lazy as lazy  # type: ignore[no-redef]
+from jaxsparse.losses import inverse_frequency_weights as inverse_frequency_weights
+from jaxsparse.losses import sampled_softmax as sampled_softmax
 from jaxsparse.losses import weighted_mean as weighted_mean
 from jaxsparse.ops import concatenate as concatenate
 from jaxsparse.ops import dot as dot
@@ -31,6 +35,9 @@ from jaxsparse.optimizers import lazy_ftrl as lazy_ftrl
 from jaxsparse.optimizers import lazy_rowwise_adagrad as lazy_rowwise_adagrad
 from jaxsparse.optimizers import lazy_sgd as lazy_sgd
 from jaxsparse.rows import RowSparse as RowSparse
+from jaxsparse.train import evaluate as evaluate
+from jaxsparse.train import fit as fit
 from jaxsparse.train import make_train_step as make_train_step
+from jaxsparse.train import predict as predict
 
 __version__ = "0.1.0"

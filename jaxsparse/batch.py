@@ -242,6 +242,10 @@ class Batches:
         return self._num_examples
 
     @property
+    def num_devices(self) -> int | None:
+        return self._devices
+
+    @property
     def state(self) -> dict[str, int]:
         return {"epoch": self._epoch, "step": self._step, **self._settings()}
 

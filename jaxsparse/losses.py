@@ -1,13 +1,16 @@
-"""What a loss over padded batches needs."""
+"""What losses over padded batches, unbalanced labels and large vocabularies need."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsparse._checks import message
+from jaxsparse._checks import as_ids, message
+from jaxsparse.embedding import embedding_lookup
 
 
 def weighted_mean(values: Any, weight: Any) -> jax.Array:
@@ -38,3 +41,120 @@ def weighted_mean(values: Any, weight: Any) -> jax.Array:
     weight = weight.astype(values.dtype)
     total = jnp.sum(weight)
     return jnp.sum(jnp.where(weight == 0, 0, values) * weight) / jnp.where(total == 0, 1, total)
+
+
+def inverse_frequency_weights(labels: Any, num_classes: int | None = None) -> np.ndarray:
+    """A weight for each class: log(total / count). Host side.
+
+    Args:
+      labels: integers >= 0, any shape.
+      num_classes: the number of classes; the largest label + 1 by default.
+
+    Returns:
+      float32 (num_classes,). A class that does not occur has weight 0, and so has the only one there is. As weights of
+      examples: `js.batches(..., weight=weights[labels])`.
+
+    Raises:
+      TypeError: if labels are not integers.
+      ValueError: if a label is outside [0, num_classes).
+
+    Example:
+      >>> import jaxsparse as js
+      >>> [round(float(w), 4) for w in js.inverse_frequency_weights([0, 0, 0, 2])]
+      [0.2877, 0.0, 1.3863]
+    """
+    labels = np.asarray(as_ids("inverse_frequency_weights", "labels", labels)).reshape(-1)
+    top = int(labels.max(initial=-1)) + 1
+    num_classes = top if num_classes is None else num_classes
+    if top > num_classes or labels.min(initial=0) < 0:
+        got = f"{int(labels.min())} to {top - 1}"
+        raise ValueError(message("inverse_frequency_weights", "labels", f"in [0, {num_classes})", got))
+    counts = np.bincount(labels, minlength=num_classes)
+    return np.where(counts > 0, np.log(max(len(labels), 1) / np.maximum(counts, 1)), 0).astype(np.float32)
+
+
+def sampled_softmax(
+    table: Any,
+    hidden: Any,
+    labels: Any,
+    key: Any,
+    *,
+    num_samples: int,
+    bias: Any = None,
+    draw: Callable[[Any, int, int], Any] | None = None,
+    log_probability: Callable[[Any, int], Any] | None = None,
+    remove_accidental_hits: bool = True,
+) -> jax.Array:
+    """Cross-entropy over a large vocabulary from the labels' rows and a sample of others: a tied output layer that
+    stays row-sparse.
+
+    With logits o_k = <table[k], hidden> + bias[k] - log(num_samples P(k)), over the label and the sampled classes only:
+
+        loss = logsumexp(o_label, o_sampled) - o_label
+
+    The correction by the expected count makes the sampled softmax's gradient approach the full one's. The table is read
+    at labels and samples only, so its gradient is row-sparse.
+
+    Args:
+      table: (num_classes, d).
+      hidden: (B, d).
+      labels: integers (B,) in [0, num_classes).
+      key: a jax.random key for the draw.
+      num_samples: classes to draw, with replacement, the same for the whole batch.
+      bias: (num_classes,), or None.
+      draw: (key, num_samples, num_classes) -> classes (num_samples,); log-uniform by default, for classes in the order
+        of their frequency.
+      log_probability: (classes, num_classes) -> log P of each under `draw`; required with it.
+      remove_accidental_hits: leave sampled classes out where they are the example's own label.
+
+    Returns:
+      A loss for each example, (B,), in float32 or wider.
+
+    Raises:
+      TypeError: if labels are not integers.
+      ValueError: for shapes that do not fit, or one of draw and log_probability without the other.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> table, hidden, labels = jnp.ones((1000, 4)), jnp.ones((2, 4)), jnp.array([3, 999])
+      >>> js.sampled_softmax(table, hidden, labels, jax.random.key(0), num_samples=64).shape
+      (2,)
+
+    References:
+      Bengio and Senecal, "Adaptive importance sampling to accelerate training of a neural probabilistic language
+      model"; tf.nn.sampled_softmax_loss
+    """
+    f = "sampled_softmax"
+    table, hidden, labels = jnp.asarray(table), jnp.asarray(hidden), as_ids(f, "labels", labels)
+    if hidden.ndim != 2 or hidden.shape[1:] != table.shape[1:] or labels.shape != hidden.shape[:1]:
+        got = f"{table.shape=}, {hidden.shape=}, {labels.shape=}"
+        raise ValueError(message(f, "hidden", "of shape (B, d), with table (num_classes, d) and labels (B,)", got))
+    if (draw is None) != (log_probability is None):
+        raise ValueError(message(f, "log_probability", "given with draw, and only then", log_probability))
+    num_classes = table.shape[0]
+    draw, log_probability = draw or log_uniform_draw, log_probability or log_uniform_log_probability
+    sampled = jax.lax.stop_gradient(draw(key, num_samples, num_classes))  # (S,)
+
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    hidden = hidden.astype(wide)
+    own = jnp.sum(embedding_lookup(table, labels).astype(wide) * hidden, axis=1)  # (B,)
+    others = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
+    if bias is not None:
+        own = own + embedding_lookup(bias, labels)
+        others = others + embedding_lookup(bias, sampled)[None, :]
+    own = own - log_probability(labels, num_classes) - np.log(num_samples)
+    others = others - (log_probability(sampled, num_classes) + np.log(num_samples))[None, :]
+    if remove_accidental_hits:
+        others = jnp.where(sampled[None, :] == labels[:, None], -jnp.inf, others)
+    return jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own
+
+
+def log_uniform_draw(key: Any, num_samples: int, num_classes: int) -> jax.Array:
+    """Classes (num_samples,), with replacement, with P(k) = log((k + 2) / (k + 1)) / log(num_classes + 1)."""
+    power = jax.random.uniform(key, (num_samples,)) * np.log(num_classes + 1)
+    return jnp.clip(jnp.exp(power).astype(jnp.int32) - 1, 0, num_classes - 1)
+
+
+def log_uniform_log_probability(classes: Any, num_classes: int) -> jax.Array:
+    """log P of each class under `log_uniform_draw`."""
+    return jnp.log(jnp.log1p(1 / (classes + 1.0)) / np.log(num_classes + 1))

@@ -103,7 +103,9 @@ def check_by_row(inner: Any, tree: Any, leaves: Sequence[Any], flags: Sequence[b
             return  # it needs more than this, a mapped axis say; what is wrong with it shows where it is really called
 
     for path, a, b, t in zip(_paths(want), jax.tree.leaves(want), jax.tree.leaves(got), flags, strict=True):
-        _compare(f"the update of parameter {path}", a[_TOUCHED] if t else a, b[: len(_TOUCHED)] if t else b)
+        _compare(
+            f"the update{path and f' of parameter {path}'}", a[_TOUCHED] if t else a, b[: len(_TOUCHED)] if t else b
+        )
     states = jax.tree.leaves(want_state), jax.tree.leaves(got_state)
     for path, a, b, i in zip(_paths(want_state), *states, owners, strict=True):
         if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):

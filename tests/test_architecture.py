@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_checks", "rows"},
     {"ops", "embedding", "collectives", "batch", "features"},
-    {"grad", "reads", "replay", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses"},
+    {"grad", "reads", "replay", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"},
     {"train"},
     {"__main__"},
 ]

@@ -1,0 +1,152 @@
+"""Around Flax: our modules, nnx's optimizer, checkpoints, and a run that is killed and resumed."""
+
+import chex
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+import scipy.sparse
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import jaxsparse as js
+from jaxsparse.rows import is_row_sparse
+
+V, D = 30, 4
+IDS = jnp.array([[3, 1, 0], [0, 0, 0], [7, 7, 29]])
+X = js.from_scipy(scipy.sparse.random(5, V, 0.2, "csr", np.float32, rng=np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn", "max"])
+def test_embedding_bag_module(combiner):
+    bag = js.nn.EmbeddingBag(V, D, combiner=combiner, padding_idx=0)
+    params = bag.init(jax.random.key(0), IDS)
+    table = params["params"]["embedding"]
+    want = js.embedding_bag(table, IDS, combiner=combiner, padding_idx=0)
+    np.testing.assert_array_equal(bag.apply(params, IDS), want)
+    reference = nn.Embed(V, D).init(jax.random.key(0), IDS)["params"]["embedding"]
+    np.testing.assert_array_equal(table, reference)  # nn.Embed's name, shape and initializer
+    grads = js.grad(lambda p: bag.apply(p, IDS).sum())(params)
+    assert is_row_sparse(grads["params"]["embedding"])
+    flat, offsets = IDS.ravel(), jnp.array([0, 3, 6])
+    np.testing.assert_allclose(bag.apply(params, flat, offsets=offsets), want, rtol=1e-6)
+
+
+def test_embedding_bag_module_in_bfloat16():
+    bag = js.nn.EmbeddingBag(V, D, dtype=jnp.bfloat16)
+    params = bag.init(jax.random.key(0), IDS)
+    assert params["params"]["embedding"].dtype == jnp.float32 and bag.apply(params, IDS).dtype == jnp.bfloat16
+    grads = js.grad(lambda p: bag.apply(p, IDS).sum().astype(jnp.float32))(params)["params"]["embedding"]
+    assert is_row_sparse(grads) and grads.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_sparse_dense_is_dense(use_bias):
+    layer, reference = js.nn.SparseDense(D, use_bias), nn.Dense(D, use_bias)
+    params = layer.init(jax.random.key(0), X)
+    with jax.numpy_rank_promotion("allow"):
+        want_params = reference.init(jax.random.key(0), X.todense())
+        chex.assert_trees_all_equal(params, want_params)
+        want = reference.apply(params, X.todense())
+    np.testing.assert_allclose(layer.apply(params, X), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.apply(params, X.todense()), want, rtol=1e-5, atol=1e-6)
+    grads = js.grad(lambda p: jnp.sum(layer.apply(p, X) ** 2))(params)
+    assert is_row_sparse(grads["params"]["kernel"])
+    want_grads = jax.grad(lambda p: jnp.sum(layer.apply(p, X.todense()) ** 2))(params)
+    np.testing.assert_allclose(
+        grads["params"]["kernel"].todense(), want_grads["params"]["kernel"], rtol=1e-4, atol=1e-5
+    )
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(V, D, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(D, 1, use_bias=False, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.head(self.dropout(self.embed(ids).mean(1)))[:, 0]
+
+
+def test_nnx_optimizer_takes_row_sparse_gradients():
+    """Split and merge, dropout included: the module is taken apart outside the loss and put together inside."""
+    model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, js.lazy_adam(0.1), wrt=nnx.Param)
+    before = np.array(model.embed.embedding[...])
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, rest, ids):
+        model = nnx.merge(graph, params, rest, copy=True)
+        return jnp.sum(model(ids) ** 2), nnx.state(model, nnx.Not(nnx.Param))
+
+    (_, rest), grads = js.value_and_grad(loss_fn, has_aux=True)(params, rest, IDS)
+    assert any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+    optimizer.update(model, grads)
+    nnx.update(model, rest)
+    after = np.array(model.embed.embedding[...])
+    touched = np.unique(IDS)
+    untouched = np.setdiff1d(np.arange(V), touched)
+    np.testing.assert_array_equal(after[untouched], before[untouched])
+    assert (after[touched] != before[touched]).any()  # dropout may leave some columns alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def job():
+    ids = np.random.default_rng(0).zipf(1.3, (50, 3)) % V
+    y = np.random.default_rng(1).normal(size=50).astype(np.float32)
+    params = {"t": jnp.asarray(np.random.default_rng(2).normal(size=(V, D)), jnp.float32), "w": jnp.ones(D)}
+
+    def loss_fn(params, batch):
+        return js.weighted_mean((params["t"][batch.x].sum(1) @ params["w"] - batch.y) ** 2, batch.weight)
+
+    batches = js.batches(ids, y, batch_size=8, shuffle=True, seed=3)
+    tx = js.lazy_adamw(optax.cosine_decay_schedule(0.1, 40), before=optax.clip_by_global_norm(1.0))
+    return js.make_train_step(loss_fn), TrainState.create(apply_fn=None, params=params, tx=tx), batches
+
+
+def run(step, state, batches, number):
+    """Goes on for a number of steps, over as many epochs as that takes."""
+    while number:
+        for batch in batches:
+            state, _ = step(state, batch)
+            number -= 1
+            if not number:
+                break
+    return state
+
+
+@pytest.mark.parametrize("how", ["orbax", "flax"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
+    want = run(*job(), 24)
+    step, state, batches = job()
+    state = run(step, state, batches, 10)  # in the middle of the second epoch
+    position = batches.state
+    assert position["epoch"] == 1 and position["step"] == 3
+    saved = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
+    step, fresh, batches = job()  # a new process
+    target = {"params": fresh.params, "opt_state": fresh.opt_state, "step": fresh.step}
+    if how == "orbax":
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", saved)
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.asarray, target))
+    else:
+        restored = flax.serialization.from_bytes(target, flax.serialization.to_bytes(saved))
+    batches.state = position
+    got = run(step, fresh.replace(**restored), batches, 14)
+    chex.assert_trees_all_equal(got.params, want.params)
+    chex.assert_trees_all_equal(got.opt_state.wrapped, want.opt_state.wrapped)
+    assert int(got.step) == 24
+
+
+def test_abstract_init():
+    tx = js.lazy_adam(0.1)
+    big = jax.eval_shape(tx.init, {"t": jax.ShapeDtypeStruct((10**9, 64), jnp.float32)})
+    assert optax.tree_utils.tree_get(big, "mu")["t"].shape == (10**9, 64) and big.scratch["t"].shape == (10**9,)
