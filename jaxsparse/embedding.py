@@ -3,10 +3,10 @@
 Both are `out = S @ table`, S being a sparse (batch x num_rows) matrix: one non-zero a row for a lookup, several for a
 bag.
 
-    lookup        table (num_rows, d), ids (...)           -> (..., d)
-    bag, padded   ids (B, L), shorter bags hold padding_idx    [[3, 1, P], [P, P, P], [4, 0, 2]]     bags [3 1], [], [4
-    0 2] bag, offsets  ids (N,), where each bag starts              [3, 1, 4, 0, 2], offsets [0, 2, 2]    the same three
-    bag, segments ids (N,), which bag each id is in            [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]
+    lookup         ids (...)                                 -> (..., d), of a table (num_rows, d)
+    bag, padded    ids (B, L), short bags hold padding_idx   [[3, 1, P], [P, P, P], [4, 0, 2]]: bags 3 1, none, 4 0 2
+    bag, offsets   ids (N,) and where each bag starts        [3, 1, 4, 0, 2], offsets [0, 2, 2]: the same three
+    bag, segments  ids (N,) and which bag each id is in      [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]: likewise
 
 What is left out (padding_idx, ids of no bag) reads 0 and is never touched: its id leaves here as num_rows, which the
 gradient knows as padding. An id outside [0, num_rows) that is not padding is a mistake, and `mode`, JAX's own word for
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
 from jaxsparse.rows import gather_rows, in_range, row_ids
@@ -45,7 +46,7 @@ def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mo
       Shape ids.shape + table.shape[1:], table's dtype.
 
     Raises:
-      TypeError: if the ids are not integers or the table is not floating.
+      TypeError: if ids or padding_idx are not integers, or the table is not floating.
       ValueError: for an unknown mode.
 
     Example:
@@ -56,7 +57,7 @@ def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mo
     table, ids = jnp.asarray(table), as_ids("embedding_lookup", "ids", ids)
     check_table("embedding_lookup", table)
     check_choice("embedding_lookup", "mode", mode, _MODES)
-    safe, kept, outside = _resolve(ids, table.shape[0], padding_idx, mode)
+    safe, kept, outside = _resolve("embedding_lookup", ids, table.shape[0], padding_idx, mode)
     return _poison(gather_rows(table, safe), outside & kept, mode)
 
 
@@ -79,18 +80,18 @@ def embedding_bag(
     "sum"       sum(w e)
     "mean"      sum(w e) / sum(w), 0 where that is 0/0
     "sqrtn"     sum(w e) / sqrt(sum(w**2)), likewise
-    "max"       max(e), column by column; the gradient goes to the first of equals; takes no weights
+    "max"       max(e), column by column, NaN above all; takes no weights
     ==========  ======================================
 
-    An empty bag is 0 in every combiner and has no gradient.
+    The gradient of "max" goes to the first of equals. An empty bag is 0 in every combiner and has no gradient.
 
     Args:
       table: shape (num_rows, ...), floating.
       ids: integers, (B, L) padded, or (N,) with either `offsets` or `segment_ids`.
       offsets: integers (B,), not decreasing and starting with 0: bag b is ids[offsets[b]:offsets[b+1]], the last one up
-        to the end.
+        to the end. Starting later is a mistake that `mode` decides on for every bag.
       segment_ids: integers (N,): the bag of each id; entries outside [0, num_bags) are left out.
-      num_bags: the number of bags B; required with segment_ids, and only there.
+      num_bags: the number of bags B, a Python int; required with segment_ids, and only there.
       weights: per-sample weights, the shape of ids.
       combiner: "sum", "mean", "sqrtn" or "max".
       padding_idx: ids equal to it are left out. Any integer, inside the table or not.
@@ -101,7 +102,7 @@ def embedding_bag(
       Shape (B, *table.shape[1:]), table's dtype. 16-bit tables are summed in float32.
 
     Raises:
-      TypeError: if ids are not integers, or table or weights not floating.
+      TypeError: if ids or padding_idx are not integers, or table or weights not floating.
       ValueError: if the layout's arguments contradict each other, or weights come with "max".
 
     Example:
@@ -122,11 +123,16 @@ def embedding_bag(
     if offsets is not None and segment_ids is not None:
         raise ValueError(message(f, "segment_ids", "None when offsets are given", "both", "Give one layout."))
     ragged = offsets is not None or segment_ids is not None
-    if ids.ndim != (1 if ragged else 2):
+    if ragged and ids.ndim != 1:
+        raise ValueError(message(f, "ids", "of shape (N,) with offsets or segment_ids", f"{ids.shape=}"))
+    if not ragged and ids.ndim != 2:
         do = "One-dimensional ids need offsets= or segment_ids=; single ids without bags want js.embedding_lookup."
-        raise ValueError(message(f, "ids", "of shape (N,)" if ragged else "of shape (B, L)", f"{ids.shape=}", do))
+        raise ValueError(message(f, "ids", "of shape (B, L)", f"{ids.shape=}", do))
     if (num_bags is None) != (segment_ids is None):
         raise ValueError(message(f, "num_bags", "given with segment_ids, and only there", num_bags))
+    if num_bags is not None and not (isinstance(num_bags, int | np.integer) and num_bags >= 0):
+        do = "It is a shape, which cannot be traced: under jax.jit, make it static."
+        raise ValueError(message(f, "num_bags", "a Python int, 0 or more", num_bags, do))
     if include_last_offset and offsets is None:
         raise ValueError(message(f, "include_last_offset", "False without offsets", include_last_offset))
     if weights is not None:
@@ -146,15 +152,16 @@ def embedding_bag(
                 message(f, "offsets", "of shape (B,), or (B + 1,) with include_last_offset", f"{offsets.shape=}")
             )
         num_bags = offsets.shape[0] - include_last_offset
-        bags = jnp.cumsum(jnp.zeros(ids.shape, jnp.int32).at[offsets].add(1, mode="drop")) - 1
+        starts = at_least_int32(offsets)
+        bags = jnp.cumsum(jnp.zeros(ids.shape, jnp.int32).at[starts].add(1, mode="drop")) - 1
         if num_bags:  # ids before the first offset are in no bag, which nobody can mean
             starts_late = (offsets[0] != 0) & (ids.shape[0] > 0)
     elif segment_ids is not None:
-        bags = as_ids(f, "segment_ids", segment_ids)
+        bags = segment_ids = as_ids(f, "segment_ids", segment_ids)
         if bags.shape != ids.shape:
-            raise ValueError(message(f, "segment_ids", f"of the shape of ids, {ids.shape}", f"{bags.shape=}"))
+            raise ValueError(message(f, "segment_ids", f"of the shape of ids, {ids.shape}", f"{segment_ids.shape=}"))
 
-    safe, kept, outside = _resolve(ids, table.shape[0], padding_idx, mode)
+    safe, kept, outside = _resolve(f, ids, table.shape[0], padding_idx, mode)
     if bags is None:
         bad = jnp.any(outside & kept, axis=1)
         out = (
@@ -166,33 +173,41 @@ def embedding_bag(
         )
     else:
         assert num_bags is not None
-        kept &= in_range(bags, num_bags)
-        safe = jnp.where(kept, safe, table.shape[0])
         bags = row_ids(bags, num_bags)
+        kept &= bags < num_bags
+        safe = jnp.where(kept, safe, table.shape[0])
         bad = jax.ops.segment_max((outside & kept).astype(jnp.int32), bags, num_segments=num_bags) > 0
         bad |= starts_late
         out = _segment_max(table, safe, kept, bags, num_bags) if combiner == "max" else _combine(
             lambda w: segment_sum(table, safe, w, bags, num_bags),
-            lambda w: jax.ops.segment_sum(w, bags, num_segments=num_bags), weights, kept, combiner, table,
+            lambda w: sum_by_bag(w, bags, num_bags), weights, kept, combiner, table,
         )  # fmt: skip
     return _poison(out, bad, mode)
 
 
 def _resolve(
-    ids: jax.Array, num_rows: int, padding_idx: int | None, mode: str
+    function: str, ids: jax.Array, num_rows: int, padding_idx: Any, mode: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Ids as int32 with num_rows for whatever reads nothing; which of them are no padding; which are outside the
     table."""
-    kept = jnp.ones(ids.shape, bool) if padding_idx is None else ids.astype(_at_least_int32(ids.dtype)) != padding_idx
-    outside = ~in_range(ids.astype(_at_least_int32(ids.dtype)), num_rows)
+    ids = at_least_int32(ids)
+    kept = jnp.ones(ids.shape, bool)
+    if padding_idx is not None:
+        if not isinstance(padding_idx, int | np.integer | jax.Array):
+            raise TypeError(message(function, "padding_idx", "an integer or None", repr(padding_idx)))
+        limits = jnp.iinfo(ids.dtype)
+        if isinstance(padding_idx, jax.Array) or limits.min <= padding_idx <= limits.max:  # else no id can equal it
+            kept = ids != jnp.asarray(padding_idx, ids.dtype)
+    outside = ~in_range(ids, num_rows)
     if mode == "clip":
-        ids = jnp.clip(ids.astype(_at_least_int32(ids.dtype)), 0, max(num_rows - 1, 0))
+        ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
         outside = jnp.zeros_like(outside)
     return jnp.where(kept, row_ids(ids, num_rows), num_rows), kept, outside
 
 
-def _at_least_int32(dtype: Any) -> Any:
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.int32
+def at_least_int32(ids: jax.Array) -> jax.Array:
+    """Ids to compare with the sizes of arrays, which int8 would wrap."""
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
 def _poison(out: jax.Array, bad: jax.Array, mode: str) -> jax.Array:
@@ -225,8 +240,9 @@ def _combine(total: Any, count: Any, weights: Any, kept: jax.Array, combiner: st
     if norm is not None:
         zero = norm == 0
         norm = jnp.where(zero, 1, norm)
-        scale = jnp.where(zero, 0, 1 / (jnp.sqrt(norm) if combiner == "sqrtn" else norm))
-        out = out * _spread(scale, out)
+        # A division: times 1 / 41, the mean of 41 equal rows is not that row.
+        quotient = out / _spread(jnp.sqrt(norm) if combiner == "sqrtn" else norm, out)
+        out = jnp.where(_spread(zero, out), 0, quotient)
     return out.astype(table.dtype)
 
 
@@ -269,22 +285,30 @@ def segment_sum(
     rows = rows.astype(jnp.promote_types(_wide(table), rows.dtype if weights is None else weights.dtype))
     if weights is not None:
         rows = rows * _spread(weights, rows)
-    return jax.ops.segment_sum(rows, bags, num_segments=num_bags, indices_are_sorted=ordered)
+    return sum_by_bag(rows, bags, num_bags, ordered=ordered)
+
+
+def sum_by_bag(x: jax.Array, bags: jax.Array, num_bags: int, *, ordered: bool = False) -> jax.Array:
+    """out[b] = sum of x[i] over the i with bags[i] = b. (N, ...) -> (num_bags, ...)."""
+    if num_bags == 0:  # JAX can scatter into nothing, but not differentiate it
+        return jnp.zeros((0, *x.shape[1:]), x.dtype)
+    return jax.ops.segment_sum(x, bags, num_segments=num_bags, indices_are_sorted=ordered)
 
 
 def _padded_max(table: jax.Array, ids: jax.Array, kept: jax.Array) -> jax.Array:
-    if ids.shape[1] == 0:
-        return jnp.zeros((ids.shape[0], *table.shape[1:]), table.dtype)
+    if ids.size == 0:  # zeros, but read from the table: its gradient is no less row-sparse for an empty batch
+        return padded_sum(table, ids, None).astype(table.dtype)
     rows = gather_rows(table, ids)  # (B, L, ...)
-    ranked = jnp.where(_spread(kept, rows), rows, -jnp.inf)
-    first = jnp.argmax(ranked, axis=1, keepdims=True)  # the first of equals
-    out = jnp.take_along_axis(rows, first, axis=1)[:, 0]
+    values, real = jax.lax.stop_gradient(rows), _spread(kept, rows)
+    top = jnp.max(jnp.where(real, values, -jnp.inf), axis=1, keepdims=True)
+    wins = real & ((values == top) | jnp.isnan(values))  # never padding, not even where all the rest is -inf
+    out = jnp.take_along_axis(rows, jnp.argmax(wins, axis=1, keepdims=True), axis=1)[:, 0]  # the first that wins
     return jnp.where(_spread(jnp.any(kept, axis=1), out), out, 0)
 
 
 def _segment_max(table: jax.Array, ids: jax.Array, kept: jax.Array, bags: jax.Array, num_bags: int) -> jax.Array:
     n = ids.shape[0]
-    if n == 0:
+    if n == 0 or num_bags == 0:
         return jnp.zeros((num_bags, *table.shape[1:]), table.dtype)
     rows = gather_rows(table, ids)  # (N, ...)
     values = jax.lax.stop_gradient(rows)

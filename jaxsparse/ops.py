@@ -1,7 +1,7 @@
 """Pure functions over BCOO: dot, sum, mean, concatenate. A dense array is welcome wherever a BCOO is.
 
 BCOO's own padding contract holds throughout: an entry whose index equals the dimension's size is padding, its data 0.
-The product treats an entry with any index out of range as padding, so it never touches a row of the weight.
+More than that, an entry with any index out of range is padding here, whatever its data: it touches nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxsparse._checks import check_bcoo, check_float, message
-from jaxsparse.embedding import segment_sum
+from jaxsparse._checks import MAX_ROWS, check_bcoo, check_float, message
+from jaxsparse.embedding import at_least_int32, segment_sum, sum_by_bag
 from jaxsparse.rows import in_range
 
 
@@ -27,7 +28,7 @@ def dot(x: Any, w: Any) -> jax.Array:
     the gradient with respect to x.data is <g[i], w[j]> at x's entries only.
 
     Args:
-      x: BCOO (n, m) or (m,), or a dense array, for which this is jnp.dot.
+      x: BCOO (n, m) or (m,), or a dense array, for which this is jnp.tensordot(x, w, axes=1).
       w: dense, shape (m,) or (m, ...).
 
     Returns:
@@ -43,20 +44,23 @@ def dot(x: Any, w: Any) -> jax.Array:
       >>> js.dot(x, jnp.array([[1., 10.], [2., 20.], [3., 30.]])).tolist()
       [[4.0, 40.0], [1.0, 10.0]]
     """
-    if isinstance(w, BCOO):
-        raise TypeError(message("dot", "w", "a dense array", "BCOO", "Only x may be sparse."))
+    if not _is_dense(w):
+        raise TypeError(message("dot", "w", "a dense array", type(w).__name__, "Only x may be sparse."))
     w = jnp.asarray(w)
     if _is_dense(x):
-        return jnp.dot(jnp.asarray(x), w)
-    check_bcoo("dot", "x", x, (1, 2))
-    check_float("dot", "w", w)
-    if w.ndim < 1 or w.shape[0] != x.shape[-1]:
-        raise ValueError(message("dot", "w", f"of shape ({x.shape[-1]}, ...) for x of shape {x.shape}", f"{w.shape=}"))
+        x = jnp.asarray(x)
+    else:
+        check_bcoo("dot", "x", x, (1, 2))
+        check_float("dot", "w", w)
+    if w.ndim < 1 or w.shape[:1] != x.shape[-1:]:
+        raise ValueError(message("dot", "w", f"of shape (x.shape[-1], ...) for {x.shape=}", f"{w.shape=}"))
+    if not isinstance(x, BCOO):
+        return jnp.tensordot(x, w, axes=1)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    rows = x.indices[:, 0] if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
-    num_out = x.shape[0] if x.ndim == 2 else 1
-    real = in_range(rows, num_out) & in_range(x.indices[:, -1], w.shape[0])
-    cols = jnp.where(real, x.indices[:, -1], w.shape[0])
+    num_out, num_rows = x.shape[0] if x.ndim == 2 else 1, w.shape[0]
+    indices, real = _indices(x)
+    rows = indices[0] if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
+    cols = jnp.where(real, indices[-1], num_rows)
     data = jnp.where(real, x.data, 0).astype(jnp.promote_types(dtype, jnp.float32))
     out = segment_sum(w, cols, data, rows, num_out, ordered=x.indices_sorted).astype(dtype)
     return out if x.ndim == 2 else out[0]
@@ -70,7 +74,8 @@ def sum(x: Any, axis: int | None = None) -> jax.Array:
       axis: the axis to sum over; None for all.
 
     Returns:
-      A dense array of x's dtype; axis=0 of an (n, m) input has m elements.
+      A dense array, axis=0 of an (n, m) input having m elements. Its dtype is jnp.sum's: x's, small integers and bool
+      as 32 bits.
 
     Raises:
       TypeError: if x is neither BCOO nor dense.
@@ -85,18 +90,7 @@ def sum(x: Any, axis: int | None = None) -> jax.Array:
     if _is_dense(x):
         return jnp.sum(jnp.asarray(x), axis=axis)
     check_bcoo("sum", "x", x, (1, 2))
-    real = jnp.ones(x.nse, bool)
-    for i, size in enumerate(x.shape):
-        real &= in_range(x.indices[:, i], size)
-    data = jnp.where(real, x.data, 0)
-    if axis is None:
-        return jnp.sum(data, dtype=x.dtype)
-    axis = _axis("sum", axis, x.ndim)
-    if x.ndim == 1:
-        return jnp.sum(data, dtype=x.dtype)
-    wide = jnp.promote_types(x.dtype, jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
-    kept = 1 - axis
-    return jax.ops.segment_sum(data.astype(wide), x.indices[:, kept], num_segments=x.shape[kept]).astype(x.dtype)
+    return _total("sum", x, axis).astype(_dtype_of(jnp.sum, x))
 
 
 def mean(x: Any, axis: int | None = None) -> jax.Array:
@@ -113,7 +107,7 @@ def mean(x: Any, axis: int | None = None) -> jax.Array:
         return jnp.mean(jnp.asarray(x), axis=axis)
     check_bcoo("mean", "x", x, (1, 2))
     size = math.prod(x.shape) if axis is None else x.shape[_axis("mean", axis, x.ndim)]
-    return sum(x, axis) / size
+    return (_total("mean", x, axis) / float(size)).astype(_dtype_of(jnp.mean, x))  # size may be past int32
 
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
@@ -151,21 +145,49 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
     if len(set(others)) > 1:
         raise ValueError(message("concatenate", "xs", f"of equal size along axis {1 - axis}", f"{others}"))
     ends = list(itertools.accumulate(x.shape[axis] for x in xs))
+    if ends[-1] > MAX_ROWS:
+        raise ValueError(message("concatenate", "xs", f"at most {MAX_ROWS} long together along axis {axis}", ends[-1]))
     shape = (ends[-1], others[0]) if axis == 0 else (others[0], ends[-1])
-    indices = []
+    parts = []
     for x, start in zip(xs, [0, *ends], strict=False):
-        real = in_range(x.indices[:, 0], x.shape[0]) & in_range(x.indices[:, 1], x.shape[1])
-        moved = x.indices.at[:, axis].add(start)
-        indices.append(jnp.where(real[:, None], moved, jnp.array(shape, x.indices.dtype)))
+        indices, real = _indices(x)
+        indices[axis] += start
+        parts.append(jnp.stack([jnp.where(real, i, size) for i, size in zip(indices, shape, strict=True)], axis=1))
     dtype = jnp.result_type(*(x.dtype for x in xs))
-    return BCOO((jnp.concatenate([x.data.astype(dtype) for x in xs]), jnp.concatenate(indices)), shape=shape)
+    return BCOO((jnp.concatenate([x.data.astype(dtype) for x in xs]), jnp.concatenate(parts)), shape=shape)
 
 
 def _is_dense(x: Any) -> bool:
-    return not isinstance(x, BCOO) and hasattr(x, "ndim") and hasattr(x, "dtype") and not hasattr(x, "tocsr")
+    return hasattr(x, "__array__")  # which BCOO, BCSR, RowSparse and SciPy's matrices have not
+
+
+def _indices(x: BCOO) -> tuple[list[jax.Array], jax.Array]:
+    """The indices of x, dimension by dimension, and which entries are real: in range in all of them."""
+    indices = [at_least_int32(x.indices[:, i]) for i in range(x.ndim)]
+    real = jnp.ones(x.nse, bool)
+    for i, size in zip(indices, x.shape, strict=True):
+        real &= in_range(i, size)
+    return indices, real
+
+
+def _total(function: str, x: BCOO, axis: int | None) -> jax.Array:
+    """The sum over an axis, in at least 32 bits."""
+    dtype = _dtype_of(jnp.sum, x)
+    wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
+    indices, real = _indices(x)
+    data = jnp.where(real, x.data, 0).astype(wide)
+    if axis is None or _axis(function, axis, x.ndim) == x.ndim - 1 == 0:
+        return jnp.sum(data)
+    kept = 1 - _axis(function, axis, x.ndim)
+    return sum_by_bag(data, indices[kept], x.shape[kept])
+
+
+def _dtype_of(reduction: Any, x: BCOO) -> Any:
+    """The dtype that `reduction` gives a dense array of x's dtype."""
+    return jax.eval_shape(reduction, jax.ShapeDtypeStruct((1,), x.dtype)).dtype
 
 
 def _axis(function: str, axis: int, ndim: int) -> int:
-    if not -ndim <= axis < ndim:
-        raise ValueError(message(function, "axis", f"between {-ndim} and {ndim - 1}", axis))
-    return axis % ndim
+    if not isinstance(axis, int | np.integer) or not -ndim <= axis < ndim:
+        raise ValueError(message(function, "axis", f"an integer between {-ndim} and {ndim - 1}", axis))
+    return int(axis) % ndim
