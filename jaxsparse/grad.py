@@ -73,6 +73,7 @@ def value_and_grad(
         (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
         it = iter(by_leaf)
         with jax.named_scope("row_gradients"):
+            ids = _after((value, aux, by_leaf), ids)
             gradient = [
                 _row_sparse(i, arrays[i], reads, ids, by_delta) if i in arrays else next(it)
                 for i in range(len(traced.leaves))
@@ -236,6 +237,20 @@ def _distinct_values(arguments: Any) -> Callable[[Any], int | None]:
             if bound is not None:
                 bounds[id(array)] = bound
     return lambda constant: bounds.get(id(constant))
+
+
+def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:
+    """The ids, made to depend on the results.
+
+    An update writes rows into the donated table at these ids. Where its gradient does not depend on some read of the
+    table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing says that the read comes
+    first, and XLA copies the table to be safe. It drops optimization barriers before it decides that, so the order is
+    put into the data: an integer that is always 0, a 32-bit word having at most 32 ones, and that XLA does not fold.
+    """
+    numbers = [x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.number)]
+    total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in numbers), jnp.float32(0))
+    zero = jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
+    return [(each + zero, weights) for each, weights in ids]
 
 
 def _row_sparse(

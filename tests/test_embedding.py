@@ -529,7 +529,9 @@ def test_weights_that_sum_to_zero(combiner, weights, layout):
 
 
 INF, NAN = np.inf, np.nan
-MAX_TABLE = np.array([[-INF, -2.0, NAN], [-INF, -5.0, 1.0], [3.0, -2.0, NAN], [9.0, 9.0, 9.0]], np.float32)
+MAX_TABLE = np.array(
+    [[-INF, -2.0, NAN], [-INF, -5.0, 1.0], [3.0, -2.0, NAN], [9.0, 9.0, 9.0], [0.0, -0.0, -INF]], np.float32
+)
 
 
 @pytest.mark.parametrize("layout", ["padded", "offsets", "segments"])
@@ -543,6 +545,7 @@ MAX_TABLE = np.array([[-INF, -2.0, NAN], [-INF, -5.0, 1.0], [3.0, -2.0, NAN], [9
         ([1, 2, 2], [3, -2, NAN], [2, 2, 2]),
         ([2, 0, 8], [3, -2, NAN], [2, 2, 2]),
         ([0, 2, 8], [3, -2, NAN], [2, 0, 0]),
+        ([8, 4, 8], [0, 0, -INF], [4, 4, 4]),
         ([8, 8, 8], [0, 0, 0], [None] * 3),
     ],
 )

@@ -233,6 +233,33 @@ def test_the_stock_flax_step_creates_nothing_large_either():
     assert large_arrays(text, ROWS) == []
 
 
+def unused_by_the_gradient(params, batch):
+    rows = params["t"][batch]
+    return jnp.sum(rows * 2), {"rows": rows, "norm": jnp.sum(params["t"][batch + 1] ** 2)}
+
+
+ORDERS = {
+    "linear": lambda p, b: (jnp.sum(p["t"][b] * 2), None),
+    "linear_bag": lambda p, b: (jnp.sum(js.embedding_bag(p["t"], b[:, None])), None),
+    "linear_in_one_of_two": lambda p, b: (jnp.sum(p["t"][b] * p["w"][None]) + jnp.sum(p["t"][b + 1]), None),
+    "metrics": unused_by_the_gradient,
+    "squares": lambda p, b: (jnp.sum(p["t"][b] ** 2), None),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("tx", [js.lazy_sgd(0.1), js.lazy_adagrad(0.1)])
+def test_reads_come_before_the_update(name, tx):
+    """Nothing in a gradient that is constant says that the table is read before it is written; a copy would."""
+    ids = jax.ShapeDtypeStruct((7,), jnp.int32)
+
+    def make():
+        return TrainState.create(apply_fn=None, params={"t": jnp.ones((ROWS, D)), "w": jnp.ones(D)}, tx=tx)
+
+    step = js.make_train_step(ORDERS[name], has_aux=True)
+    assert large_arrays(compiled_text(step, jax.eval_shape(make), ids), ROWS) == []
+
+
 CREATE_LARGE = {
     "dense_gradient": (lambda t, ids: t - jax.grad(lambda t: jnp.sum(t[ids]))(t), (0,)),
     "cast": (lambda t, ids: t.astype(jnp.bfloat16).at[ids].get().sum(), ()),
