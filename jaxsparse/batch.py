@@ -45,7 +45,10 @@ class Batch:
       y: the targets, (B, ...), or None.
       weight: float32 (B,): 0 on padding, elsewhere 1 or the weight that was given. Multiply the examples' losses by it:
         `js.weighted_mean(losses, batch.weight)`.
-      distinct: static. For each leaf of x, an upper bound on the number of distinct values it holds, or None.
+      distinct: static. For each leaf of x, an upper bound on the number of distinct values it holds, or None. It is
+        what was counted of this x: a batch with another x wants distinct=(None,) * its number of leaves, or its
+          gradients
+        may be NaN.
     """
 
     x: Any

@@ -1,9 +1,9 @@
 """`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
 
 The function is traced once. `reads.find_reads` tells which leaves are only read by rows; each of their reads becomes
-`read(stop_gradient(leaf)) + delta`, and the program is differentiated with respect to the deltas (zeros, which XLA
-removes) and to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient; several reads
-are put end to end.
+`read(leaf) + delta` with the leaf a constant, and the program is differentiated with respect to the deltas (zeros,
+which XLA removes) and to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient;
+several reads are put end to end.
 """
 
 from __future__ import annotations

@@ -67,9 +67,15 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     """
     inner = optax.with_extra_args_support(inner)
     row_leaves: dict[Any, list[int | None]] = {}
+    checked: set[Any] = set()
 
     def init_fn(params: Any) -> LazyState:
-        return LazyState(inner.init(params), jax.tree.map(_scratch, params))
+        state = inner.init(params)
+        for part in jax.tree.leaves(state, is_leaf=_accumulates):
+            if _accumulates(part):
+                do = "It would mix the rows of different steps. Use js.accumulate(js.lazy(...), steps)."
+                raise ValueError(message("lazy", "inner", "a transformation of one step", type(part).__name__, do))
+        return LazyState(state, jax.tree.map(_scratch, params))
 
     def update_fn(updates: Any, state: LazyState, params: Any = None, **extra_args: Any) -> tuple[Any, LazyState]:
         grads, tree = _flatten(updates, is_leaf=is_row_sparse)
@@ -90,8 +96,10 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
         key = (tree, tuple((g.shape, g.dtype, f) for g, f in zip(grads, flags, strict=True)))
         if key not in row_leaves:
             row_leaves[key] = find_row_leaves(inner, tree, leaves, flags)
-            if any(flags) and params is not None and not extra_args:
-                check_by_row(inner, tree, leaves, flags)
+        call = (key, params is None, tuple(sorted(extra_args)))
+        if any(flags) and call not in checked:
+            check_by_row(inner, tree, leaves, flags, with_params=params is not None, extra_args=extra_args)
+            checked.add(call)
         slots, slot_tree = _flatten(state.wrapped)
         if len(slots) != len(row_leaves[key]):
             must = f"the state that init made, of {len(row_leaves[key])} leaves"
@@ -151,7 +159,8 @@ def coalesce_gradients(grads: Any, opt_state: Any) -> tuple[Any, Any]:
     for path, leaf in by_path:
         g = leaf
         if is_row_sparse(g):
-            owner = next((i for i in lazies if path in scratch[i]), None)
+            fits = (i for i in lazies if path in scratch[i] and scratch[i][path].shape == g.shape[:1])
+            owner = next(fits, None)
             if owner is None:
                 name = jax.tree_util.keystr(path)
                 do = "Wrap the whole chain: js.lazy(optax.chain(...))."
@@ -170,6 +179,10 @@ def coalesce_gradients(grads: Any, opt_state: Any) -> tuple[Any, Any]:
         flat = jax.tree_util.tree_flatten_with_path(states[i].scratch)
         states[i] = states[i]._replace(scratch=jax.tree.unflatten(flat[1], [scratch[i][path] for path, _ in flat[0]]))
     return tree.unflatten(out), state_tree.unflatten(states)
+
+
+def _accumulates(x: object) -> bool:
+    return isinstance(x, (optax.MultiStepsState, optax.ApplyEvery))
 
 
 def _is_lazy_state(x: object) -> bool:

@@ -52,11 +52,14 @@ class DenseUse(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A held-back leaf on its way through the program, with the cast that waits for its rows."""
+    """A held-back leaf on its way through the program, with the casts that wait for its rows."""
 
     leaf: int
     dtype: Any
-    cast: bool = False
+    casts: tuple[Any, ...] = ()
+
+    def cast(self, dtype: Any) -> Table:
+        return Table(self.leaf, dtype, (*self.casts, dtype))
 
 
 # What an equation means for the tables that enter it.
@@ -92,7 +95,11 @@ def kind_of(eqn: Any, tables: Sequence[Table | None]) -> str:
             and tuple(params["slice_sizes"]) == (1, *operand.shape[1:])
         )
         return GATHER if whole_rows else DENSE
-    if name == "dynamic_slice" and tuple(params["slice_sizes"][1:]) == eqn.invars[0].aval.shape[1:]:
+    if (
+        name == "dynamic_slice"
+        and eqn.invars[0].aval.ndim
+        and tuple(params["slice_sizes"][1:]) == eqn.invars[0].aval.shape[1:]
+    ):
         return SLICE
     return DENSE
 
@@ -102,7 +109,7 @@ def _is_padded_sum(eqn: Any, tables: Sequence[Table | None]) -> bool:
     through."""
     if eqn.params.get("name") != PADDED_SUM or len(eqn.invars) not in (2, 3):
         return False
-    if tables[0] is None or tables[0].cast or any(tables[1:]):
+    if tables[0] is None or tables[0].casts or any(tables[1:]):
         return False
     table, ids, *weights = (v.aval for v in eqn.invars)
     same = ids.ndim == 2 and all(w.shape == ids.shape for w in weights) and len(eqn.outvars) == 1
@@ -142,7 +149,7 @@ class _Values(NamedTuple):
 _SCALAR = object()
 
 _ELEMENTWISE = frozenset(
-    "abs add and bitcast_convert_type clamp convert_element_type copy div eq ge gt integer_pow le lt max min mul ne "
+    "abs add and clamp convert_element_type copy div eq ge gt integer_pow le lt max min mul ne "
     "neg not or population_count rem select_n shift_left shift_right_arithmetic shift_right_logical sign square "
     "stop_gradient sub xor".split()
 )
@@ -186,7 +193,7 @@ class Finder:
         kind = kind_of(eqn, tables)
         table = next(t for t in tables if t)
         if kind == CAST:
-            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
+            return [table.cast(eqn.params["new_dtype"])]
         if kind == STOP:
             return nothing  # an array like any other from here on
         if kind in (CALL, REMAT):

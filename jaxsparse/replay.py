@@ -1,14 +1,13 @@
 """Evaluating a traced program with some of its parameters held back, so that gradients stop at what was read of them.
 
-Every read of a held-back leaf becomes `read(stop_gradient(leaf)) + delta`, with one delta a read in the order in which
-`reads.find_reads` lists them; the ids of each read come out beside the program's results. A region that JAX
-differentiates as a whole (remat, a scan, a cond) is made again with its deltas as further inputs and its ids as further
-outputs.
+Every read of a held-back leaf becomes `read(leaf) + delta`, the leaf itself being a constant, with one delta a read in
+the order in which `reads.find_reads` lists them; the ids of each read come out beside the program's results. A region
+that JAX differentiates as a whole (remat, a scan, a cond) is made again with its deltas as further inputs and its ids
+as further outputs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.core
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxsparse.embedding import at_least_int32
 from jaxsparse.reads import BAG, CALL, CAST, COND, GATHER, REMAT, SCAN, SLICE, STOP, Finder, Table, inner_jaxpr, kind_of
 from jaxsparse.rows import row_ids
 
@@ -37,7 +37,7 @@ class Replay:
         return [self._array(x) if isinstance(x, Table) else x for x in self._walk(jaxpr, constants, args)]
 
     def _array(self, table: Table) -> Any:
-        return jax.lax.stop_gradient(self.arrays[table.leaf]).astype(table.dtype)
+        return _cast(self.arrays[table.leaf], table)
 
     def _walk(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
@@ -59,9 +59,9 @@ class Replay:
         kind = kind_of(eqn, tables)
         table = next(t for t in tables if t)
         if kind == CAST:
-            return [dataclasses.replace(table, dtype=eqn.params["new_dtype"], cast=True)]
+            return [table.cast(eqn.params["new_dtype"])]
         if kind == STOP:
-            return [self._array(table)]
+            return [jax.lax.stop_gradient(self._array(table))]
         if kind in (GATHER, SLICE, BAG):
             return [self._read(jaxpr, eqn, kind, table, values)]
         if kind == CALL:
@@ -74,14 +74,13 @@ class Replay:
     def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
         array = self.arrays[table.leaf]
         num_rows = array.shape[0]
-        (out,) = _evaluate(jaxpr, eqn, [jax.lax.stop_gradient(array), *values[1:]])
-        if kind != BAG:
-            out = out.astype(table.dtype)
+        (out,) = _evaluate(jaxpr, eqn, [array, *values[1:]])
+        out = _cast(out, table)
         delta, weights = next(self.deltas), None
         if kind == GATHER:
             ids = values[1][..., 0]
             if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-                ids = jnp.clip(ids, 0, num_rows - 1)
+                ids = jnp.clip(at_least_int32(ids), 0, num_rows - 1)
             # vmap may have put the row's dimensions before those of the ids
             tail, first = eqn.params["dimension_numbers"].offset_dims, iter(range(out.ndim))
             lead = out.ndim - len(tail)
@@ -175,6 +174,13 @@ class Replay:
         outs, ids = jax.lax.switch(values[0], [branch(i) for i in range(len(branches))], deltas, rest)
         self.ids += [read for of_branch in ids for read in of_branch]
         return list(outs)
+
+
+def _cast(x: Any, table: Table) -> Any:
+    """x with the casts that were made of the whole table, each in its turn: two may round twice."""
+    for dtype in table.casts:
+        x = x.astype(dtype)
+    return x
 
 
 def _padding(struct: Any) -> jax.Array:

@@ -237,6 +237,8 @@ def scale(g: RowSparse, factor: Any) -> RowSparse:
 
 def gather_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     """x[ids], zero where an id is padding. x (num_rows, ...), ids (k,) -> (k, ...)."""
+    if x.shape[0] == 0:  # XLA refuses to gather from nothing
+        return jnp.zeros(ids.shape + x.shape[1:], x.dtype)
     return x.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
@@ -265,6 +267,8 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     if g.unique:
         return g if scratch is None else (g, scratch)
     ids, num_rows, k = g.ids, g.num_rows, g.ids.shape[0]
+    if scratch is not None and scratch.shape != (num_rows,):
+        raise ValueError(message("RowSparse", "scratch", f"of shape ({num_rows},)", scratch.shape))
     real = in_range(ids, num_rows)
     position = jnp.arange(k, dtype=jnp.int32)
     if scratch is None:

@@ -11,6 +11,7 @@ statistics kept across them, and draws that depend on how many there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,14 +63,26 @@ def find_row_leaves(inner: Any, tree: Any, leaves: Sequence[Any], flags: Sequenc
 
 
 _ROWS, _TOUCHED = 7, np.array([1, 4])
+_SCALES = (0.1, 1e-3, 1e3, 3.0)  # of the gradients, a step each: some clip above a size, some below
 
 
-def check_by_row(inner: Any, tree: Any, leaves: Sequence[Any], flags: Sequence[bool]) -> None:
+def check_by_row(
+    inner: Any,
+    tree: Any,
+    leaves: Sequence[Any],
+    flags: Sequence[bool],
+    *,
+    with_params: bool = True,
+    extra_args: dict[str, Any] | None = None,
+) -> None:
     """Raises ValueError if `inner` treats rows 1 and 4 of a small table otherwise when it sees these two alone.
 
-    Arguments are those of `find_row_leaves`; of the leaves only rank and dtype are used.
+    Arguments are those of `find_row_leaves`; of the leaves only rank and dtype are used. Numbers among the further
+    arguments of update are replaced by ones. What a transformation does only later, or only to large tables, it cannot
+    see.
     """
     rng = np.random.default_rng(0)
+    only_touched = np.isin(np.arange(_ROWS), _TOUCHED)
 
     def draw(scale: float) -> list[Any]:
         out = []
@@ -79,37 +92,43 @@ def check_by_row(inner: Any, tree: Any, leaves: Sequence[Any], flags: Sequence[b
             out.append(jnp.asarray(scale * rng.normal(size=shape), jnp.result_type(leaf)))
         return out
 
-    def take(x: Any, is_table: bool) -> Any:
-        # two rows, and one of padding, as lazy makes them
-        return jnp.concatenate([x[_TOUCHED], jnp.zeros_like(x[:1])]) if is_table else x
+    def take(x: Any) -> Any:
+        return jnp.concatenate([x[_TOUCHED], jnp.zeros_like(x[:1])])  # two rows, and one of padding, as lazy makes them
 
-    with jax.ensure_compile_time_eval():
-        values, first, second = draw(1.0), draw(0.1), draw(0.1)
-        second = [
-            jnp.zeros_like(g).at[_TOUCHED].set(g[_TOUCHED]) if t else g for g, t in zip(second, flags, strict=True)
-        ]
-        try:
-            update = jax.jit(inner.update)
+    def parts(xs: list[Any]) -> Any:
+        return tree.unflatten([take(x) if t else x for x, t in zip(xs, flags, strict=True)])
+
+    def keep_touched(x: Any) -> Any:
+        return jnp.where(only_touched.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+    def one(x: Any) -> Any:
+        return jnp.ones(jnp.shape(x), jnp.result_type(x)) if hasattr(x, "dtype") or isinstance(x, (int, float)) else x
+
+    compared = []
+    try:
+        with jax.ensure_compile_time_eval():
+            values = draw(1.0)
+            update = jax.jit(partial(inner.update, **jax.tree.map(one, extra_args or {})))
+            params, block_params = (tree.unflatten(values), parts(values)) if with_params else (None, None)
             state = inner.init(tree.unflatten(values))
-            _, state = update(tree.unflatten(first), state, tree.unflatten(values))
-            want, want_state = update(tree.unflatten(second), state, tree.unflatten(values))
             owners = find_row_leaves(inner, tree, values, flags)
-            slots, slot_tree = _flatten(state)
-            block = slot_tree.unflatten([x if i is None else take(x, True) for x, i in zip(slots, owners, strict=True)])
-            parts = [tree.unflatten([take(x, t) for x, t in zip(xs, flags, strict=True)]) for xs in (second, values)]
-            got, got_state = update(parts[0], block, parts[1])
-            want, got, want_state, got_state = jax.device_get((want, got, want_state, got_state))
-        except Exception:
-            return  # it needs more than this, a mapped axis say; what is wrong with it shows where it is really called
+            for scale in _SCALES:
+                _, state = update(tree.unflatten(draw(scale)), state, params)
+                grads = [keep_touched(g) if t else g for g, t in zip(draw(scale), flags, strict=True)]
+                slots, slot_tree = _flatten(state)
+                block = slot_tree.unflatten([x if i is None else take(x) for x, i in zip(slots, owners, strict=True)])
+                want = update(tree.unflatten(grads), state, params)
+                compared.append(jax.device_get((want, update(parts(grads), block, block_params))))
+    except Exception:
+        return  # it needs more than this, a mapped axis say; what is wrong with it shows where it is really called
 
-    for path, a, b, t in zip(_paths(want), jax.tree.leaves(want), jax.tree.leaves(got), flags, strict=True):
-        _compare(
-            f"the update{path and f' of parameter {path}'}", a[_TOUCHED] if t else a, b[: len(_TOUCHED)] if t else b
-        )
-    states = jax.tree.leaves(want_state), jax.tree.leaves(got_state)
-    for path, a, b, i in zip(_paths(want_state), *states, owners, strict=True):
-        if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-            _compare(f"state {path}", *((a, b) if i is None else (a[_TOUCHED], b[: len(_TOUCHED)])))
+    for (want, want_state), (got, got_state) in compared:
+        for path, a, b, t in zip(_paths(want), jax.tree.leaves(want), jax.tree.leaves(got), flags, strict=True):
+            _compare(f"the update{path and f' of parameter {path}'}", *((a[_TOUCHED], b[:2]) if t else (a, b)))
+        states = jax.tree.leaves(want_state), jax.tree.leaves(got_state)
+        for path, a, b, i in zip(_paths(want_state), *states, owners, strict=True):
+            if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+                _compare(f"state {path}", *((a, b) if i is None else (a[_TOUCHED], b[:2])))
 
 
 def _paths(tree: Any) -> list[str]:

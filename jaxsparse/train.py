@@ -83,6 +83,12 @@ def make_train_step(
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
     """The mean over all examples that have weight, of each device's mean over its own; a device without any counts
     nothing."""
+    for leaf in jax.tree.leaves(batch):
+        if axis_name in getattr(jax.typeof(leaf), "vma", ()):  # there, dense gradients are summed before we see them
+            do = "Pass check_vma=False to jax.shard_map."
+            raise NotImplementedError(
+                message("make_train_step", "axis_name", "of a map without vma checks", axis_name, do)
+            )
     weight = getattr(batch, "weight", None)
     own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(own, axis_name)
