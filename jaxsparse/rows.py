@@ -269,12 +269,15 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     ids, num_rows, k = g.ids, g.num_rows, g.ids.shape[0]
     if scratch is not None and scratch.shape != (num_rows,):
         raise ValueError(message("RowSparse", "scratch", f"of shape ({num_rows},)", scratch.shape))
+    if not min(k, num_rows):  # no ids, or no rows that they could name
+        nothing = RowSparse(ids[:0], g.rows[:0], g.shape, unique=True, distinct=g.distinct)
+        return nothing if scratch is None else (nothing, scratch)
     real = in_range(ids, num_rows)
     position = jnp.arange(k, dtype=jnp.int32)
     if scratch is None:
         order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
         ordered = ids[order]
-        new = jnp.concatenate([jnp.ones(min(k, 1), bool), ordered[1:] != ordered[:-1]])
+        new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
         first = jnp.zeros(k, jnp.int32).at[order].set(jax.lax.cummax(jnp.where(new, position, 0)))
         first = order.astype(jnp.int32)[first]  # position of an id's first occurrence, for every position
     else:
@@ -284,7 +287,7 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     is_first = real & (first == position)
     slot = jnp.cumsum(is_first, dtype=jnp.int32) - 1  # (k,) which row of the block an id's first occurrence gets
     size = min(k, num_rows) if g.distinct is None else min(k, num_rows, g.distinct)
-    segment = jnp.where(real, slot[first], size) if k else first
+    segment = jnp.where(real, slot[first], size)
     wide = jnp.promote_types(g.dtype, jnp.float32)
     rows = jax.ops.segment_sum(g.rows.astype(wide), segment, num_segments=size)
     if size < min(k, num_rows):

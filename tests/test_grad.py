@@ -149,6 +149,46 @@ def test_dense_uses_get_dense_gradients(name):
     assert_as_jax(DENSE[name], (TABLE,), set())
 
 
+def test_gradients_of_gradients():
+    def loss(t):
+        return jnp.sum(t[IDS] ** 3) + squares(js.embedding_bag(t, IDS))
+
+    def through(grad):
+        return lambda t: jnp.sum((jnp.zeros_like(t) + grad(loss)(t)) ** 2) + jnp.sum(t[IDS] ** 2)
+
+    want = jax.grad(through(jax.grad))(TABLE)
+    np.testing.assert_allclose(jax.grad(through(js.grad))(TABLE), want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(dense(js.grad(through(js.grad))(TABLE)), want, rtol=1e-4, atol=1e-3)
+    ones = jnp.ones_like(TABLE)
+    (_, tangent) = jax.jvp(lambda t: js.value_and_grad(loss)(t)[0], (TABLE,), (ones,))
+    np.testing.assert_allclose(tangent, jax.jvp(loss, (TABLE,), (ones,))[1], rtol=1e-5)
+
+
+def test_two_casts_round_twice():
+    def loss(t):
+        return jnp.sum(t.astype(jnp.bfloat16).astype(jnp.float32)[IDS] ** 2)
+
+    value, grads = js.value_and_grad(loss)(TABLE)
+    want_value, want = jax.value_and_grad(loss)(TABLE)
+    assert is_row_sparse(grads)
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    assert abs(value - jnp.sum(TABLE[IDS] ** 2)) > 1e-4  # or this test could not tell
+    np.testing.assert_allclose(grads.todense(), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32])
+def test_ids_of_a_type_too_narrow_for_the_table(dtype):
+    table, ids = jnp.arange(40_000.0)[:, None] / 40_000, jnp.array([30, 100, 5], dtype)
+    for mode in ("clip", "fill"):
+        assert_as_jax(lambda t, mode=mode: squares(jnp.take(t, ids, axis=0, mode=mode)), (table,), {""})
+
+
+def test_scalars_and_empty_tables():
+    assert js.grad(lambda s: jax.lax.dynamic_slice(s, (), ()) ** 2)(jnp.float32(3)) == 6
+    grads = js.grad(lambda t: jnp.sum(js.embedding_lookup(t, IDS, padding_idx=3)))(jnp.zeros((0, 2)))
+    assert grads.shape == (0, 2)
+
+
 def test_the_users_own_rule_is_kept():
     @jax.custom_jvp
     def tenth(t):
@@ -300,6 +340,7 @@ def test_bounds_on_distinct_ids_reach_the_gradient():
         "offsets": lambda t, b: t[b.x + offsets[None, :]].sum(),
         "pairs": lambda t, b: t[b.x[:, :10] * 20 + b.x[:, 10:]].sum(),
         "sum_of_views": lambda t, b: t[b.x[:20, :] + b.x[:20, :].T].sum(),
+        "bits": lambda t, b: t[jax.lax.bitcast_convert_type(b.x, jnp.uint8)].sum(),
         "cumulative": lambda t, b: t[jnp.cumsum(b.x, 1)].sum(),
     }
     for name, loss in unproven.items():

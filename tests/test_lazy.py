@@ -378,6 +378,8 @@ NOT_BY_ROW = {
     "sm3": lambda: optax.sm3(0.1),
     "lamb": lambda: optax.lamb(0.1),
     "lars": lambda: optax.lars(0.1),
+    "block_rms_of_large_gradients": lambda: optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)),
+    "adaptive_grad_clip": lambda: optax.chain(optax.adaptive_grad_clip(0.5), optax.sgd(0.1)),
     "block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.sgd(0.1)),
     "noise": lambda: optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1)),
     "flat_state": lambda: optax.GradientTransformation(
@@ -394,6 +396,30 @@ def test_what_is_not_by_row_is_refused(name, jitted):
     update = jax.jit(tx.update) if jitted else tx.update
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match=r"'inner'.*each row by itself"):
         update(gradient(0), tx.init(params()), params())
+
+
+def test_what_is_not_by_row_is_refused_in_every_call():
+    for args, extra in (((params(),), {"value": 1.0}), ((), {})):
+        inner = optax.lamb(0.1) if args else optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1))
+        tx = js.lazy(inner)
+        for _ in range(2):  # the refusal is not forgotten
+            with pytest.raises(ValueError, match=r"'inner'.*each row by itself"):
+                tx.update(gradient(0), tx.init(params()), *args, **extra)
+
+
+@pytest.mark.parametrize("name", ["MultiSteps", "apply_every"])
+def test_accumulation_inside_is_refused(name):
+    multi = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    inner = multi if name == "MultiSteps" else optax.chain(optax.apply_every(2), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"'inner'.*one step.*js\.accumulate"):
+        js.lazy(inner).init(params())
+
+
+def test_a_table_without_rows():
+    tx, empty = js.lazy_adam(0.1), {"t": jnp.zeros((0, D))}
+    grads = {"t": js.RowSparse(jnp.array([0, 3]), jnp.ones((2, D)), (0, D))}
+    updates, _ = tx.update(grads, tx.init(empty), empty)
+    assert optax.apply_updates(empty, updates)["t"].shape == (0, D)
 
 
 RECIPES = {

@@ -13,6 +13,7 @@ import scipy.sparse
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
+from jaxsparse.lazy import coalesce_gradients
 from jaxsparse.rows import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
 
@@ -343,6 +344,33 @@ def test_a_loss_that_is_nan_on_an_empty_device_does_no_harm():
     copies, metrics = jax.pmap(step, axis_name="batch", devices=jax.devices()[:4])(copies, batch)
     np.testing.assert_allclose(copies.params["t"][0], [0, 8 / 3, 4 / 3, 0], rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], np.full(4, 14 / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma):
+    """Without vma checks it is pmap; with them, dense gradients come summed, which is refused until it is supported."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    step = js.make_train_step(lambda p, ids: jnp.mean(p["t"][ids] ** 2), axis_name="batch", jit=False)
+    state = TrainState.create(apply_fn=None, params={"t": jnp.arange(6.0)}, tx=js.lazy_sgd(1.0))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec(), spec("batch")), out_specs=spec(), check_vma=check_vma)
+    ids = jnp.array([1, 2, 2, 5])
+    if check_vma:
+        with pytest.raises(NotImplementedError, match=r"'axis_name'.*check_vma=False"):
+            jax.jit(mapped)(state, ids)
+        return
+    got, metrics = jax.jit(mapped)(state, ids)
+    np.testing.assert_allclose(got.params["t"], [0, 0.5, 0, 3, 4, 2.5])
+    assert metrics["rows_touched"] == 3
+
+
+def test_two_lazies_of_the_same_path():
+    """A path alone does not say whose scratch a gradient needs."""
+    small, large = js.lazy_sgd(1.0), js.lazy_sgd(1.0)
+    states = (small.init({"e": jnp.zeros((3, 1))}), large.init({"e": jnp.zeros((8, 1))}))
+    ids = jnp.array([5, 6, 6, 7])
+    grads, _ = coalesce_gradients({"e": js.RowSparse(ids, jnp.ones((4, 1)), (8, 1))}, states)
+    np.testing.assert_array_equal(grads["e"].todense()[:, 0], [0, 0, 0, 0, 0, 1, 2, 1])
 
 
 def test_traffic_does_not_depend_on_num_rows():
