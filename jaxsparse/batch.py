@@ -307,13 +307,16 @@ class Batches:
         by_part = [[count for f in self._features for count in f.distinct(part)] for part in parts]
         return [None if None in counts else max(counts) for counts in zip(*by_part, strict=True)]
 
-    def _usual_counts(self, batches: list[list[np.ndarray]]) -> list[int]:
-        """For each leaf of x, a count that batches like these hardly ever exceed."""
+    def _usual_counts(self, batches: list[list[np.ndarray]]) -> list[list[int]]:
+        """Two counts for each leaf of x: one that nine in ten batches like these keep to, and one that they hardly ever
+        exceed; the latter twice unless both are large and far apart, where a shape more is cheaper than the bound."""
         some = batches[:: max(len(batches) // _LOOK_AHEAD, 1)]
         counts = np.array([[count or 0 for count in self._count(parts)] for parts in some])
-        low, high = np.percentile(counts, [25, 75], axis=0)
+        low, high, most = np.percentile(counts, [25, 75, 90], axis=0)
         # on top of the largest seen, twice the interquartile range: 2.7 standard deviations
-        return [round_up(int(n)) for n in counts.max(axis=0) + 2 * (high - low)]
+        ever = counts.max(axis=0) + 2 * (high - low)
+        pairs = [[round_up(int(m)), round_up(int(e))] for m, e in zip(most, ever, strict=True)]
+        return [[m, e] if e > max(1.25 * m, 1024) else [e, e] for m, e in pairs]
 
     def _level(self, parts: list[np.ndarray]) -> int:
         return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
@@ -332,9 +335,12 @@ class Batches:
             shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
         leaves = jax.tree.leaves(shards[0][0])
         beside = [n for f in self._features for n in f.beside(length)]
+        counts, usual = self._count(parts), self._distinct[level]
+        # one choice for all leaves, or every combination of theirs would be a shape of its own
+        rare = int(any(count is not None and count > u[0] for count, u in zip(counts, usual, strict=True)))
         distinct = [
-            None if count is None else min(int(leaf.size), other + (usual if count <= usual else round_up(count)))
-            for leaf, other, count, usual in zip(leaves, beside, self._count(parts), self._distinct[level], strict=True)
+            None if count is None else min(int(leaf.size), other + (u[rare] if count <= u[rare] else round_up(count)))
+            for leaf, other, count, u in zip(leaves, beside, counts, usual, strict=True)
         ]
         x, y, weight = (
             jax.tree.map(lambda *leaves: np.stack(leaves), *shards)

@@ -84,7 +84,7 @@ def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
     """The mean over all examples that have weight, of each device's mean over its own; a device without any counts
     nothing."""
     for leaf in jax.tree.leaves(batch):
-        if axis_name in getattr(jax.typeof(leaf), "vma", ()):  # there, dense gradients are summed before we see them
+        if axis_name in _varying(leaf):  # there, dense gradients are summed before we see them
             do = "Pass check_vma=False to jax.shard_map."
             raise NotImplementedError(
                 message("make_train_step", "axis_name", "of a map without vma checks", axis_name, do)
@@ -100,6 +100,12 @@ def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
         return jnp.where(own == 0, 0, x) * share.astype(x.dtype)
 
     return psum(jax.tree.map(part, tree, is_leaf=is_row_sparse), axis_name)
+
+
+def _varying(x: Any) -> Any:
+    """The mapped axes that shard_map, with its vma checks on, has x vary over; none without these checks."""
+    kind = jax.typeof(x)
+    return getattr(getattr(kind, "mat", None), "varying", None) or getattr(kind, "vma", ())
 
 
 def _cleared(g: Any, own: jax.Array) -> Any:
