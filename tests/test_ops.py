@@ -85,7 +85,8 @@ def test_dot_derivatives_equal_finite_differences():
 
 def test_dot_leaves_rows_alone_that_no_entry_names():
     """NaN there stays there, and their gradient is exactly 0: a zero in a dense x would give 0 * NaN."""
-    x = BCOO((jnp.array([2.0, 0.0, 7.0, 7.0]), jnp.array([[0, 1], [2, 4], [2, 0], [0, -1]])), shape=(2, 4))
+    data = jnp.array([2.0, 0.0, 7.0, np.nan])
+    x = BCOO((data, jnp.array([[0, 1], [2, 4], [2, 0], [0, -1]])), shape=(2, 4))
     w = jnp.array([np.nan, 3.0, np.nan, np.nan])
     out, vjp = jax.vjp(lambda w: js.dot(x, w), w)
     np.testing.assert_array_equal(out, [6, 0])
@@ -118,6 +119,8 @@ def test_16_bit_products_are_summed_in_float32():
     x = BCOO.fromdense(jnp.array([[256.0] + [1.0] * 60], jnp.bfloat16))
     for got in (js.dot(x, jnp.ones(61, jnp.bfloat16))[0], js.sum(x, 1)[0], js.sum(x)):
         assert got.dtype == jnp.bfloat16 and got.item() == 316
+    counts = BCOO.fromdense(jnp.array([[257, -256]]))  # nor are they rounded before
+    assert js.dot(counts, jnp.ones(2, jnp.bfloat16)).item() == 1
 
 
 @pytest.mark.parametrize("x_shape", [(3,), (2, 3), (2, 2, 3)])
