@@ -11,6 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxsparse.grad import Tables, trace
 from jaxsparse.reads import Read
 
@@ -111,7 +114,7 @@ def explain(
                 reads=tuple(r.source for r in reads),
                 cause="" if row_sparse else cause,
                 source="" if row_sparse else source,
-                advice=_advice(row_sparse, reads, num_rows),
+                advice=_advice(row_sparse, reads, leaf),
             )
         return Explanation(out)
 
@@ -123,8 +126,13 @@ def _bound(reads: list[Read]) -> int | None:
     return sum(known) if known and len(known) == len(reads) else None
 
 
-def _advice(row_sparse: bool, reads: list[Read], num_rows: int) -> str:
-    rows = sum(math.prod(r.ids) for r in reads)
-    if row_sparse and num_rows < _CROSSOVER * rows:
+def _advice(row_sparse: bool, reads: list[Read], leaf: Any) -> str:
+    if not row_sparse:
+        return ""
+    if leaf.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return (
+            "XLA's CPU backend writes rows of a bfloat16 array by converting all of it: use float32 or float16 there."
+        )
+    if leaf.shape[0] < _CROSSOVER * sum(math.prod(r.ids) for r in reads):
         return "At this size a dense gradient is likely faster: tables= leaves it out."
     return ""

@@ -9,8 +9,7 @@ Conventions, here and everywhere downstream:
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
   num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding too.
 * `distinct`, when known, bounds the number of distinct ids from above. It is what lets `coalesce` make a block of
-20,000
-  rows of 80,000 ids: shapes are static, so without it the block has as many rows as there are ids.
+  20,000 rows of 80,000 ids: shapes are static, so without it the block has as many rows as there are ids.
 
 Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an
 id moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an

@@ -1,5 +1,6 @@
 """The step: what it computes, what it allocates, how often it is traced, and the same under pmap."""
 
+import os
 from functools import partial
 
 import chex
@@ -18,6 +19,7 @@ from jaxsparse.rows import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
 
 V, D, B, L = 50, 4, 8, 3
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Model(nn.Module):
@@ -271,6 +273,50 @@ CREATE_LARGE = {
     "integers": (lambda t, ids: jnp.argsort(t[:, 0])[ids], ()),
     "mask": (lambda t, ids: t[ids] * jnp.zeros(t.shape[0], bool).at[ids].set(True)[ids[0]], ()),
 }
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "float16",
+        pytest.param(
+            "bfloat16",
+            marks=pytest.mark.xfail(jax.default_backend() == "cpu", reason="XLA converts the table; explain says so"),
+        ),
+    ],
+)
+def test_no_table_sized_arrays_for_any_dtype(dtype):
+    tx = js.lazy_adam(0.05)
+
+    def step(table, state, ids):
+        gradient = js.grad(lambda t: jnp.sum(js.embedding_lookup(t, ids).astype(jnp.float32) ** 2))(table)
+        updates, state = tx.update(gradient, state, table)
+        return optax.apply_updates(table, updates), state
+
+    table = jnp.zeros((ROWS, 4), dtype)
+    text = compiled_text(jax.jit(step, donate_argnums=(0, 1)), table, tx.init(table), jnp.arange(40))
+    assert not large_arrays(text, ROWS)
+
+
+@pytest.mark.skipif(MEMORY < 12e9, reason="needs 5 GB for the table")
+def test_a_table_past_two_to_the_31_elements():
+    """Its elements cannot be counted by an int32: rows before, at and behind that point, and no others, change."""
+    rows = 2**25 + 8
+    tx, table = js.lazy_sgd(1.0), jnp.zeros((rows, 64), jnp.float16)
+    ids = jnp.array([0, 1, 2**24, 2**25 - 1, 2**25, 2**25 + 1, rows - 1, rows - 1])
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(table, state, ids):
+        gradient = js.grad(lambda t: -jnp.sum(t[ids].astype(jnp.float32) * (1.0 + jnp.arange(64))[None]))(table)
+        updates, state = tx.update(gradient, state, table)
+        return optax.apply_updates(table, updates), state
+
+    table, _ = step(table, tx.init(table), ids)
+    want = np.tile(1.0 + np.arange(64), (7, 1))
+    want[-1] *= 2
+    np.testing.assert_array_equal(table.at[ids[:7]].get(), want)
+    assert int(jax.jit(lambda t: jnp.sum(t != 0))(table)) == want.size
 
 
 @pytest.mark.parametrize("name", CREATE_LARGE)
