@@ -8,6 +8,9 @@ gradients), `lazy` (any optax optimizer on them), `train` (the step that ties th
 from jaxsparse import nn as nn
 from jaxsparse import testing as testing
 from jaxsparse.accumulate import accumulate as accumulate  # type: ignore[no-redef]
+from jaxsparse.adagrad import lazy_adagrad as lazy_adagrad
+from jaxsparse.adagrad import lazy_ftrl as lazy_ftrl
+from jaxsparse.adagrad import lazy_rowwise_adagrad as lazy_rowwise_adagrad
 from jaxsparse.batch import Batch as Batch
 from jaxsparse.batch import Batches as Batches
 from jaxsparse.batch import batches as batches
@@ -28,12 +31,14 @@ from jaxsparse.ops import concatenate as concatenate
 from jaxsparse.ops import dot as dot
 from jaxsparse.ops import mean as mean
 from jaxsparse.ops import sum as sum
-from jaxsparse.optimizers import lazy_adagrad as lazy_adagrad
 from jaxsparse.optimizers import lazy_adam as lazy_adam
 from jaxsparse.optimizers import lazy_adamw as lazy_adamw
-from jaxsparse.optimizers import lazy_ftrl as lazy_ftrl
-from jaxsparse.optimizers import lazy_rowwise_adagrad as lazy_rowwise_adagrad
+from jaxsparse.optimizers import lazy_rmsprop as lazy_rmsprop
 from jaxsparse.optimizers import lazy_sgd as lazy_sgd
+from jaxsparse.refresh import flush as flush
+from jaxsparse.refresh import from_optax_state as from_optax_state
+from jaxsparse.refresh import refresh as refresh  # type: ignore[no-redef]
+from jaxsparse.refresh import to_optax_state as to_optax_state
 from jaxsparse.rows import RowSparse as RowSparse
 from jaxsparse.train import evaluate as evaluate
 from jaxsparse.train import fit as fit

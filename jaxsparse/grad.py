@@ -8,6 +8,7 @@ several reads are put end to end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from jax.extend import core
 
 from jaxsparse._checks import message
 from jaxsparse.batch import Batch
+from jaxsparse.interpret import RowIds, WithDeltas
 from jaxsparse.reads import Read, Table, find_reads
-from jaxsparse.replay import Replay, RowIds
-from jaxsparse.rows import RowSparse, concatenate_blocks, row_ids
+from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids
 
 
 def value_and_grad(
@@ -65,9 +66,9 @@ def value_and_grad(
         def run(deltas: list[Any], others: list[Any]) -> Any:
             it = iter(others)
             inputs = [Table(i, arrays[i].dtype) if i in arrays else next(it) for i in range(len(traced.leaves))]
-            replay = Replay(arrays, deltas)
-            value, *aux = replay.run(traced.closed.jaxpr, traced.closed.consts, inputs)
-            return value, (aux, replay.ids)
+            program = WithDeltas(arrays, deltas)
+            value, *aux = program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
+            return value, (aux, program.ids)
 
         deltas = [jnp.zeros(r.out.shape, r.out.dtype) for r in reads]
         (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
@@ -128,6 +129,10 @@ class Traced:
         self.closed, self.leaves, self.unflatten, self.aux, self.paths = closed, leaves, unflatten, aux, paths
         candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
         self.reads, self.dense = find_reads(closed, candidates, distinct)
+
+    def distinct(self, leaf: int) -> int | None:
+        """A bound on the number of distinct ids in the reads of a leaf, if there is one smaller than their number."""
+        return distinct_ids([(r.distinct, math.prod(r.ids)) for r in self.reads if r.leaf == leaf])
 
     def sparse_leaves(self, tables: Tables = None) -> list[int]:
         """The leaves that get row-sparse gradients."""

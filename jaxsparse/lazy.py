@@ -30,7 +30,7 @@ class LazyState(NamedTuple):
     """The state of `lazy(inner)`."""
 
     wrapped: Any  # inner's state; its arrays keep their full (num_rows, ...) shapes
-    scratch: Any  # like params, int32 (num_rows,): what coalescing writes to; its values mean nothing between steps
+    scratch: Any  # {name of the leaf: int32 (num_rows,)}: what coalescing writes to; its values mean nothing
 
 
 def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -75,11 +75,10 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             if _accumulates(part):
                 do = "It would mix the rows of different steps. Use js.accumulate(js.lazy(...), steps)."
                 raise ValueError(message("lazy", "inner", "a transformation of one step", type(part).__name__, do))
-        return LazyState(state, jax.tree.map(_scratch, params))
+        return LazyState(state, per_leaf(lambda p: jnp.zeros(jnp.shape(p)[:1], jnp.int32), params))
 
     def update_fn(updates: Any, state: LazyState, params: Any = None, **extra_args: Any) -> tuple[Any, LazyState]:
         grads, tree = _flatten(updates, is_leaf=is_row_sparse)
-        scratch = tree.flatten_up_to(state.scratch)
         values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
         for i, (g, p) in enumerate(zip(grads, values, strict=True)):
             if is_row_sparse(g) and p is not None and p.shape != g.shape:
@@ -87,9 +86,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                     message("lazy", "updates", f"of the parameter's shape, {p.shape}", f"{g.shape} at leaf {i}")
                 )
         with jax.named_scope("lazy_coalesce"):
-            for i, g in enumerate(grads):
-                if is_row_sparse(g):
-                    grads[i], scratch[i] = coalesce(g, scratch[i])
+            updates, scratch = coalesce_with(updates, state.scratch)
+            grads = tree.flatten_up_to(updates)
 
         leaves = [g if p is None else p for g, p in zip(grads, values, strict=True)]
         flags = [is_row_sparse(g) for g in grads]
@@ -137,48 +135,80 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
             RowSparse(g.ids, u, g.shape, unique=True, distinct=g.distinct) if is_row_sparse(g) else u
             for g, u in zip(grads, tree.flatten_up_to(new), strict=True)
         ]
-        return tree.unflatten(out), LazyState(new_tree.unflatten(new_slots), tree.unflatten(scratch))
+        return tree.unflatten(out), LazyState(new_tree.unflatten(new_slots), scratch)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+    """{name: leaf} in the order of the leaves, a RowSparse being one, and the tree's definition.
+
+    The boxes that flax puts around parameters (linen's Partitioned, nnx's Variable) do not count for the name: they may
+    come and go between init and update.
+    """
+    flat, definition = _flatten_with_path(tree, is_leaf=is_row_sparse)
+    return {_name(path): leaf for path, leaf in flat}, definition
+
+
+def per_leaf(make: Any, params: Any) -> Any:
+    """{name: make(leaf)}: a part of the state that has something for each parameter.
+
+    It is no tree like params, because flax would give its arrays the partitioning of params, whose rank is another.
+    What
+    has no leaves stays as it is: optax.tree_utils.tree_map_params lets init run on such a mark.
+    """
+    leaves, _ = named_leaves(params)
+    return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params
+
+
+def coalesce_with(grads: Any, scratch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+    """Every RowSparse of `grads` coalesced with its scratch, and the scratch that replaces the donated one."""
+    leaves, tree = named_leaves(grads)
+    scratch = dict(scratch)
+    for name, g in leaves.items():
+        if is_row_sparse(g):
+            leaves[name], scratch[name] = coalesce(g, scratch[name])
+    return tree.unflatten(leaves.values()), scratch
+
+
+class Scratches:
+    """The coalescing scratch of every parameter, in the state of its lazy optimizer, however deep."""
+
+    def __init__(self, opt_state: Any) -> None:
+        self._states, self._tree = _flatten(opt_state, is_leaf=_is_lazy_state)
+        self._states = [s._replace(scratch=dict(s.scratch)) if _is_lazy_state(s) else s for s in self._states]
+
+    def of(self, name: str, num_rows: int) -> dict[str, jax.Array]:
+        """The scratch that holds the parameter's, under its name.
+
+        Raises:
+          ValueError: if the parameter has no lazy optimizer.
+        """
+        for s in self._states:
+            if _is_lazy_state(s) and name in s.scratch and s.scratch[name].shape == (num_rows,):
+                return s.scratch
+        must = f"of a lazy optimizer, because parameter {name} is read by rows"
+        do = "Wrap the whole chain: js.lazy(optax.chain(...))."
+        raise ValueError(message("make_train_step", "state", must, "another", do))
+
+    def opt_state(self) -> Any:
+        """The optimizer's state with these scratches."""
+        return self._tree.unflatten(self._states)
+
+
 def coalesce_gradients(grads: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Every RowSparse of `grads` coalesced, with the scratch of the `lazy` that will take it, wherever in `opt_state`
-    that is.
+    """Every RowSparse of `grads` coalesced, with the scratch of the `lazy` that will take it.
 
     Raises:
       ValueError: if some RowSparse leaf has no lazy optimizer.
     """
-    by_path, tree = _flatten_with_path(grads, is_leaf=is_row_sparse)
-    if not any(is_row_sparse(g) for _, g in by_path):
-        return grads, opt_state
-    states, state_tree = _flatten(opt_state, is_leaf=_is_lazy_state)
-    lazies = [i for i, s in enumerate(states) if _is_lazy_state(s)]
-    scratch = {i: dict(jax.tree_util.tree_flatten_with_path(states[i].scratch)[0]) for i in lazies}
-    out = []
-    for path, leaf in by_path:
-        g = leaf
+    leaves, tree = named_leaves(grads)
+    scratches = Scratches(opt_state)
+    for name, g in leaves.items():
         if is_row_sparse(g):
-            fits = (i for i in lazies if path in scratch[i] and scratch[i][path].shape == g.shape[:1])
-            owner = next(fits, None)
-            if owner is None:
-                name = jax.tree_util.keystr(path)
-                do = "Wrap the whole chain: js.lazy(optax.chain(...))."
-                raise ValueError(
-                    message(
-                        "make_train_step",
-                        "state",
-                        f"of a lazy optimizer, because params{name} is read by rows",
-                        "another",
-                        do,
-                    )
-                )
-            g, scratch[owner][path] = coalesce(g, scratch[owner][path])
-        out.append(g)
-    for i in lazies:
-        flat = jax.tree_util.tree_flatten_with_path(states[i].scratch)
-        states[i] = states[i]._replace(scratch=jax.tree.unflatten(flat[1], [scratch[i][path] for path, _ in flat[0]]))
-    return tree.unflatten(out), state_tree.unflatten(states)
+            scratch = scratches.of(name, g.num_rows)
+            leaves[name], scratch[name] = coalesce(g, scratch[name])
+    return tree.unflatten(leaves.values()), scratches.opt_state()
 
 
 def _accumulates(x: object) -> bool:
@@ -189,6 +219,5 @@ def _is_lazy_state(x: object) -> bool:
     return isinstance(x, LazyState)
 
 
-def _scratch(param: Any) -> jax.Array:
-    """The coalescing scratch of a parameter: of every one, since init cannot know which will be read by rows."""
-    return jnp.zeros(jnp.shape(param)[:1], jnp.int32)
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr([k for k in path if str(k) != ".value"], simple=True, separator=".") or "array"

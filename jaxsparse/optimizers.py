@@ -1,4 +1,8 @@
-"""Named lazy optimizers: short aliases of `lazy(optax...)` with long docstrings, and two that optax does not have.
+"""Named lazy optimizers: short aliases of `lazy(optax...)` with long docstrings.
+
+What happens to the rows that a gradient does not touch is the choice of `skipped=`. "freeze": nothing; the parameter
+and its moments wait, as in torch's SparseAdam and every other lazy Adam. "replay": what the dense optimizer does to
+them, worked out when the row is needed next: see `replaying.py`.
 
 All of them take `before=`: a transformation of the coalesced gradient, run first, `optax.clip_by_global_norm(1.0)` say.
 Chaining it outside is refused, because there it would meet row ids.
@@ -6,14 +10,18 @@ Chaining it outside is refused, because there it would meet row ids.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._checks import message
+from jaxsparse._checks import check_choice
+from jaxsparse.catch_up import Adam, Decay, check_adam, check_rates
 from jaxsparse.lazy import lazy
+from jaxsparse.replaying import replay
+
+SKIPPED = ("freeze", "replay")
 
 
 def lazy_adam(
@@ -25,9 +33,10 @@ def lazy_adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
+    skipped: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam on the rows that a gradient touches; all other rows and their moments are frozen.
+    r"""Adam on the rows that a gradient touches; all other rows are frozen, or replayed when they are needed.
 
     For each touched row, g being the sum of the gradients of all occurrences of its id, and t the number of updates so
     far, this one included, whether or not they touched this row:
@@ -45,11 +54,25 @@ def lazy_adam(
       eps, eps_root: added outside and inside the root.
       mu_dtype: dtype of the first moment; the parameter's by default.
       nesterov: Nesterov momentum, as in optax.adam.
+      skipped: what happens to rows without a gradient. "freeze": nothing. "replay": what dense optax.adam does, which
+        moves them on along their momentum. The row is brought up to date before it is next read: by
+        js.make_train_step, by js.refresh in a step written by hand, and all rows by js.flush, before evaluation or
+        export. A row that was not is NaN after its next update.
       before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Chaining
         it outside is refused: there it would meet row ids.
 
     Returns:
-      A transformation for dense and row-sparse gradients: `js.lazy(optax.chain(before, optax.adam(...)))`.
+      A transformation for dense and row-sparse gradients: `js.lazy(optax.chain(before, optax.adam(...)))`; with
+      "replay", one whose state has besides an int32 a row and about 2 MB of history.
+
+    Raises:
+      TypeError, ValueError: with skipped="replay", if b1, b2, eps are not Python numbers with b1 < b2, or eps_root or
+        nesterov is set, or `before` keeps state by row or makes something of zeros (decay): it cannot be replayed.
+
+    After "replay" and js.flush, parameters and moments are those of dense optax.adam to float32 rounding, for any
+    schedule and any number of skipped steps. Catch-up sums are interpolated in sqrt(v) / eps at 4 to 16 nodes, as b1
+    and b2 want it, with a relative error below 1e-6 from the first step on (b1=.9: b2=.999, .98, .95; .95/.99,
+    .99/.999), and 1e-4 at worst where b2 is as near to b1 as .9/.91. Moments of 16-bit tables are float32.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -66,7 +89,12 @@ def lazy_adam(
     References:
       Kingma and Ba, "Adam: a method for stochastic optimization", https://arxiv.org/abs/1412.6980
     """
-    return _lazy(before, optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov))
+    check_choice("lazy_adam", "skipped", skipped, SKIPPED)
+    adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    if skipped == "freeze":
+        return lazy_chain(before, adam)
+    check_adam("lazy_adam", b1, b2, eps, eps_root, nesterov)
+    return replay(_wide(adam), Adam(b1, b2, eps), learning_rate, before=before)
 
 
 def lazy_adamw(
@@ -80,17 +108,21 @@ def lazy_adamw(
     mask: Any = None,
     *,
     nesterov: bool = False,
+    skipped: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, on the rows that a gradient touches.
 
-    As `lazy_adam`, with p = p - lr (... + weight_decay p). Only touched rows decay, and only in the steps that touch
-    them: a rare row decays less than under dense optax.adamw, which decays every row in every step.
+    As `lazy_adam`, with p = p - lr (... + weight_decay p). With skipped="freeze" only touched rows decay, and only in
+    the
+    steps that touch them: a rare row decays less than under dense optax.adamw. With "replay" every row decays in every
+    step, as there.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov: as in `lazy_adam`.
       weight_decay: the decay rate, multiplied by the learning rate, as in optax.adamw.
       mask: which parameters decay: a tree of bools, or a function of the parameters that makes one.
+      skipped: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -109,7 +141,12 @@ def lazy_adamw(
       Loshchilov and Hutter, "Decoupled weight decay regularization", https://arxiv.org/abs/1711.05101
     """
     adamw = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
-    return _lazy(before, adamw)
+    check_choice("lazy_adamw", "skipped", skipped, SKIPPED)
+    if skipped == "freeze":
+        return lazy_chain(before, adamw)
+    check_adam("lazy_adamw", b1, b2, eps, eps_root, nesterov)
+    rule = Adam(b1, b2, eps, plain=mask is not None, decayed=True)
+    return replay(_wide(adamw), rule, learning_rate, before=before, weight_decay=weight_decay, mask=mask)
 
 
 def lazy_sgd(
@@ -118,17 +155,20 @@ def lazy_sgd(
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     *,
+    skipped: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent on the rows that a gradient touches, with momentum if asked.
 
-    trace = g + momentum trace; p = p - lr trace. A row's momentum waits, frozen, until the row is touched again.
+    trace = g + momentum trace; p = p - lr trace. A row's momentum waits, frozen, until the row is touched again, or
+    with skipped="replay" moves the row on and dies away, as under dense optax.sgd.
 
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.
       momentum: the decay rate of the trace; None for none.
       nesterov: Nesterov momentum, as in optax.sgd.
       accumulator_dtype: dtype of the trace; the parameter's by default.
+      skipped: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -145,186 +185,79 @@ def lazy_sgd(
     References:
       Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013
     """
-    return _lazy(before, optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype))
+    check_choice("lazy_sgd", "skipped", skipped, SKIPPED)
+    sgd = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+    if skipped == "freeze":
+        return lazy_chain(before, sgd)
+    check_rates("lazy_sgd", momentum=momentum)
+    return replay(sgd, Decay((("trace", momentum),) if momentum else (), nesterov), learning_rate, before=before)
 
 
-def lazy_adagrad(
+def lazy_rmsprop(
     learning_rate: Any,
-    initial_accumulator_value: float = 0.1,
-    eps: float = 1e-7,
-    *,
-    before: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Adagrad on the rows that a gradient touches: s = s + g^2; p = p - lr g / sqrt(s + eps).
-
-    A row without a gradient does not move under Adagrad, so this is dense optax.adagrad at the cost of the rows
-    touched.
-
-    Args:
-      learning_rate: a number, or an optax schedule of the number of updates before this one.
-      initial_accumulator_value: what s starts from.
-      eps: added inside the root, as in optax.adagrad.
-      before: a transformation of the coalesced gradient, run first.
-
-    Returns:
-      A transformation for dense and row-sparse gradients: `js.lazy(optax.chain(before, optax.adagrad(...)))`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxsparse as js
-      >>> tx = js.lazy_adagrad(0.1, initial_accumulator_value=0.0)
-      >>> grads = js.RowSparse(jnp.array([1]), jnp.full((1, 1), 5.), (2, 1))
-      >>> updates, _ = tx.update(grads, tx.init(jnp.ones((2, 1))))
-      >>> [round(float(p), 4) for p in optax.apply_updates(jnp.ones((2, 1)), updates)[:, 0]]
-      [1.0, 0.9]
-
-    References:
-      Duchi et al., "Adaptive subgradient methods for online learning and stochastic optimization", JMLR 2011
-    """
-    return _lazy(before, optax.adagrad(learning_rate, initial_accumulator_value, eps))
-
-
-class RowwiseAdagradState(NamedTuple):
-    """The state of `lazy_rowwise_adagrad`'s scaling."""
-
-    sum_of_squares: Any  # like params, shape (num_rows,), float32
-
-
-def lazy_rowwise_adagrad(
-    learning_rate: Any,
-    initial_accumulator_value: float = 0.0,
+    decay: float = 0.9,
     eps: float = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
     *,
+    skipped: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adagrad with one accumulator a row: s = s + mean_d(g^2); p = p - lr g / (sqrt(s) + eps).
-
-    The accumulators take 1 / d of a table's memory. Dense leaves are treated alike, by their first axis.
+    """RMSProp on the rows that a gradient touches: nu = decay nu + (1 - decay) g^2; p = p - lr g / sqrt(nu + eps).
 
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.
-      initial_accumulator_value: what s starts from.
-      eps: added to the root.
+      decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction: as in optax.rmsprop.
+      skipped: what happens to rows without a gradient. "freeze": nothing. "replay": their averages decay, and their
+        momentum moves them, as under dense optax.rmsprop.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
       A transformation for dense and row-sparse gradients.
 
-    Example:
-      >>> import jax.numpy as jnp, optax, jaxsparse as js
-      >>> tx = js.lazy_rowwise_adagrad(0.1)
-      >>> grads = js.RowSparse(jnp.array([1]), jnp.array([[3., 4.]]), (2, 2))
-      >>> updates, _ = tx.update(grads, tx.init(jnp.ones((2, 2))))
-      >>> [[round(float(x), 4) for x in row] for row in optax.apply_updates(jnp.ones((2, 2)), updates)]
-      [[1.0, 1.0], [0.9151, 0.8869]]
-
-    References:
-      FBGEMM's EXACT_ROWWISE_ADAGRAD; Gupta et al., "Training recommender systems at scale",
-      https://arxiv.org/abs/2010.11305
-    """
-
-    def init_fn(params: Any) -> RowwiseAdagradState:
-        return RowwiseAdagradState(
-            jax.tree.map(lambda p: jnp.full(jnp.shape(p)[:1], initial_accumulator_value, jnp.float32), params)
-        )
-
-    def update_fn(updates: Any, state: RowwiseAdagradState, params: Any = None) -> tuple[Any, RowwiseAdagradState]:
-        del params
-
-        def accumulate(g: jax.Array, s: jax.Array) -> jax.Array:
-            return s + jnp.mean(jnp.square(g.astype(jnp.float32)), axis=tuple(range(1, g.ndim)))
-
-        def scale(g: jax.Array, s: jax.Array) -> jax.Array:
-            root = jnp.sqrt(s) + eps
-            return (g / root.reshape(root.shape + (1,) * (g.ndim - root.ndim))).astype(g.dtype)
-
-        sums = jax.tree.map(accumulate, updates, state.sum_of_squares)
-        return jax.tree.map(scale, updates, sums), RowwiseAdagradState(sums)
-
-    by_row = optax.GradientTransformation(init_fn, update_fn)
-    return _lazy(before, optax.chain(by_row, optax.scale_by_learning_rate(learning_rate)))
-
-
-class FtrlState(NamedTuple):
-    """The state of `lazy_ftrl`."""
-
-    z: Any  # like params: the sum of gradients, less what the learning rates' changes are worth
-    n: Any  # like params: the sum of squared gradients
-
-
-def lazy_ftrl(
-    learning_rate: float,
-    beta: float = 1.0,
-    l1: float = 0.0,
-    l2: float = 0.0,
-    *,
-    before: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """FTRL-Proximal on the rows that a gradient touches: the classic for sparse linear models, with exact zeros.
-
-    For each coordinate w of a touched row:
-
-        sigma = (sqrt(n + g^2) - sqrt(n)) / lr        z = z + g - sigma w        n = n + g^2
-        w = 0 if |z| <= l1 else -(z - sign(z) l1) / ((beta + sqrt(n)) / lr + l2)
-
-    The parameters are a function of z and n: start them at zero. A row without a gradient does not move, so this is
-    dense FTRL at the cost of the rows touched.
-
-    Args:
-      learning_rate: a number (alpha); the rate of a coordinate is lr / (beta + sqrt(n)).
-      beta: smooths the first steps.
-      l1: the strength of the L1 penalty, which gives exact zeros.
-      l2: the strength of the L2 penalty.
-      before: a transformation of the coalesced gradient, run first.
-
-    Returns:
-      A transformation for dense and row-sparse gradients; its update needs the parameters.
-
     Raises:
-      TypeError: if the learning rate is a schedule, for which z has no meaning.
-      ValueError: from update, without parameters.
+      TypeError: with skipped="replay", if decay or momentum is not a Python number.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
-      >>> tx, params = js.lazy_ftrl(0.1, l1=1.0), jnp.zeros((3, 1))
-      >>> grads = js.RowSparse(jnp.array([0, 1]), jnp.array([[.5], [3.]]), (3, 1))
-      >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> [round(float(p), 4) for p in optax.apply_updates(params, updates)[:, 0]]
-      [0.0, -0.05, 0.0]
+      >>> tx = js.lazy_rmsprop(0.1, decay=0.75)
+      >>> grads = js.RowSparse(jnp.array([1]), jnp.ones((1, 1)), (2, 1))
+      >>> updates, _ = tx.update(grads, tx.init(jnp.ones((2, 1))))
+      >>> [round(float(p), 4) for p in optax.apply_updates(jnp.ones((2, 1)), updates)[:, 0]]
+      [1.0, 0.8]
 
     References:
-      McMahan et al., "Ad click prediction: a view from the trenches", KDD 2013, algorithm 1
+      Hinton, "Overview of mini-batch gradient descent", 2012
     """
-    if callable(learning_rate):
-        raise TypeError(
-            message("lazy_ftrl", "learning_rate", "a number", "a schedule", "Its rate falls by itself, with n.")
-        )
-
-    def init_fn(params: Any) -> FtrlState:
-        return FtrlState(jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
-
-    def update_fn(updates: Any, state: FtrlState, params: Any = None) -> tuple[Any, FtrlState]:
-        if params is None:
-            raise ValueError(message("lazy_ftrl", "params", "given to update", None, "tx.update(grads, state, params)"))
-
-        def weight(z: jax.Array, n: jax.Array) -> jax.Array:
-            shrunk = jnp.sign(z) * jnp.maximum(jnp.abs(z) - l1, 0)
-            return -shrunk / ((beta + jnp.sqrt(n)) / learning_rate + l2)
-
-        n = jax.tree.map(lambda n, g: n + g * g, state.n, updates)
-        z = jax.tree.map(
-            lambda z, g, n0, n1, w: z + g - (jnp.sqrt(n1) - jnp.sqrt(n0)) / learning_rate * w,
-            state.z,
-            updates,
-            state.n,
-            n,
-            params,
-        )
-        return jax.tree.map(lambda z, n, w: weight(z, n) - w, z, n, params), FtrlState(z, n)
-
-    return _lazy(before, optax.GradientTransformation(init_fn, update_fn))
+    rmsprop = optax.rmsprop(
+        learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction
+    )
+    check_choice("lazy_rmsprop", "skipped", skipped, SKIPPED)
+    if skipped == "freeze":
+        return lazy_chain(before, rmsprop)
+    check_rates("lazy_rmsprop", decay=decay, momentum=momentum)
+    rates = [("nu", decay), *([("mu", decay)] if centered else []), *([("trace", momentum)] if momentum else [])]
+    return replay(rmsprop, Decay(tuple(rates), nesterov, scaled=False), learning_rate, before=before)
 
 
-def _lazy(
+def lazy_chain(
     before: optax.GradientTransformation | None, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
+    """`lazy(chain(before, inner))`."""
     return lazy(inner if before is None else optax.chain(before, inner))
+
+
+def _wide(adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam with moments of at least float32: in bfloat16, nu neither decays by 0.999 nor remembers many steps of it."""
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
+        return adam.update(widen(updates), state, params)
+
+    return optax.GradientTransformation(lambda params: adam.init(widen(params)), update_fn)

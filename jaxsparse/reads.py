@@ -6,8 +6,8 @@ of the whole parameter (Flax's Embed makes one) and stop_gradient are looked thr
 branches of cond and switch, and the bodies of scans over which the parameter stays the same. Any other use is dense,
 and is reported with its primitive and source line: a custom_jvp or custom_vjp call, whose rule is the user's, included.
 
-`find_reads` walks a jaxpr and says which leaves are only read by rows. `replay.Replay` evaluates the same jaxpr with
-those leaves held back. Both ask `kind_of`, so that they cannot disagree about what a read is.
+`find_reads` walks a jaxpr and says which leaves are only read by rows. `interpret.Interpreter` evaluates the same jaxpr
+with those leaves held back. Both ask `kind_of`, so that they cannot disagree about what a read is.
 
 `find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that
 js.batches counted, seen through reshapes, slices and any function applied element by element, has no more distinct

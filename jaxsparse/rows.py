@@ -219,13 +219,19 @@ def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
     """The sum of several RowSparse of one shape, their ids put end to end: ids (k1 + k2 + ...,)."""
     if len(blocks) == 1:
         return blocks[0]
-    distinct = [b.distinct if b.distinct is not None else b.ids.shape[0] for b in blocks]
     return RowSparse(
         jnp.concatenate([b.ids for b in blocks]),
         jnp.concatenate([b.rows for b in blocks]),
         blocks[0].shape,
-        distinct=sum(distinct) if any(b.distinct is not None for b in blocks) else None,
+        distinct=distinct_ids([(b.distinct, b.ids.shape[0]) for b in blocks]),
     )
+
+
+def distinct_ids(parts: list[tuple[int | None, int]]) -> int | None:
+    """A bound on the number of distinct ids in several parts, each with its own bound, if known, and its length."""
+    if all(distinct is None for distinct, _ in parts):
+        return None
+    return sum(k if distinct is None else distinct for distinct, k in parts)
 
 
 def scale(g: RowSparse, factor: Any) -> RowSparse:
@@ -254,9 +260,8 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
 
     Args:
       g: the gradient, ids (k,) and rows (k, ...). Sums of 16-bit rows are made in float32.
-      scratch: int32 (num_rows,), any values. With it the work is a few O(k) passes and no sort: every id writes the
-        first position it occurs at into its scratch entry and reads it back, and nothing has to be cleared. Without it
-        the ids are sorted, which costs ten times more on CPU.
+      scratch: int32 (num_rows,), any values, for `coalesce_ids`. Without it the ids are sorted, which costs ten times
+        more on CPU.
 
     Returns:
       The unique RowSparse; with `scratch`, the pair (RowSparse, scratch), where scratch should replace the donated one.
@@ -271,28 +276,69 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     if not min(k, num_rows):  # no ids, or no rows that they could name
         nothing = RowSparse(ids[:0], g.rows[:0], g.shape, unique=True, distinct=g.distinct)
         return nothing if scratch is None else (nothing, scratch)
-    real = in_range(ids, num_rows)
-    position = jnp.arange(k, dtype=jnp.int32)
-    if scratch is None:
-        order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
-        ordered = ids[order]
-        new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-        first = jnp.zeros(k, jnp.int32).at[order].set(jax.lax.cummax(jnp.where(new, position, 0)))
-        first = order.astype(jnp.int32)[first]  # position of an id's first occurrence, for every position
-    else:
-        at = jnp.where(real, ids, num_rows)
-        scratch = scratch.at[at].set(k, mode="drop").at[at].min(position, mode="drop")
-        first = scratch.at[at].get(mode="fill", fill_value=0)
-    is_first = real & (first == position)
-    slot = jnp.cumsum(is_first, dtype=jnp.int32) - 1  # (k,) which row of the block an id's first occurrence gets
     size = min(k, num_rows) if g.distinct is None else min(k, num_rows, g.distinct)
-    segment = jnp.where(real, slot[first], size)
+    if scratch is None:
+        unique_ids, position, fits = _coalesce_sorted(ids, num_rows, size)
+    else:
+        unique_ids, slot, fits, scratch = coalesce_ids(ids, num_rows, size, scratch)
+        position = positions(ids, scratch, slot, size)
     wide = jnp.promote_types(g.dtype, jnp.float32)
-    rows = jax.ops.segment_sum(g.rows.astype(wide), segment, num_segments=size)
+    rows = jax.ops.segment_sum(g.rows.astype(wide), position, num_segments=size)
     if size < min(k, num_rows):
-        rows = jnp.where(slot[-1] < size, rows, jnp.nan)
-    unique_ids = (
-        (num_rows + jnp.arange(size, dtype=jnp.int32)).at[jnp.where(is_first, slot, size)].set(ids, mode="drop")
-    )
+        rows = jnp.where(fits, rows, jnp.nan)
     block = RowSparse(unique_ids, rows.astype(g.dtype), g.shape, unique=True, distinct=g.distinct)
     return block if scratch is None else (block, scratch)
+
+
+def coalesce_ids(
+    ids: jax.Array, num_rows: int, size: int, scratch: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The distinct ids of `ids` in the order of their first occurrence, in a few O(k) passes and without a sort.
+
+    Every id writes the first position it occurs at into its scratch entry and reads it back; nothing has to be cleared.
+
+    Args:
+      ids: int32 (k,), k > 0, those outside [0, num_rows) being padding.
+      num_rows: of the table, > 0.
+      size: how many distinct ids there is room for.
+      scratch: int32 (num_rows,), any values.
+
+    Returns:
+      The distinct ids (size,), padded with num_rows, num_rows + 1, ...; the slot (k,) among them of the id that occurs
+      first at each position, undefined at other positions; whether there was room for all; and the new scratch, with
+      which and the slots `positions` tells where an id went.
+    """
+    k = ids.shape[0]
+    position = jnp.arange(k, dtype=jnp.int32)
+    at = jnp.where(in_range(ids, num_rows), ids, num_rows)
+    scratch = scratch.at[at].set(k, mode="drop").at[at].min(position, mode="drop")
+    is_first = scratch.at[at].get(mode="fill", fill_value=-1) == position
+    slot = jnp.cumsum(is_first, dtype=jnp.int32) - 1
+    return _distinct(ids, num_rows, size, is_first, slot), slot, slot[-1] < size, scratch
+
+
+def positions(ids: jax.Array, scratch: jax.Array, slot: jax.Array, size: int) -> jax.Array:
+    """Where in the block that `coalesce_ids` made each of `ids` went: int32, `size` for padding. Any shape."""
+    if size == 0:
+        return jnp.zeros_like(ids)
+    first = scratch.at[ids].get(mode="fill", fill_value=slot.shape[0], wrap_negative_indices=False)
+    return slot.at[first].get(mode="fill", fill_value=size)
+
+
+def _distinct(ids: jax.Array, num_rows: int, size: int, is_first: jax.Array, slot: jax.Array) -> jax.Array:
+    padding = num_rows + jnp.arange(size, dtype=jnp.int32)
+    return padding.at[jnp.where(is_first, slot, size)].set(ids, mode="drop")
+
+
+def _coalesce_sorted(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `coalesce_ids` and `positions`, by sorting."""
+    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    real = in_range(ids, num_rows)
+    order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
+    ordered = ids[order]
+    new = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    first = jnp.zeros_like(position).at[order].set(jax.lax.cummax(jnp.where(new, position, 0)))
+    first = order.astype(jnp.int32)[first]  # position of an id's first occurrence, for every position
+    is_first = real & (first == position)
+    slot = jnp.cumsum(is_first, dtype=jnp.int32) - 1
+    return _distinct(ids, num_rows, size, is_first, slot), jnp.where(real, slot[first], size), slot[-1] < size

@@ -13,11 +13,14 @@ import optax
 from tqdm import tqdm
 
 from jaxsparse._checks import message
+from jaxsparse.accumulate import AccumulateState
 from jaxsparse.batch import Batches
+from jaxsparse.blocks import Blocks, Small
 from jaxsparse.collectives import psum
-from jaxsparse.grad import value_and_grad
-from jaxsparse.lazy import coalesce_gradients
-from jaxsparse.rows import in_range, is_row_sparse, scale
+from jaxsparse.grad import trace, value_and_grad
+from jaxsparse.lazy import coalesce_gradients, named_leaves
+from jaxsparse.refresh import check_flushed, flush
+from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
 
 
 def make_train_step(
@@ -57,27 +60,79 @@ def make_train_step(
     """
 
     def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        if any(_accumulates(s) for s in jax.tree.leaves(state.opt_state, is_leaf=_accumulates)):
+            return _step_on_gradients(loss_fn, has_aux, axis_name, state, batch, args)
+        with jax.named_scope("choose_rows"):
+            traced = trace(loss_fn, 0, has_aux, (state.params, batch, *args), {})
+            blocks = Blocks(traced, state.tx, state.params, state.opt_state, axis_name)
+            _check_optimizer(state, blocks)
+        with jax.named_scope("gather"):
+            small = blocks.small()
         with jax.named_scope("loss_and_gradients"):
-            value, grads = value_and_grad(loss_fn, has_aux=has_aux)(state.params, batch, *args)
-        loss, aux = value if has_aux else (value, None)
+            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(small.params)
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
                 loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
-        with jax.named_scope("coalesce"):
-            grads, opt_state = coalesce_gradients(grads, state.opt_state)
-        with jax.named_scope("metrics"):
-            leaves = jax.tree.leaves(grads, is_leaf=is_row_sparse)
-            touched = [jnp.sum(in_range(g.ids, g.num_rows), dtype=jnp.int32) for g in leaves if is_row_sparse(g)]
-            metrics = {
-                "loss": loss,
-                "grad_norm": optax.tree.norm([g.rows if is_row_sparse(g) else g for g in leaves]),
-                "rows_touched": sum(touched, jnp.int32(0)),
-            }
+        touched = [
+            jnp.sum(in_range(c.ids, traced.leaves[c.leaf].shape[0]), dtype=jnp.int32) for c in blocks.chosen.values()
+        ]
+        metrics = {
+            "loss": loss,
+            "grad_norm": _norm(grads),
+            "rows_touched": sum(touched, jnp.int32(0)),
+        }
         with jax.named_scope("update"):
-            state = state.replace(opt_state=opt_state).apply_gradients(grads=grads)
-        return state, metrics | ({"aux": aux} if has_aux else {})
+            new = state.replace(params=small.params, opt_state=small.opt_state).apply_gradients(grads=grads)
+        with jax.named_scope("scatter"):
+            params, opt_state = blocks.put_back(Small(new.params, new.opt_state))
+        return new.replace(params=params, opt_state=opt_state), metrics | ({"aux": aux} if has_aux else {})
 
     return jax.jit(train_step, donate_argnums=0) if jit else train_step
+
+
+def _check_optimizer(state: Any, blocks: Blocks) -> None:
+    """Whatever the optimizer has to say against row-sparse gradients, which in the step it does not meet."""
+
+    def update(params: Any, opt_state: Any) -> Any:
+        leaves, tree = named_leaves(params)
+        for name, p in leaves.items():
+            if name in blocks.chosen:
+                leaves[name] = RowSparse(jnp.zeros(1, jnp.int32), jnp.zeros((1, *p.shape[1:]), p.dtype), p.shape)
+        return state.tx.update(tree.unflatten(leaves.values()), opt_state, params)[0]
+
+    if blocks.chosen:
+        jax.eval_shape(update, state.params, state.opt_state)
+
+
+def _step_on_gradients(
+    loss_fn: Callable[..., Any], has_aux: bool, axis_name: Any, state: Any, batch: Any, args: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The step for an optimizer that keeps gradients for later: these have to be RowSparse."""
+    value, grads = value_and_grad(loss_fn, has_aux=has_aux)(state.params, batch, *args)
+    loss, aux = value if has_aux else (value, None)
+    if axis_name is not None:
+        loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
+    grads, opt_state = coalesce_gradients(grads, state.opt_state)
+    leaves = jax.tree.leaves(grads, is_leaf=is_row_sparse)
+    touched = [jnp.sum(in_range(g.ids, g.num_rows), dtype=jnp.int32) for g in leaves if is_row_sparse(g)]
+    metrics = {
+        "loss": loss,
+        "grad_norm": optax.tree.norm([g.rows if is_row_sparse(g) else g for g in leaves]),
+        "rows_touched": sum(touched, jnp.int32(0)),
+    }
+    state = state.replace(opt_state=opt_state).apply_gradients(grads=grads)
+    return state, metrics | ({"aux": aux} if has_aux else {})
+
+
+def _norm(grads: Any) -> jax.Array:
+    """The norm of all leaves together: as inner products, of which XLA keeps no array of squares."""
+    wide = [jnp.promote_types(g.dtype, jnp.float32) for g in jax.tree.leaves(grads)]
+    parts = [jnp.vdot(g, g, preferred_element_type=t) for g, t in zip(jax.tree.leaves(grads), wide, strict=True)]
+    return jnp.sqrt(sum(parts, jnp.float32(0)))
+
+
+def _accumulates(x: object) -> bool:
+    return isinstance(x, AccumulateState)
 
 
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
@@ -135,6 +190,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
       >>> js.evaluate(metric_fn, state, batches)
       {'error': 2.0}
     """
+    check_flushed("evaluate", state)
     compiled = jax.jit(metric_fn)
     totals: dict[str, float] = {}
     weight = 0.0
@@ -170,6 +226,7 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
       >>> js.predict(apply_fn, state, batches).tolist()
       [3.0, 3.0, 0.0]
     """
+    check_flushed("predict", state)
     at = batches.state
     if at["shuffle"] or at["drop_remainder"] or at["step"] or batches.num_devices is not None:
         got = f"{at}, devices={batches.num_devices}"
@@ -237,6 +294,7 @@ def fit(
             said = {"loss": float(np.mean(jax.device_get(losses))) if losses else float("nan")}
             said |= {"steps": len(losses), "seconds": time.perf_counter() - start}
             if metrics is not None:
+                state = flush(state)
                 measured = evaluate(metrics, state, validation)
                 bar.set_postfix({name: f"{value:.4f}" for name, value in [("loss", said["loss"]), *measured.items()]})
                 said |= measured

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_checks", "rows"},
     {"ops", "embedding", "collectives", "batch", "features"},
-    {"grad", "reads", "replay", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"},
+    {"grad", "reads", "interpret", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"}
+    | {"catch_up", "replaying", "blocks", "refresh", "adagrad"},
     {"train"},
     {"__main__"},
 ]

@@ -1,35 +1,46 @@
-"""Evaluating a traced program with some of its parameters held back, so that gradients stop at what was read of them.
+"""Evaluating a traced program with some of its parameters held back, and their reads made in another way.
 
-Every read of a held-back leaf becomes `read(leaf) + delta`, the leaf itself being a constant, with one delta a read in
-the order in which `reads.find_reads` lists them; the ids of each read come out beside the program's results. A region
-that JAX differentiates as a whole (remat, a scan, a cond) is made again with its deltas as further inputs and its ids
-as further outputs.
+`Interpreter` evaluates the program as it is and notes the row ids of each read of a held-back leaf, in the order in
+which `reads.find_reads` lists them. `WithDeltas` makes every read `read(leaf) + delta`, the leaf itself being a
+constant, so that gradients stop at what was read: for gradients that leave as RowSparse. `OverBlocks` reads from a
+block of a few rows instead of from the leaf: for the step, which knows where the rows go afterwards.
+
+A region that JAX differentiates as a whole (remat, a scan, a cond) is made again, with its deltas as further inputs and
+its ids as further outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxsparse.embedding import at_least_int32
+from jaxsparse._checks import message
+from jaxsparse.embedding import at_least_int32, block_padded_sum
 from jaxsparse.reads import BAG, CALL, CAST, COND, GATHER, REMAT, SCAN, SLICE, STOP, Finder, Table, inner_jaxpr, kind_of
-from jaxsparse.rows import row_ids
+from jaxsparse.rows import gather_rows, positions, row_ids
 
 # The ids of a read and, for the padded sum, the weights its cotangent is to be multiplied by.
 RowIds = tuple[jax.Array, jax.Array | None]
 
 
-class Replay:
-    """Evaluates the program with `arrays[leaf]` read through `read + delta`: one delta a read, in program order."""
+class Block(NamedTuple):
+    """Some rows of a leaf, as `rows.coalesce_ids` chose them."""
 
-    def __init__(self, arrays: dict[int, Any], deltas: Sequence[Any]) -> None:
+    rows: jax.Array  # (size, ...)
+    scratch: jax.Array  # int32 (num_rows,)
+    slot: jax.Array  # int32 (k,)
+
+
+class Interpreter:
+    """Evaluates the program, `arrays` being the leaves that are held back, and lists the row ids of their reads."""
+
+    def __init__(self, arrays: dict[int, Any]) -> None:
         self.arrays = arrays
-        self.deltas: Iterator[Any] = iter(deltas)
         self.ids: list[RowIds] = []
 
     def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -72,26 +83,33 @@ class Replay:
         return regions[kind](eqn, values)
 
     def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
-        array = self.arrays[table.leaf]
-        num_rows = array.shape[0]
-        (out,) = _evaluate(jaxpr, eqn, [array, *values[1:]])
-        out = _cast(out, table)
-        delta, weights = next(self.deltas), None
+        num_rows, weights = eqn.invars[0].aval.shape[0], None
         if kind == GATHER:
             ids = values[1][..., 0]
             if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
                 ids = jnp.clip(at_least_int32(ids), 0, num_rows - 1)
-            # vmap may have put the row's dimensions before those of the ids
-            tail, first = eqn.params["dimension_numbers"].offset_dims, iter(range(out.ndim))
-            lead = out.ndim - len(tail)
-            delta = jnp.transpose(delta, [lead + tail.index(i) if i in tail else next(first) for i in range(out.ndim)])
         elif kind == SLICE:
             size = eqn.params["slice_sizes"][0]
             ids = jnp.clip(values[1], 0, num_rows - size) + jnp.arange(size)  # as lax.dynamic_slice clamps
         else:
             ids, weights = values[1], values[2] if len(values) == 3 else None
         self.ids.append((row_ids(jnp.asarray(ids), num_rows), weights))
-        return out + delta
+        return _cast(self._rows(jaxpr, eqn, kind, table.leaf, values), table)
+
+    def _rows(self, jaxpr: Any, eqn: Any, kind: str, leaf: int, values: list[Any]) -> Any:
+        """What the read that was noted last gives."""
+        del kind
+        return _evaluate(jaxpr, eqn, [self.arrays[leaf], *values[1:]])[0]
+
+    def _within(self, deltas: Sequence[Any]) -> Interpreter:
+        """The interpreter for a region, given its share of the deltas."""
+        del deltas
+        return type(self)(self.arrays)
+
+    def _deltas(self, number: int) -> list[Any]:
+        """The deltas of the next reads, of which there are `number`."""
+        del number
+        return []
 
     def _apart(
         self, jaxprs: Sequence[core.ClosedJaxpr], values: Sequence[Any]
@@ -103,7 +121,7 @@ class Replay:
         for inner in jaxprs:
             finder = Finder()
             finder.walk(inner.jaxpr, held, [None] * len(inner.consts))
-            deltas.append([next(self.deltas) for _ in finder.reads])
+            deltas.append(self._deltas(len(finder.reads)))
 
         def together(rest: Sequence[Any]) -> list[Any]:
             it = iter(rest)
@@ -117,7 +135,7 @@ class Replay:
         tables: list[Any] = []
 
         def body(deltas: list[Any], rest: list[Any]) -> Any:
-            sub = Replay(self.arrays, deltas)
+            sub = self._within(deltas)
             outs = sub._walk(inner.jaxpr, inner.consts, together(rest))
             tables[:] = [x if isinstance(x, Table) else None for x in outs]
             return [x for x in outs if not isinstance(x, Table)], sub.ids
@@ -136,7 +154,7 @@ class Replay:
 
         def body(state: Any, turn: Any) -> Any:
             xs, deltas = turn
-            sub = Replay(self.arrays, deltas)
+            sub = self._within(deltas)
             outs = sub._walk(inner.jaxpr, inner.consts, together([*fixed, *state, *xs]))
             return outs[:carry], (outs[carry:], sub.ids)
 
@@ -158,7 +176,7 @@ class Replay:
         deltas, rest, together = self._apart(branches, values[1:])
 
         def run(i: int, deltas: list[Any], rest: list[Any]) -> Any:
-            sub = Replay(self.arrays, deltas)
+            sub = self._within(deltas)
             return sub.run(branches[i].jaxpr, branches[i].consts, together(rest)), sub.ids
 
         reads = [jax.eval_shape(lambda *args, i=i: run(i, *args)[1], deltas[i], rest) for i in range(len(branches))]
@@ -174,6 +192,64 @@ class Replay:
         outs, ids = jax.lax.switch(values[0], [branch(i) for i in range(len(branches))], deltas, rest)
         self.ids += [read for of_branch in ids for read in of_branch]
         return list(outs)
+
+
+class WithDeltas(Interpreter):
+    """Every read has one of `deltas` added to it: one a read, in program order, each of the shape ids + row."""
+
+    def __init__(self, arrays: dict[int, Any], deltas: Sequence[Any]) -> None:
+        super().__init__(arrays)
+        self.deltas: Iterator[Any] = iter(deltas)
+
+    def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+        out = super()._read(jaxpr, eqn, kind, table, values)
+        delta = next(self.deltas)
+        if kind == GATHER:  # vmap may have put the row's dimensions before those of the ids
+            tail, first = eqn.params["dimension_numbers"].offset_dims, iter(range(out.ndim))
+            lead = out.ndim - len(tail)
+            delta = jnp.transpose(delta, [lead + tail.index(i) if i in tail else next(first) for i in range(out.ndim)])
+        return out + delta
+
+    def _within(self, deltas: Sequence[Any]) -> Interpreter:
+        return WithDeltas(self.arrays, deltas)
+
+    def _deltas(self, number: int) -> list[Any]:
+        return [next(self.deltas) for _ in range(number)]
+
+
+class OverBlocks(Interpreter):
+    """Every read of a leaf is a read of its block, which must hold all its rows that the program reads."""
+
+    def __init__(self, arrays: dict[int, Any], blocks: dict[int, Block]) -> None:
+        super().__init__(arrays)  # without those that are not up to date outside their block
+        self.blocks = blocks
+
+    def _array(self, table: Table) -> Any:
+        if table.leaf not in self.arrays:
+            got = "one that also returns a table as a whole, or uses it behind stop_gradient"
+            do = "With skipped='replay' only the rows that a batch reads are up to date. Leave it out, or flush first."
+            raise ValueError(message("make_train_step", "loss_fn", "one that only reads rows", got, do))
+        return super()._array(table)
+
+    def _rows(self, jaxpr: Any, eqn: Any, kind: str, leaf: int, values: list[Any]) -> Any:
+        block, (ids, weights) = self.blocks[leaf], self.ids[-1]
+        at = positions(ids, block.scratch, block.slot, block.rows.shape[0])
+        if kind == BAG:
+            return block_padded_sum(block.rows, at, weights)
+        if kind == SLICE:
+            return gather_rows(block.rows, at)
+        params = eqn.params
+        return jax.lax.gather(
+            block.rows,
+            at[..., None],
+            dimension_numbers=params["dimension_numbers"],
+            slice_sizes=params["slice_sizes"],
+            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
+            fill_value=params["fill_value"],
+        )
+
+    def _within(self, deltas: Sequence[Any]) -> Interpreter:
+        return OverBlocks(self.arrays, self.blocks)
 
 
 def _cast(x: Any, table: Table) -> Any:

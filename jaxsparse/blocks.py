@@ -1,0 +1,195 @@
+"""The rows that a batch reads, taken out of their tables before the forward pass and put back after the update.
+
+A step over a table of 10M rows that reads 20,000 of them is a dense step over a table of 20,000 rows. So the ids are
+worked out first, the distinct ones chosen, and these rows of the table, of its slots and of everything else that has a
+row for each of the table's rows are gathered into a small state. On this state the step is an ordinary one: the program
+reads from the block, jax.value_and_grad gives the block's gradient, and the optimizer, as it is, updates the block.
+Then the rows are scattered back, in place.
+
+In between, rows that a replaying optimizer left behind are brought up to date; and across devices the ids are gathered
+first, so that all devices have the same block, and its gradient is combined like that of any dense parameter: the bytes
+moved depend on the batch, not on the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from jaxsparse._checks import message
+from jaxsparse.grad import Traced
+from jaxsparse.interpret import Block, Interpreter, OverBlocks
+from jaxsparse.lazy import Scratches, named_leaves
+from jaxsparse.reads import Table
+from jaxsparse.replaying import Stamps, View, flush_in_time, map_replaying, replay_states
+from jaxsparse.rows import coalesce_ids, gather_rows, scatter_rows
+from jaxsparse.rowwise import find_row_leaves
+
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+
+
+class Chosen(NamedTuple):
+    """The distinct rows of one parameter that the batch reads."""
+
+    leaf: int  # which of the traced leaves it is
+    ids: jax.Array  # int32 (size,), unique, padded with num_rows, ...
+    slot: jax.Array  # int32 (k,): with scratch, where in the block each id is; see rows.positions
+    scratch: jax.Array  # int32 (num_rows,)
+    fits: jax.Array  # bool (): whether all of them are in it
+
+
+def choose_rows(
+    traced: Traced, params: Any, opt_state: Any, axis_name: Any = None
+) -> tuple[dict[str, Chosen], Any, Any]:
+    """The distinct rows, over all devices, that a traced loss reads of each parameter with a row-sparse gradient.
+
+    Returns:
+      These by the parameter's name, and params and opt_state, where scratch has been written to, and rows have been
+      brought up to date that are used as a whole or that history would not remember much longer.
+
+    Raises:
+      ValueError: if such a parameter has no lazy optimizer, or row ids depend on the rows of a replaying one.
+    """
+    names = list(named_leaves(params)[0])
+    sparse = traced.sparse_leaves()
+    replaying = replayed(opt_state)
+    if replaying:
+        dense = {name for i, name in enumerate(names) if i not in sparse}
+        params, opt_state = flush_in_time(params, opt_state, dense)
+    ids, needed = _row_ids(traced, sparse, jax.tree.leaves(params))
+    for i in needed & set(sparse):
+        if names[i] in replaying:
+            got = f"ids made from the rows of parameter {names[i]}"
+            do = "They are needed before these rows can be brought up to date: use skipped='freeze' here."
+            raise ValueError(message("make_train_step", "loss_fn", "one whose row ids do not depend on them", got, do))
+    scratches, chosen = Scratches(opt_state), {}
+    for i in sparse:
+        num_rows = traced.leaves[i].shape[0]
+        scratch = scratches.of(names[i], num_rows)
+        chosen[names[i]] = _choose(i, ids[i], traced.distinct(i), num_rows, scratch[names[i]], axis_name)
+        scratch[names[i]] = chosen[names[i]].scratch
+    return chosen, params, scratches.opt_state()
+
+
+def _choose(
+    leaf: int, ids: jax.Array, distinct: int | None, num_rows: int, scratch: jax.Array, axis_name: Any
+) -> Chosen:
+    if axis_name is not None:
+        ids = jax.lax.all_gather(ids, axis_name, tiled=True)
+        distinct = distinct and distinct * jax.lax.axis_size(axis_name)
+    size = min(x for x in (ids.shape[0], num_rows, distinct) if x is not None)
+    if size == 0:
+        nothing = jnp.zeros((0,), jnp.int32)
+        return Chosen(leaf, nothing, nothing, scratch, jnp.bool_(True))
+    unique, slot, fits, scratch = coalesce_ids(ids, num_rows, size, scratch)
+    return Chosen(leaf, unique, slot, scratch, fits)
+
+
+def _row_ids(traced: Traced, sparse: list[int], leaves: list[Any]) -> tuple[dict[int, jax.Array], set[int]]:
+    """The ids (k,) of all reads of each of these leaves, and the leaves that ids depend on."""
+
+    def ids_of(*leaves: jax.Array) -> list[jax.Array]:
+        program = Interpreter({i: leaves[i] for i in sparse})
+        inputs = [Table(i, x.dtype) if i in sparse else x for i, x in enumerate(leaves)]
+        program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
+        reads = [(r.leaf, ids.reshape(-1)) for r, (ids, _) in zip(_reads(traced, sparse), program.ids, strict=True)]
+        empty = jnp.zeros((0,), jnp.int32)
+        return [jnp.concatenate([empty, *(ids for leaf, ids in reads if leaf == i)]) for i in sparse]
+
+    closed = jax.make_jaxpr(ids_of)(*leaves)
+    needed_only, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(sparse))
+    inputs = [x for x, is_used in zip(leaves, used, strict=True) if is_used]
+    ids = jax.core.eval_jaxpr(needed_only, closed.consts, *inputs)
+    return dict(zip(sparse, ids, strict=True)), {i for i, is_used in enumerate(used) if is_used}
+
+
+def _reads(traced: Traced, sparse: list[int]) -> list[Any]:
+    return [r for r in traced.reads if r.leaf in sparse]
+
+
+def replayed(opt_state: Any) -> set[str]:
+    """The parameters whose optimizer replays."""
+    return {name for state in replay_states(opt_state) for name in View(state).stamps}
+
+
+class Small(NamedTuple):
+    """params and opt_state with blocks for tables."""
+
+    params: Any
+    opt_state: Any
+
+
+class Blocks:
+    """The way from the state to the small state, through the loss over it, and back."""
+
+    def __init__(self, traced: Traced, tx: Any, params: Any, opt_state: Any, axis_name: Any = None) -> None:
+        self.traced = traced
+        self.chosen, self.params, self.opt_state = choose_rows(traced, params, opt_state, axis_name)
+        by_name, tree = named_leaves(self.params)
+        self._names = list(by_name)
+        flags = [name in self.chosen for name in by_name]
+        self._owners = find_row_leaves(tx, tree, list(by_name.values()), flags)
+
+    def small(self) -> Small:
+        """The rows that were chosen, brought up to date where their optimizer replays."""
+        by_name, tree = named_leaves(self.params)
+        leaves, opt_tree = _flatten(self.opt_state)
+        params = tree.unflatten(
+            gather_rows(x, self.chosen[k].ids) if k in self.chosen else x for k, x in by_name.items()
+        )
+        opt_state = opt_tree.unflatten(
+            x if i is None else gather_rows(x, self.chosen[self._names[i]].ids)
+            for x, i in zip(leaves, self._owners, strict=True)
+        )
+
+        def change(view: View, params: dict[str, Any]) -> None:
+            steps = view.state.steps
+            for name in view.stamps.keys() & self.chosen.keys():
+                rows = view.stamps[name].rows
+                params[name], slots = view.catch_up(name, params[name], rows, view.slots(name))
+                view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, rows.shape), steps))
+
+        return Small(*map_replaying(change, params, opt_state))
+
+    def loss(self, params: Any) -> Any:
+        """(value, aux) of the traced loss, tables being blocks.
+
+        If the batch was wrong about how many distinct ids it has, so that some found no room in a block, the value is
+        NaN, and so are all gradients.
+        """
+        traced, by_name = self.traced, named_leaves(params)[0]
+        whole, replaying = named_leaves(self.params)[0], replayed(self.opt_state)
+        arrays = {c.leaf: whole[name] for name, c in self.chosen.items() if name not in replaying}
+        blocks = {c.leaf: Block(by_name[name], c.scratch, c.slot) for name, c in self.chosen.items()}
+        inputs = [Table(i, traced.leaves[i].dtype) if i in blocks else x for i, x in enumerate(by_name.values())]
+        value, *aux = OverBlocks(arrays, blocks).run(traced.closed.jaxpr, traced.closed.consts, inputs)
+        fits = jnp.all(jnp.array([chosen.fits for chosen in self.chosen.values()], bool))
+        return value * jnp.where(fits, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
+
+    def put_back(self, small: Small) -> tuple[Any, Any]:
+        """params and opt_state with the rows of the small ones."""
+        new, tree = named_leaves(small.params)
+        old = named_leaves(self.params)[0]
+        params = tree.unflatten(
+            scatter_rows(old[k], self.chosen[k].ids, x) if k in self.chosen else x for k, x in new.items()
+        )
+        leaves, opt_tree = _flatten(self.opt_state)
+        new_leaves, new_tree = _flatten(small.opt_state)
+        assert new_tree == opt_tree, f"the optimizer's state was {opt_tree} and is {new_tree}"
+        scratch = {id(chosen.scratch) for chosen in self.chosen.values()}
+        opt_state = opt_tree.unflatten(
+            n if i is None else x if id(x) in scratch else scatter_rows(x, self.chosen[self._names[i]].ids, n)
+            for x, n, i in zip(leaves, new_leaves, self._owners, strict=True)
+        )
+        before = list(map(View, replay_states(self.opt_state)))
+
+        def restore(view: View, params: dict[str, Any]) -> None:
+            was = before.pop(0)
+            for name in view.stamps.keys() & self.chosen.keys():  # only these rows were brought up to date
+                view.put(name, view.slots(name), Stamps(view.stamps[name].rows, was.stamps[name].whole))
+
+        return map_replaying(restore, params, opt_state)

@@ -1,0 +1,318 @@
+r"""What a row missed: the sum of the zero-gradient steps since it was last up to date, without taking them.
+
+An optimizer with moments moves a row after its last gradient too. For Adam, a row that was up to date after step s and
+is wanted as it is after step t has missed the steps s + 1, ..., t, k = 1, ..., t - s of them:
+
+    m_k = b1^k m,    v_k = b2^k v,    p -= sum_k num_k m / (den_k sqrt(v) + eps),
+    num_k = lr(s + k) b1^k / (1 - b1^(s + k)),    den_k = sqrt(b2^k / (1 - b2^(s + k))).
+
+The sums depend on s, t and the rates, not on the element, but for the way sqrt(v) meets eps. As a function of u = log
+den, f(u) = sqrt(den) / (den sqrt(v) + eps) is as smooth as a hyperbolic secant, so we interpolate it in u at the
+Chebyshev nodes u_i(s) of the interval that the den_k fall into, l_i being the Lagrange polynomials of these nodes:
+
+    sum_k num_k / (den_k x + eps) = sum_i W_i / (d_i x + eps),    W_i(s) = sum_k num_k sqrt(d_i / den_k) l_i(log den_k).
+
+*History* keeps the W_i, one row for each s modulo HISTORY. A step adds its term to the rows it is in the window of (the
+terms shrink by b1 / sqrt(b2) a step, so that is the last few hundred) and clears its own. What was really applied goes
+in: schedules and rates injected at run time need nothing else, and nothing is ever divided by a sum that may be 0.
+
+Decoupled weight decay multiplies p by 1 - lr(s + k) wd in every step: the rows in the window are multiplied by it
+before the new term comes in, and its running product is kept as a sum of logarithms in two float32 (its value and what
+rounding lost of it), whose differences stay exact over 10^6 steps.
+
+Everything here is a function of arrays with one row per table row; which rows, and where they come from, is the
+business of `replaying.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._checks import message
+
+HISTORY = 1 << 16  # rows of history: skipped rows are brought up to date before it has gone round once
+_LAST = 2.0**-24  # terms below this part of the first are left out of a sum
+
+History = dict[str, jax.Array]
+Slots = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """Adam's and AdamW's moments: slots mu and nu.
+
+    Attributes:
+      b1, b2, eps: as in optax.adam, Python numbers.
+      plain, decayed: whether there are leaves without and with weight decay.
+    """
+
+    b1: float
+    b2: float
+    eps: float
+    plain: bool = True
+    decayed: bool = False
+
+    @property
+    def window(self) -> int:
+        """How many missed steps move a row by more than rounding."""
+        return math.ceil(math.log(_LAST) / math.log(max(self.b1, 1e-9) / math.sqrt(self.b2)))
+
+    def init(self) -> History:
+        nodes = _choose_nodes(self.b1, self.b2)[0]
+        out = {}
+        if self.plain:
+            out["weights"] = jnp.zeros((HISTORY, nodes), jnp.float32)
+        if self.decayed:
+            out["decayed"] = jnp.zeros((HISTORY, nodes), jnp.float32)
+            out["log_decay"] = jnp.zeros((HISTORY, 2), jnp.float32)
+        return out
+
+    def record(self, history: History, step: jax.Array, rate: Any, decay: Any) -> History:
+        """The history after step number `step` (1, 2, ...), which had this rate and multiplied by 1 - decay."""
+        k = jnp.arange(1, self.window + 1, dtype=jnp.int32)
+        s, out = step - k, dict(history)
+        at = jnp.where(s >= 0, s % HISTORY, HISTORY)
+        log_b1, log_b2 = math.log(max(self.b1, 1e-30)), math.log(self.b2)
+        num = rate * jnp.exp(k * log_b1) / -jnp.expm1(step * log_b1)  # (window,)
+        middle, half = _interval(s, log_b2, _choose_nodes(self.b1, self.b2)[1])
+        u = jnp.clip((_log_den(s, k, log_b2) - middle) / half, -1, 1)
+        nodes, lagrange = _chebyshev(_choose_nodes(self.b1, self.b2)[0])
+        basis = jnp.stack(_polynomials(u, len(nodes)), axis=1) @ jnp.asarray(lagrange, jnp.float32)  # (window, nodes)
+        terms = (
+            num[:, None] * basis * jnp.exp(0.5 * half[:, None] * (jnp.asarray(nodes, jnp.float32)[None] - u[:, None]))
+        )
+        if self.plain:
+            out["weights"] = out["weights"].at[at].add(terms, mode="drop").at[step % HISTORY].set(0)
+        if self.decayed:
+            before = out["decayed"].at[at].get(mode="fill", fill_value=0)
+            now = out["decayed"].at[at].set(before * (1 - decay) + terms, mode="drop")
+            out["decayed"] = now.at[step % HISTORY].set(0)
+            sums = out["log_decay"]
+            out["log_decay"] = sums.at[step % HISTORY].set(_add(sums[(step - 1) % HISTORY], jnp.log1p(-decay)))
+        return out
+
+    def catch_up(
+        self, history: History, decayed: bool, last: jax.Array, now: jax.Array, p: jax.Array, slots: Slots
+    ) -> tuple[jax.Array, Slots]:
+        """Rows p (k, ...) and slots, up to date after step `last` (k,), as they are after step `now`."""
+        wide = jnp.promote_types(p.dtype, jnp.float32)
+        missed = now - last
+        spread = functools.partial(_spread, ndim=p.ndim)
+        count, log_b2 = _choose_nodes(self.b1, self.b2)[0], math.log(self.b2)
+        weights = history["decayed" if decayed else "weights"].at[last % HISTORY].get(mode="promise_in_bounds")
+        middle, half = _interval(last, log_b2, _choose_nodes(self.b1, self.b2)[1])
+        mu, nu = slots["mu"].astype(wide), slots["nu"].astype(wide)
+        root, total = jnp.sqrt(nu), jnp.zeros_like(nu)
+        for i, node in enumerate(_chebyshev(count)[0]):
+            total += spread(weights[:, i]) / (root * spread(jnp.exp(middle + half * node)) + self.eps)
+        move = mu * total
+        value = p.astype(wide)
+        if decayed:
+            sums = history["log_decay"]
+            end = sums[now % HISTORY]
+            since = lambda step: jnp.exp(_difference(end, sums.at[step % HISTORY].get(mode="promise_in_bounds")))  #
+            noqa: E731 value = value * spread(since(last))
+            move = move * spread(since(last + jnp.minimum(missed, self.window)))
+        late = spread(missed > 0)
+        new = {"mu": mu * _power(self.b1, missed, p.ndim), "nu": nu * _power(self.b2, missed, p.ndim)}
+        return (
+            jnp.where(late, (value - move).astype(p.dtype), p),
+            {name: jnp.where(late, new[name].astype(slots[name].dtype), slots[name]) for name in slots},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay:
+    """Slots that decay by themselves, and at most one of them, `trace`, that moves the row: SGD and RMSProp.
+
+    Attributes:
+      rates: what each slot is multiplied by in a step without gradient: pairs (name, rate).
+      nesterov: whether the row moves by the trace as it will be one step later.
+      scaled: whether the trace is multiplied by the learning rate when it moves the row (SGD), or has the rate in it
+        already (RMSProp with momentum, as in optax).
+    """
+
+    rates: tuple[tuple[str, float], ...]
+    nesterov: bool = False
+    scaled: bool = True
+
+    @property
+    def _momentum(self) -> float:
+        return dict(self.rates).get("trace", 0.0)
+
+    @property
+    def window(self) -> int:
+        if not (self.scaled and self._momentum):
+            return 1
+        return math.ceil(math.log(_LAST * (1 - self._momentum)) / math.log(self._momentum))
+
+    def init(self) -> History:
+        return {"weights": jnp.zeros((HISTORY,), jnp.float32)} if self.scaled and self._momentum else {}
+
+    def record(self, history: History, step: jax.Array, rate: Any, decay: Any) -> History:
+        """The history after step number `step`, which had this rate."""
+        del decay
+        if not history:
+            return history
+        k = jnp.arange(1, self.window + 1, dtype=jnp.int32)
+        at = jnp.where(step - k >= 0, (step - k) % HISTORY, HISTORY)
+        terms = -rate * jnp.exp(k * math.log(self._momentum))
+        return {"weights": history["weights"].at[at].add(terms, mode="drop").at[step % HISTORY].set(0)}
+
+    def catch_up(
+        self, history: History, decayed: bool, last: jax.Array, now: jax.Array, p: jax.Array, slots: Slots
+    ) -> tuple[jax.Array, Slots]:
+        """Rows p (k, ...) and slots, up to date after step `last` (k,), as they are after step `now`."""
+        del decayed
+        missed = now - last
+        late = _spread(missed > 0, p.ndim)
+        new = {
+            name: jnp.where(late, (slots[name] * _power(rate, missed, p.ndim)).astype(slots[name].dtype), slots[name])
+            for name, rate in self.rates
+        }
+        momentum = self._momentum
+        if momentum:
+            if self.scaled:
+                total = history["weights"].at[last % HISTORY].get(mode="promise_in_bounds")
+            else:  # momentum + momentum^2 + ..., a geometric series
+                total = momentum * -jnp.expm1(missed * math.log(momentum)) / (1 - momentum)
+            move = slots["trace"] * _spread(total * (momentum if self.nesterov else 1), p.ndim)
+            wide = jnp.promote_types(p.dtype, jnp.float32)
+            p = jnp.where(late, (p.astype(wide) + move).astype(p.dtype), p)
+        return p, new
+
+
+def check_adam(function: str, b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool) -> None:
+    """Raises where Adam cannot be replayed.
+
+    Raises:
+      TypeError: if b1, b2, eps or eps_root are not Python numbers.
+      ValueError: if b1 >= b2, eps_root is not 0, or nesterov.
+    """
+    for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
+        if not isinstance(value, int | float):
+            do = "The history depends on it: with optax.inject_hyperparams, list it in static_args."
+            raise TypeError(message(function, name, "a Python number with skipped='replay'", type(value).__name__, do))
+    if not 0 <= b1 < b2 < 1:
+        do = "Otherwise the steps that a row missed do not die away."
+        raise ValueError(
+            message(function, "b1", f"at least 0 and below {b2=}, itself below 1, with skipped='replay'", b1, do)
+        )
+    if b1 / math.sqrt(b2) >= 1 or Adam(b1, b2, eps).window > HISTORY // 4:
+        do = f"The window of missed steps would not fit a history of {HISTORY} steps."
+        raise ValueError(message(function, "b1", f"so small that (b1 / sqrt(b2))^{HISTORY // 4} < 2^-24", b1, do))
+    if eps_root != 0:
+        do = "It changes how a missed step depends on the element; eps is supported."
+        raise ValueError(message(function, "eps_root", "0 with skipped='replay'", eps_root, do))
+    if nesterov:
+        do = "Its missed steps have another bias correction, which the history does not keep."
+        raise ValueError(message(function, "nesterov", "False with skipped='replay'", nesterov, do))
+
+
+def check_rates(function: str, **rates: Any) -> None:
+    """Raises where a slot that decays at such a rate cannot be replayed.
+
+    Raises:
+      TypeError: if a rate is neither None nor a Python number.
+      ValueError: if it is not in [0, 1), or so near to 1 that history is too short for it.
+    """
+    for name, rate in rates.items():
+        if rate is None:
+            continue
+        if not isinstance(rate, int | float):
+            do = "The history depends on it: with optax.inject_hyperparams, list it in static_args."
+            raise TypeError(message(function, name, "a Python number with skipped='replay'", type(rate).__name__, do))
+        if not 0 <= rate < 1 or Decay((("trace", rate),)).window > HISTORY // 4:
+            must = f"at least 0 and so small that {name}^{HISTORY // 4} < 2^-24 (1 - {name}), with skipped='replay'"
+            raise ValueError(message(function, name, must, rate))
+
+
+def _spread(x: jax.Array, ndim: int) -> jax.Array:
+    """x (k,) with trailing axes."""
+    return x.reshape(x.shape + (1,) * (ndim - 1))
+
+
+def _power(base: float, exponent: jax.Array, ndim: int) -> jax.Array:
+    """base^exponent (k, 1, ...) for integers of any size."""
+    if base == 0:
+        return _spread(jnp.where(exponent > 0, 0.0, 1.0), ndim)
+    return _spread(jnp.exp(exponent.astype(jnp.float32) * math.log(base)), ndim)
+
+
+def _log_den(s: jax.Array, k: Any, log_b2: float) -> jax.Array:
+    """log of den_k at stamp s."""
+    return 0.5 * (k * log_b2 - jnp.log(-jnp.expm1((s + k).astype(jnp.float32) * log_b2)))
+
+
+def _interval(s: jax.Array, log_b2: float, last: int) -> tuple[jax.Array, jax.Array]:
+    """Middle and half width of log den_1 ... log den_last, at stamps s (...)."""
+    first, end = _log_den(s, 1, log_b2), _log_den(s, last, log_b2)
+    return (first + end) / 2, (first - end) / 2
+
+
+def _polynomials(u: Any, count: int) -> list[Any]:
+    """The Chebyshev polynomials T_0 ... of u."""
+    out = [u * 0 + 1, u]
+    while len(out) < count:
+        out.append(2 * u * out[-1] - out[-2])
+    return out[:count]
+
+
+@functools.lru_cache
+def _chebyshev(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes in (-1, 1), and the Lagrange polynomials of these nodes in terms of Chebyshev's: (degree, node)."""
+    nodes = np.cos((2 * np.arange(count) + 1) * np.pi / (2 * count))
+    lagrange = 2 * np.stack(_polynomials(nodes, count)) / count
+    lagrange[0] /= 2
+    return nodes, lagrange
+
+
+@functools.lru_cache
+def _choose_nodes(b1: float, b2: float) -> tuple[int, int]:
+    """How many nodes, and the k of the last den_k in their interval: the fewest that are good to float32."""
+    best = (math.inf, 0, 0)
+    window = Adam(b1, b2, 0.0).window
+    for count in (4, 6, 8, 12, 16):
+        for part in (_LAST, 1e-6, 1e-5):
+            last = max(2, math.ceil(math.log(part) / math.log(max(b1, 1e-9) / math.sqrt(b2))))
+            error = max(interpolation_error(b1, b2, s, count, min(last, max(window, 2))) for s in (1, 10, 100))
+            best = min(best, (error, count, last))
+            if error < 1e-6:
+                return count, last
+    return best[1:]
+
+
+def interpolation_error(b1: float, b2: float, stamp: int, count: int, last: int) -> float:
+    """The largest relative error of a catch-up from `stamp` over all sqrt(v) / eps, in float64."""
+    window = Adam(b1, b2, 0.0).window
+    k = np.arange(1, 2 * window + 1)
+    log_b1, log_b2 = np.log(max(b1, 1e-30)), np.log(b2)
+    num = np.exp(k * log_b1) / -np.expm1((stamp + k) * log_b1)
+    log_den = lambda k: 0.5 * (k * log_b2 - np.log(-np.expm1((stamp + k) * log_b2)))  # noqa: E731
+    middle, half = (log_den(1) + log_den(last)) / 2, (log_den(1) - log_den(last)) / 2
+    u = np.clip((log_den(k) - middle) / half, -1, 1)
+    nodes, lagrange = _chebyshev(count)
+    terms = num[:, None] * (np.stack(_polynomials(u, count), 1) @ lagrange) * np.exp(0.5 * half * (nodes - u[:, None]))
+    roots = 10.0 ** np.arange(-6, 8, 0.25)[:, None] / np.exp(log_den(1))
+    exact = (num / (roots * np.exp(log_den(k)) + 1)).sum(1)
+    got = (terms[:window].sum(0) / (roots * np.exp(middle + half * nodes) + 1)).sum(1)
+    return float(np.abs(got / exact - 1).max())
+
+
+def _add(sums: jax.Array, x: Any) -> jax.Array:
+    """(value, what rounding lost) + x."""
+    high, x = sums[0], x + sums[1]
+    total = high + x
+    part = total - high
+    return jnp.stack([total, (high - (total - part)) + (x - part)])
+
+
+def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a[..., 0] - b[..., 0]) + (a[..., 1] - b[..., 1])

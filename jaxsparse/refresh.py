@@ -1,0 +1,222 @@
+"""Keeping the rows of a replaying optimizer up to date by hand, and handing them over to plain optax.
+
+`refresh` in a step that is written by hand, before the gradient is taken; `flush` before parameters are used in any
+other way. js.make_train_step needs neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._checks import message
+from jaxsparse.blocks import choose_rows
+from jaxsparse.grad import trace
+from jaxsparse.lazy import LazyState
+from jaxsparse.replaying import ReplayState, Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
+from jaxsparse.rows import gather_rows, scatter_rows
+
+
+def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
+    """A function refresh(state, batch, *args) -> state that brings the rows up to date which loss_fn is about to read.
+
+    For steps written by hand, with an optimizer of skipped="replay": call it first, on the same batch, inside the same
+    jit. It costs what the rows cost. Optimizers that freeze skipped rows are left alone.
+
+    Args:
+      loss_fn: loss_fn(params, batch, *args), as in js.make_train_step. Only its reads are evaluated.
+      has_aux: whether loss_fn returns (scalar, aux).
+      axis_name: the mapped axis, under jax.pmap or shard_map: rows that any device reads are refreshed on all.
+
+    Returns:
+      The function. `state` is a TrainState, or any object with params, opt_state and replace, or a pair (params,
+      opt_state); what comes back is of the same kind.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx, params = js.lazy_sgd(1.0, momentum=0.5, skipped="replay"), jnp.zeros((3, 1))
+      >>> loss_fn = lambda table, ids: jnp.sum(table[ids])
+      >>> opt_state = tx.init(params)
+      >>> for row in (0, 1, 0):
+      ...     params, opt_state = js.refresh(loss_fn)((params, opt_state), jnp.array([row]))
+      ...     print(params.ravel().tolist())
+      ...     updates, opt_state = tx.update(js.grad(loss_fn)(params, jnp.array([row])), opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      [0.0, 0.0, 0.0]
+      [-1.0, 0.0, 0.0]
+      [-1.5, -1.0, 0.0]
+    """
+
+    def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
+        params, opt_state, together = _apart(state, "refresh")
+        if not replay_states(opt_state):
+            return state
+        with jax.named_scope("refresh"):
+            traced = trace(loss_fn, 0, has_aux, (params, batch, *args), {})
+            chosen, params, opt_state = choose_rows(traced, params, opt_state, axis_name)
+
+            def change(view: View, params: dict[str, Any]) -> None:
+                for name in view.stamps.keys() & chosen.keys():
+                    ids, stamps, slots = chosen[name].ids, view.stamps[name], view.slots(name)
+                    block = jax.tree.map(lambda x, ids=ids: gather_rows(x, ids), (params[name], stamps.rows, slots))
+                    p, new = view.catch_up(name, *block)
+                    p = jnp.where(chosen[name].fits, p, jnp.nan)  # a batch that was wrong about its distinct ids
+                    params[name] = scatter_rows(params[name], ids, p)
+                    now = scatter_rows(stamps.rows, ids, jnp.broadcast_to(view.state.steps, ids.shape))
+                    slots = {slot: scatter_rows(x, ids, new[slot]) for slot, x in slots.items()}
+                    view.put(name, slots, Stamps(now, stamps.whole))
+
+            return together(*map_replaying(change, params, opt_state))
+
+    return refresh_fn
+
+
+def flush(state: Any) -> Any:
+    """Brings every row of every table up to date, as the dense optimizer would have it after as many steps.
+
+    For optimizers of skipped="replay", before parameters are evaluated on other rows, exported, or handed to plain
+    optax. Doing it twice changes nothing, nor does it for optimizers that freeze skipped rows. It costs about as much
+    as one dense step, in chunks, with a few MB of memory besides the state.
+
+    Args:
+      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state). Like a
+      step's,
+        it is donated: use the returned one.
+
+    Returns:
+      The state, of the same kind.
+
+    Raises:
+      TypeError: if it is not such a state.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> tx = js.lazy_sgd(1.0, momentum=0.5, skipped="replay")
+      >>> state = TrainState.create(apply_fn=None, params={"t": jnp.zeros((3, 1))}, tx=tx)
+      >>> step = js.make_train_step(lambda params, ids: jnp.sum(params["t"][ids]))
+      >>> for row in (0, 1, 1):
+      ...     state, _ = step(state, jnp.array([row]))
+      >>> js.flush(state).params["t"].ravel().tolist()
+      [-1.75, -2.5, 0.0]
+    """
+    params, opt_state, together = _apart(state, "flush")
+    return together(*_flush_all(params, opt_state)) if replay_states(opt_state) else state
+
+
+@jax.jit(donate_argnums=(0, 1))
+def _flush_all(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    return flush_leaves(params, opt_state, lambda name, view: jnp.bool_(True))
+
+
+def check_flushed(function: str, state: Any) -> None:
+    """Raises ValueError if some rows of the state, which must be concrete, are not up to date."""
+    for replaying in replay_states(getattr(state, "opt_state", None)):
+        view = View(replaying)
+        for name, (_, whole) in view.stamps.items():
+            if int(whole) != int(replaying.steps):
+                got = f"one whose parameter {name} has rows that were last brought up to date after step {int(whole)} "
+                got += f"of {int(replaying.steps)}"
+                raise ValueError(message(function, "state", "up to date", got, "Call state = js.flush(state) before."))
+
+
+def to_optax_state(opt_state: Any) -> Any:
+    """The state of plain optax's optimizer, for a lazy or replaying one's: dense training goes on from there.
+
+    Args:
+      opt_state: the state of a js optimizer, or one that has such states in it (chain, partition, ...). Of a replaying
+        one, after js.flush.
+
+    Returns:
+      The state of what was wrapped: for `js.lazy(inner)`, inner's; for `js.lazy_adam(...)`, optax.adam(...)'s; with
+      `before=`, that of optax.chain(before, optax.adam(...)).
+
+    Raises:
+      ValueError: if rows of a replaying optimizer are not up to date.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> params = jnp.ones((3, 2))
+      >>> state = js.to_optax_state(js.lazy_adam(0.1, skipped="replay").init(params))
+      >>> jax.tree.structure(state) == jax.tree.structure(optax.adam(0.1).init(params))
+      True
+    """
+
+    def plain(state: Any) -> Any:
+        if isinstance(state, LazyState):
+            return state.wrapped
+        if is_replay_state(state):
+            check_flushed("to_optax_state", _Pair(state))
+            before, inner = state.lazy.wrapped
+            return inner if before == optax.EmptyState() else (before, inner)
+        return state
+
+    return jax.tree.map(plain, opt_state, is_leaf=_is_ours)
+
+
+def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
+    """The state of a lazy or replaying optimizer that goes on where plain optax's left off: of `to_optax_state` the
+    inverse.
+
+    Args:
+      tx: the js optimizer, or a transformation with js optimizers in it.
+      opt_state: the state of plain optax's, with the same settings.
+      params: the parameters.
+
+    Returns:
+      A state of tx, in which all rows are up to date.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> params = jnp.ones((3, 2))
+      >>> tx = js.lazy_adam(0.1, skipped="replay")
+      >>> state = js.from_optax_state(tx, optax.adam(0.1).init(params), params)
+      >>> jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+      True
+    """
+
+    def ours(template: Any, given: Any) -> Any:
+        if isinstance(template, LazyState):
+            return template._replace(wrapped=given)
+        if is_replay_state(template):
+            before = template.lazy.wrapped[0]
+            wrapped = (before, given) if before == optax.EmptyState() else tuple(given)
+            counts = [c for _, c in optax.tree.get_all_with_path(wrapped[1], "count")]
+            steps = jnp.asarray(counts[0] if counts else 0, jnp.int32)
+            current = lambda stamps: {k: Stamps(s.rows, steps) for k, s in stamps.items()}  # noqa: E731
+            return template.replace(
+                lazy=template.lazy._replace(wrapped=wrapped),
+                plain=current(template.plain),
+                decayed=current(template.decayed),
+                steps=steps,
+            )
+        return given
+
+    return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=_is_ours)
+
+
+class _Pair:
+    def __init__(self, opt_state: ReplayState) -> None:
+        self.opt_state = opt_state
+
+
+def _is_ours(x: object) -> bool:
+    return isinstance(x, LazyState) or is_replay_state(x)
+
+
+def _apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+    """params, opt_state and how to put them together again."""
+    if isinstance(state, tuple) and len(state) == 2:
+        return *state, lambda params, opt_state: (params, opt_state)
+    if all(hasattr(state, name) for name in ("params", "opt_state", "replace")):
+        return (
+            state.params,
+            state.opt_state,
+            lambda params, opt_state: state.replace(params=params, opt_state=opt_state),
+        )
+    must = "a TrainState or a pair (params, opt_state)"
+    raise TypeError(message(function, "state", must, type(state).__name__))
