@@ -115,10 +115,12 @@ class Adam:
         move = mu * total
         value = p.astype(wide)
         if decayed:
-            sums = history["log_decay"]
-            end = sums[now % HISTORY]
-            since = lambda step: jnp.exp(_difference(end, sums.at[step % HISTORY].get(mode="promise_in_bounds")))  #
-            noqa: E731 value = value * spread(since(last))
+            sums, end = history["log_decay"], history["log_decay"][now % HISTORY]
+
+            def since(step: jax.Array) -> jax.Array:
+                return jnp.exp(_difference(end, sums.at[step % HISTORY].get(mode="promise_in_bounds")))
+
+            value = value * spread(since(last))
             move = move * spread(since(last + jnp.minimum(missed, self.window)))
         late = spread(missed > 0)
         new = {"mu": mu * _power(self.b1, missed, p.ndim), "nu": nu * _power(self.b2, missed, p.ndim)}
