@@ -26,7 +26,7 @@ from jaxsparse.interpret import Block, Interpreter, OverBlocks
 from jaxsparse.lazy import Scratches, named_leaves
 from jaxsparse.reads import Table
 from jaxsparse.replaying import Stamps, View, flush_in_time, map_replaying, replay_states
-from jaxsparse.rows import coalesce_ids, gather_rows, scatter_rows
+from jaxsparse.rows import coalesce_ids, gather_rows, scatter_rows, zero_after
 from jaxsparse.rowwise import find_row_leaves
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -147,11 +147,15 @@ class Blocks:
         )
 
         def change(view: View, params: dict[str, Any]) -> None:
-            steps = view.state.steps
+            caught_up = {}
             for name in view.stamps.keys() & self.chosen.keys():
-                rows = view.stamps[name].rows
-                params[name], slots = view.catch_up(name, params[name], rows, view.slots(name))
-                view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, rows.shape), steps))
+                caught_up[name] = view.catch_up(name, params[name], view.stamps[name].rows, view.slots(name))
+                params[name] = caught_up[name][0]
+            # the update writes stamps and history, of which it reads nothing, after they have been read here
+            steps = view.state.steps + zero_after(*(p for p, _ in caught_up.values()))
+            view.state = view.state.replace(steps=steps)
+            for name, (_, slots) in caught_up.items():
+                view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, view.stamps[name].rows.shape), steps))
 
         return Small(*map_replaying(change, params, opt_state))
 

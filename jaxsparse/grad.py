@@ -20,7 +20,7 @@ from jaxsparse._checks import message
 from jaxsparse.batch import Batch
 from jaxsparse.interpret import RowIds, WithDeltas
 from jaxsparse.reads import Read, Table, find_reads
-from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids
+from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
 
 
 def value_and_grad(
@@ -248,13 +248,10 @@ def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:
     """The ids, made to depend on the results.
 
     An update writes rows into the donated table at these ids. Where its gradient does not depend on some read of the
-    table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing says that the read comes
-    first, and XLA copies the table to be safe. It drops optimization barriers before it decides that, so the order is
-    put into the data: an integer that is always 0, a 32-bit word having at most 32 ones, and that XLA does not fold.
+    table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing else says that the read
+    comes first.
     """
-    numbers = [x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.number)]
-    total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in numbers), jnp.float32(0))
-    zero = jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
+    zero = zero_after(*(x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.number)))
     return [(each + zero, weights) for each, weights in ids]
 
 

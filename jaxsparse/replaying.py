@@ -22,7 +22,7 @@ import optax
 from jaxsparse import catch_up
 from jaxsparse._checks import message
 from jaxsparse.lazy import LazyState, coalesce_with, lazy, named_leaves, per_leaf
-from jaxsparse.rows import RowSparse, gather_rows, in_range, is_row_sparse, scatter_rows
+from jaxsparse.rows import RowSparse, gather_rows, in_range, is_row_sparse, scatter_rows, zero_after
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -152,12 +152,12 @@ class View:
         self.stamps[name] = stamps
 
     def catch_up(
-        self, name: str, p: jax.Array, stamps: jax.Array, slots: dict[str, jax.Array]
+        self, name: str, p: jax.Array, stamps: jax.Array, slots: dict[str, jax.Array], history: Any = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Rows of a parameter and of its slots, with these stamps, as they are now."""
         state = self.state
         last = jnp.maximum(stamps, self.stamps[name].whole)
-        return state.rule.catch_up(state.history, name in state.decayed, last, state.steps, p, slots)
+        return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
 
     def rebuilt(self) -> ReplayState:
         parts = list(self._parts)
@@ -218,14 +218,20 @@ def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
     rows = min(p.shape[0], max(1, _CHUNK // max(1, math.prod(p.shape[1:]))))
 
     def body(i: jax.Array, carry: Any) -> Any:
-        p, slots = carry
+        p, slots, stamps, history = carry
         ids = i * rows + jnp.arange(rows, dtype=jnp.int32)
         block = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots))
-        new = jax.lax.optimization_barrier(view.catch_up(name, *block))
-        return jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots), new)
+        new, new_slots = view.catch_up(name, *block, history=history)
+        new = new, new_slots, jnp.broadcast_to(steps + zero_after(new), ids.shape)
+        # Without the barrier XLA would scatter before it has gathered all that it needs, and copy; and what only passes
+        # through would be taken for a constant of the loop, and copied because it is donated and written to afterwards.
+        new, history = jax.lax.optimization_barrier((new, history))
+        return *jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots, stamps), new), history
 
     turns = jnp.where(is_due, -(-p.shape[0] // rows), 0)
-    p, slots = jax.lax.fori_loop(0, turns, body, (p, view.slots(name)))
+    carry = p, view.slots(name), stamps, view.state.history
+    p, slots, stamps, history = jax.lax.fori_loop(0, turns, body, carry)
+    view.state = view.state.replace(history=history)
     view.put(name, slots, Stamps(stamps, jnp.where(is_due, steps, whole)))
     return p
 

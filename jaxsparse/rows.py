@@ -252,6 +252,18 @@ def scatter_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
     return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
 
+def zero_after(*arrays: jax.Array) -> jax.Array:
+    """The integer 0, int32 (), made to depend on these arrays.
+
+    What is added to it happens after they are there, for XLA as for us. Where an array is donated, read, and then
+    written at places or with values that do not depend on what was read, XLA copies it to be safe, and it drops
+    optimization barriers before it decides that. So the order is put into the data: a 32-bit word has at most 32 ones,
+    and XLA does not know.
+    """
+    total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in arrays), jnp.float32(0))
+    return jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
+
+
 def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     """Adds up the rows of repeated ids: a RowSparse with unique ids, of min(k, distinct, num_rows) rows.
 
