@@ -125,13 +125,14 @@ def _shape(v: Any) -> tuple[int, ...]:
     return tuple(v.aval.shape)
 
 
-def source_line(eqn: Any) -> str:
-    """Where the user's program made this equation: the innermost frame outside the libraries, or else the innermost."""
-    traceback = eqn.source_info.traceback
-    frames = traceback.frames if traceback else []
-    for frame in frames:
-        if not _LIBRARIES.search(frame.file_name):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+def source_line(eqns: Sequence[Any]) -> str:
+    """Where the user's program made the last of these equations, each of which is inside the one before: the innermost
+    frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
+    for eqn in reversed(eqns):
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback else []:
+            if not _LIBRARIES.search(frame.file_name):
+                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return "unknown source"
 
 
@@ -164,6 +165,7 @@ class Finder:
     def __init__(self) -> None:
         self.reads: list[Read] = []
         self.dense: dict[int, DenseUse] = {}
+        self._within: list[Any] = []  # the equations that the walk is inside of
 
     def walk(self, jaxpr: Any, marks: Sequence[Any], constants: Sequence[Any]) -> list[Any]:
         """Marks (Table, _Values or None) of the outputs, given those of the inputs."""
@@ -178,8 +180,9 @@ class Finder:
             return _Values(_SCALAR, 1) if mark is None and _shape(v) == () else mark
 
         for eqn in jaxpr.eqns:
-            marks = [read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._step(eqn, marks), strict=True))
+            self._within.append(eqn)
+            env.update(zip(eqn.outvars, self._step(eqn, [read(v) for v in eqn.invars]), strict=True))
+            self._within.pop()
         return [read(v) for v in jaxpr.outvars]
 
     def _step(self, eqn: Any, marks: list[Any]) -> list[Any]:
@@ -204,7 +207,7 @@ class Finder:
         if kind == COND:
             return self._cond(eqn, marks)
         if kind in (GATHER, SLICE, BAG):
-            self.reads.append(_read(eqn, kind, table, marks[1]))
+            self.reads.append(_read(eqn, kind, table, marks[1], source_line(self._within)))
             return nothing
         self._dense_use(tables, eqn)
         return nothing
@@ -212,7 +215,7 @@ class Finder:
     def _dense_use(self, tables: Sequence[Any], eqn: Any) -> None:
         for t in tables:
             if isinstance(t, Table) and t.leaf not in self.dense:
-                self.dense[t.leaf] = DenseUse(eqn.primitive.name, source_line(eqn))
+                self.dense[t.leaf] = DenseUse(eqn.primitive.name, source_line(self._within))
 
     def _scan(self, eqn: Any, tables: list[Table | None]) -> list[Any]:
         """The reads of the body, once for each turn, and without bounds: a scalar may differ from turn to turn."""
@@ -232,7 +235,7 @@ class Finder:
         return [None] * len(eqn.outvars)
 
 
-def _read(eqn: Any, kind: str, table: Table, ids_mark: Any) -> Read:
+def _read(eqn: Any, kind: str, table: Table, ids_mark: Any, source: str) -> Read:
     """The read that an equation makes."""
     tail, dtype = eqn.invars[0].aval.shape[1:], table.dtype
     if kind == SLICE:
@@ -243,7 +246,7 @@ def _read(eqn: Any, kind: str, table: Table, ids_mark: Any) -> Read:
         dtype = eqn.outvars[0].aval.dtype
     distinct = ids_mark.distinct if isinstance(ids_mark, _Values) and kind != SLICE else None
     out = jax.ShapeDtypeStruct((ids[:1] if kind == BAG else ids) + tail, dtype)
-    return Read(table.leaf, out, ids, distinct, source_line(eqn))
+    return Read(table.leaf, out, ids, distinct, source)
 
 
 def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:

@@ -150,3 +150,42 @@ def test_abstract_init():
     tx = js.lazy_adam(0.1)
     big = jax.eval_shape(tx.init, {"t": jax.ShapeDtypeStruct((10**9, 64), jnp.float32)})
     assert optax.tree_utils.tree_get(big, "mu")["t"].shape == (10**9, 64) and big.scratch["t"].shape == (10**9,)
+
+
+def test_partitioned_linen_parameters():
+    """flax gives a box around a parameter, with its axes' names, to every part of the state that is made like it."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(), ("vocab", "embed"))
+    model, tx = nn.Embed(V, D, embedding_init=init), js.lazy_adam(0.1, skipped="replay")
+
+    def create(key):
+        return TrainState.create(apply_fn=None, params=model.init(key, IDS)["params"], tx=tx)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("x", "y"))
+    abstract = nn.get_partition_spec(jax.eval_shape(create, jax.random.key(0)))
+    shardings = nn.logical_to_mesh_sharding(abstract, mesh, [("vocab", "x"), ("embed", "y")])
+    with jax.set_mesh(mesh):
+        state = nn.unbox(jax.jit(create, out_shardings=shardings)(jax.random.key(0)))
+        before = np.asarray(state.params["embedding"])
+        step = js.make_train_step(lambda p, ids: jnp.sum(model.apply({"params": p}, ids) ** 2))
+        state, metrics = step(state, IDS)
+    assert metrics["rows_touched"] == 5
+    changed = np.flatnonzero(np.any(np.asarray(state.params["embedding"]) != before, axis=1))
+    assert changed.tolist() == [0, 1, 3, 7, 29]
+
+
+@pytest.mark.parametrize("tx", [js.lazy(optax.adam(0.1)), js.lazy_adam(0.1, skipped="replay")])
+def test_partitioned_nnx_parameters(tx):
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        init = nnx.with_partitioning(nnx.initializers.normal(), ("x", "y"))
+        model = nnx.Embed(V, D, embedding_init=init, rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model, nnx.Param)
+        state = tx.init(params)
+        state = jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
+        before = np.asarray(params["embedding"][...])
+        grads = js.grad(lambda p: jnp.sum(nnx.merge(graph, p)(IDS)))(params)
+        updates, state = tx.update(grads, state, params)
+        new = optax.apply_updates(params, updates)
+        changed = np.flatnonzero(np.any(np.asarray(new["embedding"][...]) != before, axis=1))
+        assert changed.tolist() == [0, 1, 3, 7, 29]
+        nnx.Optimizer(model, tx, wrt=nnx.Param)

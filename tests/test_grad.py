@@ -351,6 +351,27 @@ def test_bounds_on_distinct_ids_reach_the_gradient():
     assert jax.eval_shape(js.grad(lambda t, b: js.dot(b.x, t).sum()), table, batch).distinct < 300
 
 
+def test_explain_looks_out_of_nested_jits():
+    """jnp.take and nn.Embed read inside a jit of their own, whose equations know nothing of their caller."""
+    t, ids = jnp.ones((50, 2)), jnp.arange(3)
+    embed = nn.Embed(50, 2)
+
+    def take(t):
+        return jnp.sum(jnp.take(t, ids, axis=0))  # the take
+
+    def linen(t):
+        return jnp.sum(embed.apply({"params": {"embedding": t}}, ids))  # the module
+
+    def dense(t):
+        return jnp.sum(jax.jit(jnp.tanh)(t))  # a dense use
+
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    for fun, comment in ((take, "# the take"), (linen, "# the module"), (dense, "# a dense use")):
+        said = js.explain(fun)(t)[""]
+        line = next(n for n, text in enumerate(lines, 1) if text.endswith(comment))
+        assert f"test_grad.py:{line} " in (said.source or said.reads[0]), comment
+
+
 def test_explain():
     params = {
         "t": jnp.ones((500, 2)),
