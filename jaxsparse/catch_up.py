@@ -16,9 +16,9 @@ Chebyshev nodes u_i(s) of the interval that the den_k fall into, l_i being the L
 terms shrink by b1 / sqrt(b2) a step, so that is the last few hundred) and clears its own. What was really applied goes
 in: schedules and rates injected at run time need nothing else, and nothing is ever divided by a sum that may be 0.
 
-Decoupled weight decay multiplies p by 1 - lr(s + k) wd in every step: the rows in the window are multiplied by it
-before the new term comes in, and its running product is kept as a sum of logarithms in two float32 (its value and what
-rounding lost of it), whose differences stay exact over 10^6 steps.
+Decoupled weight decay multiplies p by 1 - lr(s + k) wd in every step. A term goes in divided by the product of these
+from s on, and p and the sum are multiplied by that product in the end. The product is kept as a sum of logarithms in
+two float32 (its value, and what rounding lost of it), whose differences stay exact over 10^6 steps.
 
 Everything here is a function of arrays with one row per table row; which rows, and where they come from, is the
 business of `replaying.py`.
@@ -79,7 +79,7 @@ class Adam:
         k = jnp.arange(1, self.window + 1, dtype=jnp.int32)
         s, out = step - k, dict(history)
         at = jnp.where(s >= 0, s % HISTORY, HISTORY)
-        log_b1, log_b2 = math.log(max(self.b1, 1e-30)), math.log(self.b2)
+        log_b1, log_b2 = math.log(self.b1) if self.b1 else -math.inf, math.log(self.b2)
         num = rate * jnp.exp(k * log_b1) / -jnp.expm1(step * log_b1)  # (window,)
         middle, half = _interval(s, log_b2, _choose_nodes(self.b1, self.b2)[1])
         u = jnp.clip((_log_den(s, k, log_b2) - middle) / half, -1, 1)
@@ -91,11 +91,11 @@ class Adam:
         if self.plain:
             out["weights"] = out["weights"].at[at].add(terms, mode="drop").at[step % HISTORY].set(0)
         if self.decayed:
-            before = out["decayed"].at[at].get(mode="fill", fill_value=0)
-            now = out["decayed"].at[at].set(before * (1 - decay) + terms, mode="drop")
-            out["decayed"] = now.at[step % HISTORY].set(0)
             sums = out["log_decay"]
-            out["log_decay"] = sums.at[step % HISTORY].set(_add(sums[(step - 1) % HISTORY], jnp.log1p(-decay)))
+            total = _add(sums[(step - 1) % HISTORY], jnp.log1p(-decay))
+            grown = jnp.exp(_difference(sums.at[at].get(mode="fill", fill_value=0), total))
+            out["decayed"] = out["decayed"].at[at].add(terms * grown[:, None], mode="drop").at[step % HISTORY].set(0)
+            out["log_decay"] = sums.at[step % HISTORY].set(total)
         return out
 
     def catch_up(
@@ -115,13 +115,10 @@ class Adam:
         move = mu * total
         value = p.astype(wide)
         if decayed:
-            sums, end = history["log_decay"], history["log_decay"][now % HISTORY]
-
-            def since(step: jax.Array) -> jax.Array:
-                return jnp.exp(_difference(end, sums.at[step % HISTORY].get(mode="promise_in_bounds")))
-
-            value = value * spread(since(last))
-            move = move * spread(since(last + jnp.minimum(missed, self.window)))
+            sums = history["log_decay"]
+            log_decay = _difference(sums[now % HISTORY], sums.at[last % HISTORY].get(mode="promise_in_bounds"))
+            lost = spread(-jnp.expm1(log_decay))  # times 1 - lost would round alike at every visit of a popular row
+            move = move + lost * (value - move)
         late = spread(missed > 0)
         new = {"mu": mu * _power(self.b1, missed, p.ndim), "nu": nu * _power(self.b2, missed, p.ndim)}
         return (
@@ -242,10 +239,15 @@ def _spread(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _power(base: float, exponent: jax.Array, ndim: int) -> jax.Array:
-    """base^exponent (k, 1, ...) for integers of any size."""
-    if base == 0:
-        return _spread(jnp.where(exponent > 0, 0.0, 1.0), ndim)
-    return _spread(jnp.exp(exponent.astype(jnp.float32) * math.log(base)), ndim)
+    """base^exponent (k, 1, ...) for integers of any size, by squaring: exp(exponent log(base)) would lose 7 bits."""
+    out = jnp.ones(exponent.shape, jnp.float32)
+    for bit in range(31):
+        factor = float(np.float32(base ** (1 << bit)))
+        if factor == 0:
+            out = jnp.where(exponent >> bit > 0, 0, out)
+            break
+        out = jnp.where((exponent >> bit) & 1 == 1, out * factor, out)
+    return _spread(out, ndim)
 
 
 def _log_den(s: jax.Array, k: Any, log_b2: float) -> jax.Array:
@@ -279,23 +281,22 @@ def _chebyshev(count: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache
 def _choose_nodes(b1: float, b2: float) -> tuple[int, int]:
     """How many nodes, and the k of the last den_k in their interval: the fewest that are good to float32."""
-    best = (math.inf, 0, 0)
-    window = Adam(b1, b2, 0.0).window
+    window, shrink = Adam(b1, b2, 0.0).window, math.log(max(b1, 1e-9) / math.sqrt(b2))
     for count in (4, 6, 8, 12, 16):
-        for part in (_LAST, 1e-6, 1e-5):
-            last = max(2, math.ceil(math.log(part) / math.log(max(b1, 1e-9) / math.sqrt(b2))))
-            error = max(interpolation_error(b1, b2, s, count, min(last, max(window, 2))) for s in (1, 10, 100))
-            best = min(best, (error, count, last))
-            if error < 1e-6:
-                return count, last
-    return best[1:]
+        best = (math.inf, 0)
+        for part in (_LAST, 1e-6, 1e-5):  # of the first term: an interval that leaves out smaller ones is narrower
+            last = max(2, min(window, math.ceil(math.log(part) / shrink)))
+            best = min(best, (max(interpolation_error(b1, b2, s, count, last) for s in (1, 10, 100)), last))
+        if best[0] < 1e-6:
+            break
+    return count, best[1]
 
 
 def interpolation_error(b1: float, b2: float, stamp: int, count: int, last: int) -> float:
     """The largest relative error of a catch-up from `stamp` over all sqrt(v) / eps, in float64."""
     window = Adam(b1, b2, 0.0).window
     k = np.arange(1, 2 * window + 1)
-    log_b1, log_b2 = np.log(max(b1, 1e-30)), np.log(b2)
+    log_b1, log_b2 = np.log(max(b1, 1e-9)), np.log(b2)
     num = np.exp(k * log_b1) / -np.expm1((stamp + k) * log_b1)
     log_den = lambda k: 0.5 * (k * log_b2 - np.log(-np.expm1((stamp + k) * log_b2)))  # noqa: E731
     middle, half = (log_den(1) + log_den(last)) / 2, (log_den(1) - log_den(last)) / 2

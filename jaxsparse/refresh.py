@@ -18,7 +18,7 @@ from jaxsparse.blocks import choose_rows
 from jaxsparse.grad import trace
 from jaxsparse.lazy import LazyState
 from jaxsparse.replaying import ReplayState, Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
-from jaxsparse.rows import gather_rows, scatter_rows
+from jaxsparse.rows import gather_rows, scatter_rows, zero_after
 
 
 def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
@@ -65,8 +65,10 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
                     block = jax.tree.map(lambda x, ids=ids: gather_rows(x, ids), (params[name], stamps.rows, slots))
                     p, new = view.catch_up(name, *block)
                     p = jnp.where(chosen[name].fits, p, jnp.nan)  # a batch that was wrong about its distinct ids
+                    steps = view.state.steps + zero_after(p)  # stamps and history are written after they were read
+                    view.state = view.state.replace(steps=steps)
                     params[name] = scatter_rows(params[name], ids, p)
-                    now = scatter_rows(stamps.rows, ids, jnp.broadcast_to(view.state.steps, ids.shape))
+                    now = scatter_rows(stamps.rows, ids, jnp.broadcast_to(steps, ids.shape))
                     slots = {slot: scatter_rows(x, ids, new[slot]) for slot, x in slots.items()}
                     view.put(name, slots, Stamps(now, stamps.whole))
 
@@ -151,8 +153,7 @@ def to_optax_state(opt_state: Any) -> Any:
             return state.wrapped
         if is_replay_state(state):
             check_flushed("to_optax_state", _Pair(state))
-            before, inner = state.lazy.wrapped
-            return inner if before == optax.EmptyState() else (before, inner)
+            return state.lazy.wrapped
         return state
 
     return jax.tree.map(plain, opt_state, is_leaf=_is_ours)
@@ -183,16 +184,17 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
         if isinstance(template, LazyState):
             return template._replace(wrapped=given)
         if is_replay_state(template):
-            before = template.lazy.wrapped[0]
-            wrapped = (before, given) if before == optax.EmptyState() else tuple(given)
-            counts = [c for _, c in optax.tree.get_all_with_path(wrapped[1], "count")]
-            steps = jnp.asarray(counts[0] if counts else 0, jnp.int32)
-            current = lambda stamps: {k: Stamps(s.rows, steps) for k, s in stamps.items()}  # noqa: E731
+            parts = jax.tree.leaves(given, is_leaf=_is_adam)
+            steps = next((part.count for part in parts if _is_adam(part)), jnp.int32(0))
+
+            def current(stamps: dict[str, Stamps]) -> dict[str, Stamps]:
+                return {k: Stamps(s.rows, jnp.copy(steps)) for k, s in stamps.items()}  # copies, each to be donated
+
             return template.replace(
-                lazy=template.lazy._replace(wrapped=wrapped),
+                lazy=template.lazy._replace(wrapped=given),
                 plain=current(template.plain),
                 decayed=current(template.decayed),
-                steps=steps,
+                steps=jnp.copy(steps),
             )
         return given
 
@@ -202,6 +204,10 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
 class _Pair:
     def __init__(self, opt_state: ReplayState) -> None:
         self.opt_state = opt_state
+
+
+def _is_adam(x: object) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
 
 
 def _is_ours(x: object) -> bool:

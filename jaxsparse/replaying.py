@@ -50,7 +50,7 @@ class Stamps(NamedTuple):
 class ReplayState:
     """The state of a replaying optimizer."""
 
-    lazy: LazyState  # of chain(before, inner)
+    lazy: LazyState  # of inner, or of chain(before, inner)
     plain: Any  # {name of the leaf: Stamps}, of parameters without weight decay
     decayed: Any  # likewise, of those with weight decay
     steps: jax.Array  # int32 (): how many there were
@@ -76,7 +76,7 @@ def replay(
       before: a transformation of the gradient without state by row, that makes zeros of zeros.
       weight_decay, mask: inner's.
     """
-    frozen = lazy(optax.chain(optax.identity() if before is None else before, inner))
+    frozen = lazy(inner if before is None else optax.chain(before, inner))
 
     def init_fn(params: Any) -> ReplayState:
         if before is not None:
@@ -101,7 +101,8 @@ def replay(
             late = whole != state.steps
             if is_row_sparse(g):
                 late &= jnp.any(in_range(g.ids, g.num_rows) & (gather_rows(rows, g.ids) != state.steps))
-                stamps[name] = Stamps(scatter_rows(rows, g.ids, jnp.broadcast_to(now, g.ids.shape)), whole)
+                stamp = jnp.broadcast_to(now + zero_after(late.astype(jnp.float32)), g.ids.shape)
+                stamps[name] = Stamps(scatter_rows(rows, g.ids, stamp), whole)
             else:
                 stamps[name] = Stamps(rows, now)
             leaves[name] = _refuse_late(g, late)
@@ -136,7 +137,7 @@ class View:
     def __init__(self, state: ReplayState) -> None:
         self.state = state
         self.stamps: dict[str, Stamps] = state.plain | state.decayed
-        self._parts, self._tree = _flatten(state.lazy.wrapped[1], is_leaf=lambda x: type(x) in _SLOT_STATES)
+        self._parts, self._tree = _flatten(state.lazy.wrapped, is_leaf=lambda x: type(x) in _SLOT_STATES)
         self._slots = {
             slot: named_leaves(getattr(part, slot)) for part in self._parts for slot in _SLOT_STATES.get(type(part), ())
         }
@@ -165,9 +166,8 @@ class View:
             for slot in _SLOT_STATES.get(type(part), ()):
                 arrays, tree = self._slots[slot]
                 parts[i] = parts[i]._replace(**{slot: tree.unflatten(arrays.values())})
-        wrapped = (self.state.lazy.wrapped[0], self._tree.unflatten(parts))
         return self.state.replace(
-            lazy=self.state.lazy._replace(wrapped=wrapped),
+            lazy=self.state.lazy._replace(wrapped=self._tree.unflatten(parts)),
             plain={name: self.stamps[name] for name in self.state.plain},
             decayed={name: self.stamps[name] for name in self.state.decayed},
         )
@@ -254,7 +254,7 @@ def _refuse_late(g: Any, late: jax.Array) -> Any:
 def _count(state: ReplayState) -> jax.Array:
     """The number of updates that inner's schedule counts."""
     kind = optax.ScaleByScheduleState
-    parts = jax.tree.leaves(state.lazy.wrapped[1], is_leaf=lambda x: isinstance(x, kind))
+    parts = jax.tree.leaves(state.lazy.wrapped, is_leaf=lambda x: isinstance(x, kind))
     return next((part.count for part in parts if isinstance(part, kind)), state.steps)
 
 

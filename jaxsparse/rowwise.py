@@ -118,7 +118,8 @@ def check_by_row(
                 slots, slot_tree = _flatten(state)
                 block = slot_tree.unflatten([x if i is None else take(x) for x, i in zip(slots, owners, strict=True)])
                 want = update(tree.unflatten(grads), state, params)
-                compared.append(jax.device_get((want, update(parts(grads), block, block_params))))
+                both = want, update(parts(grads), block, block_params)
+                compared.append(jax.tree.map(_concrete, both))
     except Exception:
         return  # it needs more than this, a mapped axis say; what is wrong with it shows where it is really called
 
@@ -129,6 +130,11 @@ def check_by_row(
         for path, a, b, i in zip(_paths(want_state), *states, owners, strict=True):
             if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
                 _compare(f"state {path}", *((a, b) if i is None else (a[_TOUCHED], b[:2])))
+
+
+def _concrete(x: Any) -> Any:
+    """x, and an error if it is a tracer: of a rate, say, that optax.inject_hyperparams has in its own traced state."""
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 def _paths(tree: Any) -> list[str]:

@@ -12,18 +12,19 @@ the reference:
 * of a moment that decays by b: what the moment would be had all contributions to it the same sign, the same recursion
   on their sizes; a moment that has decayed to nothing is thus compared with that nothing, not with its past.
 
-Below 2^-126 float32 has no full precision, so a unit is never less than that.
+A factor b^k underflows at 2^-126, and moments of up to 2^20 are multiplied by it: so a unit is never less than 2^-106,
+1e-32.
 
-**Criterion**: in every group of rows, the largest deviation of replay <= max(FLOOR, sqrt(n), LUCK x the largest
+**Criterion**: in every group of rows, the largest deviation of replay <= max(FLOOR, 2 sqrt(n), LUCK x the largest
 deviation of dense float32 in this group). A group is the rows of one array in one case with as many gradients, n (to a
 power of two), and as long a longest skip (to a power of ten): a popular row's rounding excuses no rare row, a long skip
 no short one, and a case no other.
 
 * FLOOR = 4, a few units: a catch-up rounds the power or the sum it looks up, the product with the moment, and the row;
   dense float32, which rounds in every step, may by luck lose nothing at all.
-* sqrt(n): a row with n gradients is rounded by n refreshes and n updates, each by up to one unit (0.58 in the root mean
-  square): in all 0.8 sqrt(n). Dense float32 rounds at least as often; but where every step touches the row, the two do
-  the same, and either may be the luckier.
+* 2 sqrt(n): a row with n gradients is rounded by n refreshes and n updates, each by up to one unit (0.58 in the root
+  mean square): 0.8 sqrt(n) in all, and the largest of a few dozen such elements is 2.5 times that. Dense float32 rounds
+  at least as often, but either may be the luckier, even where both do the same (Adagrad, or rows of every step).
 * LUCK = 2: for that reason too. Rounding errors of equal size differ by as much in a group of a few elements.
 
 **bfloat16 tables** keep float32 moments, which are held to the same criterion (their gradients are drawn so that
@@ -289,7 +290,10 @@ def draw_case(rng, group):
             case["g"][name] = (scales * rng.normal(size=(group.steps, *shape))).astype(np.float32)
             continue
         ids = draw_ids(rng, group.ids, group.steps, shape[0])
-        g = rng.normal(size=(*ids.shape, *shape[1:])) * scales[ids].reshape(ids.shape + (1,) * (len(shape) - 1))
+        # Repeats of an id have gradients of one sign: the order of their sum is nobody's, and must not matter more.
+        sign = rng.choice([-1, 1], (group.steps, 1, *shape[1:])) * rng.choice([-1, 1], shape)[ids]
+        sizes = abs(rng.normal(size=sign.shape)) * scales[ids].reshape(ids.shape + (1,) * (len(shape) - 1))
+        g = sign * sizes
         if group.dtype == "bfloat16":  # sums of duplicates are exact too: only the first has a gradient
             order = np.sort(ids, axis=1)
             first = np.concatenate([np.ones((len(ids), 1), bool), order[:, 1:] != order[:, :-1]], axis=1)
@@ -422,7 +426,7 @@ def compare(group, case, at, got, dense, want, sizes):
     """What follows (case, slot, parameter) in the findings about one array."""
     touches, skip = history_of(case["ids"].get(at[1]), group.steps, len(want))
     widest = lambda x: np.nan_to_num(x, nan=np.inf).reshape(len(x), -1).max(1)  # noqa: E731
-    unit = np.maximum(sizes * 2.0**-24, 2.0**-126)
+    unit = np.maximum(sizes * 2.0**-24, 2.0**-106)
     theirs = abs(dense.astype(np.float64) - want)
     rounded = group.dtype == "bfloat16" and at[0] == "p"
     ours = abs(got.astype(np.float64) - (np.asarray(dense.astype(jnp.bfloat16), np.float64) if rounded else want))
@@ -432,7 +436,7 @@ def compare(group, case, at, got, dense, want, sizes):
         rows = codes == code
         most = int(touches[rows].max())
         largest = [float(x[rows].max()) for x in of_rows]
-        tolerance = max(FLOOR, math.sqrt(most), LUCK * largest[1])
+        tolerance = max(FLOOR, 2 * math.sqrt(most), LUCK * largest[1])
         if rounded:
             flushes = 1 + group.steps // (group.history // 2)
             tolerance += 2.0**16 * (2 * most + flushes + 2)
@@ -455,7 +459,7 @@ def history_of(ids, steps, rows):
 def draw_groups(seed, cases):
     """So many cases, in groups: some go through their history more than once, and a few are long."""
     rng, groups = np.random.default_rng(seed), []
-    long = {5: (20_000, 3), 7: (100_000, 2), 10: (20_000, 3), 13: (100_000, 2), 26: (20_000, 3)}
+    long = {5: (20_000, 3), 7: (100_000, 1), 10: (20_000, 3), 13: (100_000, 1), 26: (20_000, 3)}
     while sum(group.cases for group in groups) < cases:
         turn = len(groups)
         steps, many = long.get(turn, (2500, 12) if turn % 8 == 4 else (300, 28))
