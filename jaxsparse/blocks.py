@@ -13,6 +13,7 @@ moved depend on the batch, not on the tables.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -153,7 +154,7 @@ class Blocks:
                 params[name] = caught_up[name][0]
             # the update writes stamps and history, of which it reads nothing, after they have been read here
             steps = view.state.steps + zero_after(*(p for p, _ in caught_up.values()))
-            view.state = view.state.replace(steps=steps)
+            view.state = dataclasses.replace(view.state, steps=steps)
             for name, (_, slots) in caught_up.items():
                 view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, view.stamps[name].rows.shape), steps))
 

@@ -220,4 +220,4 @@ def _is_lazy_state(x: object) -> bool:
 
 
 def _name(path: Any) -> str:
-    return jax.tree_util.keystr([k for k in path if str(k) != ".value"], simple=True, separator=".") or "array"
+    return jax.tree_util.keystr(tuple(k for k in path if str(k) != ".value"), simple=True, separator=".") or "array"

@@ -6,6 +6,7 @@ other way. js.make_train_step needs neither.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
                     p, new = view.catch_up(name, *block)
                     p = jnp.where(chosen[name].fits, p, jnp.nan)  # a batch that was wrong about its distinct ids
                     steps = view.state.steps + zero_after(p)  # stamps and history are written after they were read
-                    view.state = view.state.replace(steps=steps)
+                    view.state = dataclasses.replace(view.state, steps=steps)
                     params[name] = scatter_rows(params[name], ids, p)
                     now = scatter_rows(stamps.rows, ids, jnp.broadcast_to(steps, ids.shape))
                     slots = {slot: scatter_rows(x, ids, new[slot]) for slot, x in slots.items()}
@@ -190,7 +191,8 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
             def current(stamps: dict[str, Stamps]) -> dict[str, Stamps]:
                 return {k: Stamps(s.rows, jnp.copy(steps)) for k, s in stamps.items()}  # copies, each to be donated
 
-            return template.replace(
+            return dataclasses.replace(
+                template,
                 lazy=template.lazy._replace(wrapped=given),
                 plain=current(template.plain),
                 decayed=current(template.decayed),

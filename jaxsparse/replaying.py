@@ -10,11 +10,12 @@ All that this needs is in the optimizer's state, so that it can be found in ther
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import flax.struct
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,7 +47,8 @@ class Stamps(NamedTuple):
     whole: jax.Array  # int32 (): the step after which all rows last were
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ReplayState:
     """The state of a replaying optimizer."""
 
@@ -55,7 +57,17 @@ class ReplayState:
     decayed: Any  # likewise, of those with weight decay
     steps: jax.Array  # int32 (): how many there were
     history: Any  # arrays of the rule
-    rule: Any = flax.struct.field(pytree_node=False)
+    rule: Any = dataclasses.field(metadata={"static": True})
+
+
+_SAVED = [field.name for field in dataclasses.fields(ReplayState) if not field.metadata.get("static")]
+flax.serialization.register_serialization_state(
+    ReplayState,
+    lambda state: {name: flax.serialization.to_state_dict(getattr(state, name)) for name in _SAVED},
+    lambda state, saved: dataclasses.replace(
+        state, **{name: flax.serialization.from_state_dict(getattr(state, name), saved[name]) for name in _SAVED}
+    ),
+)
 
 
 def replay(
@@ -111,7 +123,8 @@ def replay(
         )
         rate = learning_rate(_count(state)) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32)
-        return updates, state.replace(
+        return updates, dataclasses.replace(
+            state,
             lazy=wrapped,
             plain={name: stamps[name] for name in state.plain},
             decayed={name: stamps[name] for name in state.decayed},
@@ -166,7 +179,8 @@ class View:
             for slot in _SLOT_STATES.get(type(part), ()):
                 arrays, tree = self._slots[slot]
                 parts[i] = parts[i]._replace(**{slot: tree.unflatten(arrays.values())})
-        return self.state.replace(
+        return dataclasses.replace(
+            self.state,
             lazy=self.state.lazy._replace(wrapped=self._tree.unflatten(parts)),
             plain={name: self.stamps[name] for name in self.state.plain},
             decayed={name: self.stamps[name] for name in self.state.decayed},
@@ -220,9 +234,9 @@ def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
     def body(i: jax.Array, carry: Any) -> Any:
         p, slots, stamps, history = carry
         ids = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        block = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots))
-        new, new_slots = view.catch_up(name, *block, history=history)
-        new = new, new_slots, jnp.broadcast_to(steps + zero_after(new), ids.shape)
+        block, at, moments = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots))
+        block, moments = view.catch_up(name, block, at, moments, history)
+        new = block, moments, jnp.broadcast_to(steps + zero_after(block), ids.shape)
         # Without the barrier XLA would scatter before it has gathered all that it needs, and copy; and what only passes
         # through would be taken for a constant of the loop, and copied because it is donated and written to afterwards.
         new, history = jax.lax.optimization_barrier((new, history))
@@ -231,7 +245,7 @@ def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
     turns = jnp.where(is_due, -(-p.shape[0] // rows), 0)
     carry = p, view.slots(name), stamps, view.state.history
     p, slots, stamps, history = jax.lax.fori_loop(0, turns, body, carry)
-    view.state = view.state.replace(history=history)
+    view.state = dataclasses.replace(view.state, history=history)
     view.put(name, slots, Stamps(stamps, jnp.where(is_due, steps, whole)))
     return p
 
