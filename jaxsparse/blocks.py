@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax.extend import core
 from jax.interpreters import partial_eval
 
 from jaxsparse._checks import message
@@ -102,10 +103,21 @@ def _row_ids(traced: Traced, sparse: list[int], leaves: list[Any]) -> tuple[dict
         return [jnp.concatenate([empty, *(ids for leaf, ids in reads if leaf == i)]) for i in sparse]
 
     closed = jax.make_jaxpr(ids_of)(*leaves)
-    needed_only, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(sparse))
+    needed_only, used = partial_eval.dce_jaxpr(_without_effects(closed.jaxpr), [True] * len(sparse))
     inputs = [x for x, is_used in zip(leaves, used, strict=True) if is_used]
     ids = jax.core.eval_jaxpr(needed_only, closed.consts, *inputs)
     return dict(zip(sparse, ids, strict=True)), {i for i, is_used in enumerate(used) if is_used}
+
+
+def _without_effects(jaxpr: Any) -> Any:
+    """What a program's outputs need of it, and not what it prints (jax.debug) on the way: that comes with the loss."""
+    needed, kept = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, core.Literal)}
+    effects = set().union(*(eqn.effects for eqn in kept))
+    return jaxpr.replace(eqns=kept[::-1], effects=effects)
 
 
 def _reads(traced: Traced, sparse: list[int]) -> list[Any]:
@@ -149,7 +161,7 @@ class Blocks:
 
         def change(view: View, params: dict[str, Any]) -> None:
             caught_up = {}
-            for name in view.stamps.keys() & self.chosen.keys():
+            for name in self._replayed(view):
                 caught_up[name] = view.catch_up(name, params[name], view.stamps[name].rows, view.slots(name))
                 params[name] = caught_up[name][0]
             # the update writes stamps and history, of which it reads nothing, after they have been read here
@@ -194,7 +206,11 @@ class Blocks:
 
         def restore(view: View, params: dict[str, Any]) -> None:
             was = before.pop(0)
-            for name in view.stamps.keys() & self.chosen.keys():  # only these rows were brought up to date
+            for name in self._replayed(view):  # only these rows were brought up to date
                 view.put(name, view.slots(name), Stamps(view.stamps[name].rows, was.stamps[name].whole))
 
         return map_replaying(restore, params, opt_state)
+
+    def _replayed(self, view: View) -> list[str]:
+        """The parameters that have blocks and this optimizer, in an order that is the same in every process."""
+        return [name for name in view.stamps if name in self.chosen]

@@ -61,7 +61,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
             chosen, params, opt_state = choose_rows(traced, params, opt_state, axis_name)
 
             def change(view: View, params: dict[str, Any]) -> None:
-                for name in view.stamps.keys() & chosen.keys():
+                for name in (name for name in view.stamps if name in chosen):
                     ids, stamps, slots = chosen[name].ids, view.stamps[name], view.slots(name)
                     block = jax.tree.map(lambda x, ids=ids: gather_rows(x, ids), (params[name], stamps.rows, slots))
                     p, new = view.catch_up(name, *block)

@@ -19,7 +19,7 @@ from jaxsparse.blocks import Blocks, Small
 from jaxsparse.collectives import psum
 from jaxsparse.grad import trace, value_and_grad
 from jaxsparse.lazy import coalesce_gradients, named_leaves
-from jaxsparse.refresh import check_flushed, flush
+from jaxsparse.refresh import check_flushed, flush, refresh
 from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
 
 
@@ -40,12 +40,14 @@ def make_train_step(
         `jax.pmap(step, axis_name="batch", donate_argnums=0)`.
 
     Returns:
-      The step. `state` is a flax TrainState, or any object with params, opt_state, replace and apply_gradients; it is
-      donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
+      The step. `state` is a flax TrainState, or any object with params, opt_state, tx, replace and apply_gradients; it
+      is donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
       own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux".
 
     Raises:
-      ValueError: if a parameter is read by rows and its optimizer is not lazy.
+      ValueError: if a parameter is read by rows and its optimizer is not lazy, or refuses row-sparse gradients; or if,
+        with skipped="replay", loss_fn sees rows of a table that are not up to date: as row ids, or behind
+        stop_gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -108,6 +110,7 @@ def _step_on_gradients(
     loss_fn: Callable[..., Any], has_aux: bool, axis_name: Any, state: Any, batch: Any, args: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The step for an optimizer that keeps gradients for later: these have to be RowSparse."""
+    state = refresh(loss_fn, has_aux=has_aux, axis_name=axis_name)(state, batch, *args)
     value, grads = value_and_grad(loss_fn, has_aux=has_aux)(state.params, batch, *args)
     loss, aux = value if has_aux else (value, None)
     if axis_name is not None:
@@ -181,6 +184,9 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
     Returns:
       The metrics, each batch counting by the sum of its weights; NaN if there is no weight at all.
 
+    Raises:
+      ValueError: with skipped="replay", if the state needs js.flush.
+
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> from flax.training.train_state import TrainState
@@ -215,7 +221,8 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
       A NumPy array (n, ...).
 
     Raises:
-      ValueError: if the batches leave examples out or have another order.
+      ValueError: if the batches leave examples out or have another order; or, with skipped="replay", if the state needs
+        js.flush.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -252,7 +259,8 @@ def fit(
     metrics: Callable[..., dict[str, Any]] | None = None,
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Runs a step over epochs of batches, with a progress bar and validation after each.
+    """Runs a step over epochs of batches, with a progress bar and validation after each, before which it calls
+    js.flush.
 
     Args:
       step: of `js.make_train_step`, or any step(state, batch) -> (state, metrics) whose metrics have a "loss".

@@ -282,6 +282,18 @@ def test_a_table_that_another_loss_uses_as_a_whole():
     close(js.flush(state).params, want.params)
 
 
+def test_accumulated_gradients():
+    """Rows stay as they were refreshed until the update that all of them wait for."""
+    tx, dense = js.accumulate(js.lazy_adam(0.05, skipped="replay"), 2), optax.adam(0.05)
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        got = js.flush(run(tx, 12))
+    want = start(dense)
+    for i in range(0, 12, 2):
+        grads = [jax.grad(loss_fn)(want.params, batch(j)) for j in (i, i + 1)]
+        want = want.apply_gradients(grads=jax.tree.map(lambda a, b: (a + b) / 2, *grads))
+    close(got.params, want.params)
+
+
 def test_evaluation_wants_all_rows_up_to_date():
     batches = js.batches(np.asarray(batch(0)), np.zeros(B), batch_size=B)
     metric_fn = lambda p, b: {"loss": loss_fn(p, b.x)}  # noqa: E731
