@@ -56,6 +56,13 @@ PAIRS = {
             {"slow": optax.adam(0.01), "fast": optax.sgd(0.1, 0.9)}, {"t": "slow", "b": "fast", "w": "fast"}
         ),
     ),
+    "masked": tuple(
+        optax.chain(
+            optax.masked(adam, {"t": True, "b": True, "w": False}),
+            optax.masked(optax.scale(-0.1), {"t": False, "b": False, "w": True}),
+        )
+        for adam in (js.lazy_adam(0.05, skipped="replay"), optax.adam(0.05))
+    ),
     "inject": (
         optax.inject_hyperparams(js.lazy_adam, static_args=("b1", "b2", "eps", "eps_root"))(
             learning_rate=SCHEDULE, skipped="replay"
