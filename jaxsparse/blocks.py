@@ -39,8 +39,7 @@ class Chosen(NamedTuple):
 
     leaf: int  # which of the traced leaves it is
     ids: jax.Array  # int32 (size,), unique, padded with num_rows, ...
-    slot: jax.Array  # int32 (k,): with scratch, where in the block each id is; see rows.positions
-    scratch: jax.Array  # int32 (num_rows,)
+    scratch: jax.Array  # int32 (num_rows,): where in the block each id is; see rows.positions
     fits: jax.Array  # bool (): whether all of them are in it
 
 
@@ -86,9 +85,9 @@ def _choose(
     size = min(x for x in (ids.shape[0], num_rows, distinct) if x is not None)
     if size == 0:
         nothing = jnp.zeros((0,), jnp.int32)
-        return Chosen(leaf, nothing, nothing, scratch, jnp.bool_(True))
-    unique, slot, fits, scratch = coalesce_ids(ids, num_rows, size, scratch)
-    return Chosen(leaf, unique, slot, scratch, fits)
+        return Chosen(leaf, nothing, scratch, jnp.bool_(True))
+    unique, fits, scratch = coalesce_ids(ids, num_rows, size, scratch)
+    return Chosen(leaf, unique, scratch, fits)
 
 
 def _row_ids(traced: Traced, sparse: list[int], leaves: list[Any]) -> tuple[dict[int, jax.Array], set[int]]:
@@ -181,7 +180,7 @@ class Blocks:
         traced, by_name = self.traced, named_leaves(params)[0]
         whole, replaying = named_leaves(self.params)[0], replayed(self.opt_state)
         arrays = {c.leaf: whole[name] for name, c in self.chosen.items() if name not in replaying}
-        blocks = {c.leaf: Block(by_name[name], c.scratch, c.slot) for name, c in self.chosen.items()}
+        blocks = {c.leaf: Block(by_name[name], c.scratch) for name, c in self.chosen.items()}
         inputs = [Table(i, traced.leaves[i].dtype) if i in blocks else x for i, x in enumerate(by_name.values())]
         value, *aux = OverBlocks(arrays, blocks).run(traced.closed.jaxpr, traced.closed.consts, inputs)
         fits = jnp.all(jnp.array([chosen.fits for chosen in self.chosen.values()], bool))

@@ -32,8 +32,7 @@ class Block(NamedTuple):
     """Some rows of a leaf, as `rows.coalesce_ids` chose them."""
 
     rows: jax.Array  # (size, ...)
-    scratch: jax.Array  # int32 (num_rows,)
-    slot: jax.Array  # int32 (k,)
+    scratch: jax.Array  # int32 (num_rows,): where in it each of them is
 
 
 class Interpreter:
@@ -233,7 +232,7 @@ class OverBlocks(Interpreter):
 
     def _rows(self, jaxpr: Any, eqn: Any, kind: str, leaf: int, values: list[Any]) -> Any:
         block, (ids, weights) = self.blocks[leaf], self.ids[-1]
-        at = positions(ids, block.scratch, block.slot, block.rows.shape[0])
+        at = positions(ids, block.scratch, block.rows.shape[0])
         if kind == BAG:
             return block_padded_sum(block.rows, at, weights)
         if kind == SLICE:
