@@ -145,7 +145,8 @@ def lazy_adamw(
     if skipped == "freeze":
         return lazy_chain(before, adamw)
     check_adam("lazy_adamw", b1, b2, eps, eps_root, nesterov)
-    rule = Adam(b1, b2, eps, plain=mask is not None, decayed=True)
+    decays = not isinstance(weight_decay, int | float) or weight_decay != 0
+    rule = Adam(b1, b2, eps, plain=mask is not None or not decays, decayed=decays)
     return replay(_wide(adamw), rule, learning_rate, before=before, weight_decay=weight_decay, mask=mask)
 
 
@@ -190,7 +191,9 @@ def lazy_sgd(
     if skipped == "freeze":
         return lazy_chain(before, sgd)
     check_rates("lazy_sgd", momentum=momentum)
-    return replay(sgd, Decay((("trace", momentum),) if momentum else (), nesterov), learning_rate, before=before)
+    return replay(
+        sgd, Decay(() if momentum is None else (("trace", momentum),), nesterov), learning_rate, before=before
+    )
 
 
 def lazy_rmsprop(
@@ -240,7 +243,11 @@ def lazy_rmsprop(
     if skipped == "freeze":
         return lazy_chain(before, rmsprop)
     check_rates("lazy_rmsprop", decay=decay, momentum=momentum)
-    rates = [("nu", decay), *([("mu", decay)] if centered else []), *([("trace", momentum)] if momentum else [])]
+    rates = [
+        ("nu", decay),
+        *([("mu", decay)] if centered else []),
+        *([] if momentum is None else [("trace", momentum)]),
+    ]
     return replay(rmsprop, Decay(tuple(rates), nesterov, scaled=False), learning_rate, before=before)
 
 
