@@ -1,7 +1,7 @@
 """Lazy optimizers under which a row without a gradient does not move: Adagrad, by element and by row, and FTRL.
 
 For these there is nothing to replay: what they do to the rows that a gradient touches is all that the dense optimizer
-does. `skipped=` is taken where other optimizers take it, and both words mean the same.
+does. The Adagrads take `skipped=`, as other optimizers do; both words mean the same.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _row_ids(traced: Traced, sparse: list[int], leaves: list[Any]) -> tuple[dict
         program = Interpreter({i: leaves[i] for i in sparse})
         inputs = [Table(i, x.dtype) if i in sparse else x for i, x in enumerate(leaves)]
         program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
-        reads = [(r.leaf, ids.reshape(-1)) for r, (ids, _) in zip(_reads(traced, sparse), program.ids, strict=True)]
+        of_reads = [r.leaf for r in traced.reads if r.leaf in sparse]
+        reads = [(leaf, ids.reshape(-1)) for leaf, (ids, _) in zip(of_reads, program.ids, strict=True)]
         empty = jnp.zeros((0,), jnp.int32)
         return [jnp.concatenate([empty, *(ids for leaf, ids in reads if leaf == i)]) for i in sparse]
 
@@ -119,20 +120,9 @@ def _without_effects(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=kept[::-1], effects=effects)
 
 
-def _reads(traced: Traced, sparse: list[int]) -> list[Any]:
-    return [r for r in traced.reads if r.leaf in sparse]
-
-
 def replayed(opt_state: Any) -> set[str]:
     """The parameters whose optimizer replays."""
     return {name for state in replay_states(opt_state) for name in View(state).stamps}
-
-
-class Small(NamedTuple):
-    """params and opt_state with blocks for tables."""
-
-    params: Any
-    opt_state: Any
 
 
 class Blocks:
@@ -146,8 +136,8 @@ class Blocks:
         flags = [name in self.chosen for name in by_name]
         self._owners = find_row_leaves(tx, tree, list(by_name.values()), flags)
 
-    def small(self) -> Small:
-        """The rows that were chosen, brought up to date where their optimizer replays."""
+    def small(self) -> tuple[Any, Any]:
+        """params and opt_state of the rows that were chosen, brought up to date where their optimizer replays."""
         by_name, tree = named_leaves(self.params)
         leaves, opt_tree = _flatten(self.opt_state)
         params = tree.unflatten(
@@ -160,7 +150,7 @@ class Blocks:
 
         def change(view: View, params: dict[str, Any]) -> None:
             caught_up = {}
-            for name in self._replayed(view):
+            for name in view.among(self.chosen):
                 caught_up[name] = view.catch_up(name, params[name], view.stamps[name].rows, view.slots(name))
                 params[name] = caught_up[name][0]
             # the update writes stamps and history, of which it reads nothing, after they have been read here
@@ -169,7 +159,7 @@ class Blocks:
             for name, (_, slots) in caught_up.items():
                 view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, view.stamps[name].rows.shape), steps))
 
-        return Small(*map_replaying(change, params, opt_state))
+        return map_replaying(change, params, opt_state)
 
     def loss(self, params: Any) -> Any:
         """(value, aux) of the traced loss, tables being blocks.
@@ -186,15 +176,15 @@ class Blocks:
         fits = jnp.all(jnp.array([chosen.fits for chosen in self.chosen.values()], bool))
         return value * jnp.where(fits, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
 
-    def put_back(self, small: Small) -> tuple[Any, Any]:
-        """params and opt_state with the rows of the small ones."""
-        new, tree = named_leaves(small.params)
+    def put_back(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
+        """All of params and opt_state, with the rows of these small ones."""
+        new, tree = named_leaves(params)
         old = named_leaves(self.params)[0]
         params = tree.unflatten(
             scatter_rows(old[k], self.chosen[k].ids, x) if k in self.chosen else x for k, x in new.items()
         )
         leaves, opt_tree = _flatten(self.opt_state)
-        new_leaves, new_tree = _flatten(small.opt_state)
+        new_leaves, new_tree = _flatten(opt_state)
         assert new_tree == opt_tree, f"the optimizer's state was {opt_tree} and is {new_tree}"
         scratch = {id(chosen.scratch) for chosen in self.chosen.values()}
         opt_state = opt_tree.unflatten(
@@ -205,11 +195,7 @@ class Blocks:
 
         def restore(view: View, params: dict[str, Any]) -> None:
             was = before.pop(0)
-            for name in self._replayed(view):  # only these rows were brought up to date
+            for name in view.among(self.chosen):  # only these rows were brought up to date
                 view.put(name, view.slots(name), Stamps(view.stamps[name].rows, was.stamps[name].whole))
 
         return map_replaying(restore, params, opt_state)
-
-    def _replayed(self, view: View) -> list[str]:
-        """The parameters that have blocks and this optimizer, in an order that is the same in every process."""
-        return [name for name in view.stamps if name in self.chosen]

@@ -141,6 +141,7 @@ class Decay:
     rates: tuple[tuple[str, float], ...]
     nesterov: bool = False
     scaled: bool = True
+    decayed = False  # no leaf has weight decay
 
     @property
     def _momentum(self) -> float:

@@ -271,8 +271,9 @@ def _padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> 
 def block_padded_sum(rows: jax.Array, at: jax.Array, weights: jax.Array | None) -> jax.Array:
     """padded_sum of a table so small that its gradient may be dense, which is then summed in place, id by id.
 
-    JAX's own transpose of L gathers makes L arrays of the table's size, or one (B, L, d), and adds them up: 5 times the
-    memory, and on CPU fresh memory costs more than arithmetic.
+    rows (k, ...), at int32 (B, L) with k for what reads nothing, weights (B, L) or None -> (B, ...), at least float32.
+    JAX's own transpose of L gathers makes L arrays (k, ...), or one (B, L, ...), and adds them up; and on CPU fresh
+    memory costs more than arithmetic.
     """
     return _padded_sum(rows, at, weights)
 
@@ -283,7 +284,7 @@ def _block_forward(rows: jax.Array, at: jax.Array, weights: jax.Array | None) ->
 
 def _block_backward(saved: Any, g: jax.Array) -> Any:
     rows, at, weights = saved
-    zeros = jnp.zeros(rows.shape, g.dtype), None if weights is None else jnp.zeros(weights.shape, g.dtype)
+    zeros: Any = jnp.zeros(rows.shape, g.dtype), None if weights is None else jnp.zeros(weights.shape, g.dtype)
 
     def add(i: jax.Array, sums: Any) -> Any:
         by_row, by_weight = sums
@@ -294,7 +295,7 @@ def _block_backward(saved: Any, g: jax.Array) -> Any:
             share = g * _spread(weights[:, i], g)
         return by_row.at[ids].add(share, mode="drop"), by_weight
 
-    by_row, by_weight = jax.lax.fori_loop(0, at.shape[1], add, zeros)
+    by_row, by_weight = jax.lax.fori_loop(0, at.shape[1], add, zeros) if at.shape[1] else zeros
     return by_row.astype(rows.dtype), None, None if weights is None else by_weight.astype(weights.dtype)
 
 

@@ -24,6 +24,8 @@ from jaxsparse.embedding import at_least_int32, block_padded_sum
 from jaxsparse.reads import BAG, CALL, CAST, COND, GATHER, REMAT, SCAN, SLICE, STOP, Finder, Table, inner_jaxpr, kind_of
 from jaxsparse.rows import gather_rows, positions, row_ids
 
+GatherScatterMode = jax.lax.GatherScatterMode
+
 # The ids of a read and, for the padded sum, the weights its cotangent is to be multiplied by.
 RowIds = tuple[jax.Array, jax.Array | None]
 
@@ -37,6 +39,9 @@ class Block(NamedTuple):
 
 class Interpreter:
     """Evaluates the program, `arrays` being the leaves that are held back, and lists the row ids of their reads."""
+
+    # t[ids] reads the first or last row where ids are out of range, and then has no gradient for it
+    clipped: frozenset[Any] = frozenset({GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS})
 
     def __init__(self, arrays: dict[int, Any]) -> None:
         self.arrays = arrays
@@ -78,14 +83,14 @@ class Interpreter:
             inner = inner_jaxpr(eqn)
             return self._walk(inner.jaxpr, inner.consts, values)
         regions = {REMAT: self._remat, SCAN: self._scan, COND: self._cond}
-        assert kind in regions, f"{kind=}: find_reads and replay disagree"
+        assert kind in regions, f"{kind=}: find_reads and the interpreter disagree"
         return regions[kind](eqn, values)
 
     def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
         num_rows, weights = eqn.invars[0].aval.shape[0], None
         if kind == GATHER:
             ids = values[1][..., 0]
-            if eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            if eqn.params["mode"] in self.clipped:
                 ids = jnp.clip(at_least_int32(ids), 0, num_rows - 1)
         elif kind == SLICE:
             size = eqn.params["slice_sizes"][0]
@@ -196,6 +201,8 @@ class Interpreter:
 class WithDeltas(Interpreter):
     """Every read has one of `deltas` added to it: one a read, in program order, each of the shape ids + row."""
 
+    clipped = frozenset({GatherScatterMode.CLIP})
+
     def __init__(self, arrays: dict[int, Any], deltas: Sequence[Any]) -> None:
         super().__init__(arrays)
         self.deltas: Iterator[Any] = iter(deltas)
@@ -238,14 +245,19 @@ class OverBlocks(Interpreter):
         if kind == SLICE:
             return gather_rows(block.rows, at)
         params = eqn.params
-        return jax.lax.gather(
+        rows = jax.lax.gather(
             block.rows,
             at[..., None],
             dimension_numbers=params["dimension_numbers"],
             slice_sizes=params["slice_sizes"],
-            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
+            mode=GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
             fill_value=params["fill_value"],
         )
+        if params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
+            return rows
+        in_range = row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids
+        in_range = jnp.expand_dims(in_range, params["dimension_numbers"].offset_dims)
+        return jnp.where(in_range, rows, jax.lax.stop_gradient(rows))
 
     def _within(self, deltas: Sequence[Any]) -> Interpreter:
         return OverBlocks(self.arrays, self.blocks)

@@ -114,9 +114,8 @@ def lazy_adamw(
     """Adam with decoupled weight decay, on the rows that a gradient touches.
 
     As `lazy_adam`, with p = p - lr (... + weight_decay p). With skipped="freeze" only touched rows decay, and only in
-    the
-    steps that touch them: a rare row decays less than under dense optax.adamw. With "replay" every row decays in every
-    step, as there.
+    the steps that touch them: a rare row decays less than under dense optax.adamw. With "replay" every row decays in
+    every step, as there.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov: as in `lazy_adam`.

@@ -18,7 +18,7 @@ from jaxsparse._checks import message
 from jaxsparse.blocks import choose_rows
 from jaxsparse.grad import trace
 from jaxsparse.lazy import LazyState
-from jaxsparse.replaying import ReplayState, Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
+from jaxsparse.replaying import Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
 from jaxsparse.rows import gather_rows, scatter_rows, zero_after
 
 
@@ -61,7 +61,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
             chosen, params, opt_state = choose_rows(traced, params, opt_state, axis_name)
 
             def change(view: View, params: dict[str, Any]) -> None:
-                for name in (name for name in view.stamps if name in chosen):
+                for name in view.among(chosen):
                     ids, stamps, slots = chosen[name].ids, view.stamps[name], view.slots(name)
                     block = jax.tree.map(lambda x, ids=ids: gather_rows(x, ids), (params[name], stamps.rows, slots))
                     p, new = view.catch_up(name, *block)
@@ -86,9 +86,8 @@ def flush(state: Any) -> Any:
     as one dense step, in chunks, with a few MB of memory besides the state.
 
     Args:
-      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state). Like a
-      step's,
-        it is donated: use the returned one.
+      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state). It is
+        donated, like a step's: use the returned one.
 
     Returns:
       The state, of the same kind.
@@ -116,9 +115,9 @@ def _flush_all(params: Any, opt_state: Any) -> tuple[Any, Any]:
     return flush_leaves(params, opt_state, lambda name, view: jnp.bool_(True))
 
 
-def check_flushed(function: str, state: Any) -> None:
-    """Raises ValueError if some rows of the state, which must be concrete, are not up to date."""
-    for replaying in replay_states(getattr(state, "opt_state", None)):
+def check_flushed(function: str, opt_state: Any) -> None:
+    """Raises ValueError if rows of parameters with this optimizer's state, not a traced one, are not up to date."""
+    for replaying in replay_states(opt_state):
         view = View(replaying)
         for name, (_, whole) in view.stamps.items():
             if int(whole) != int(replaying.steps):
@@ -153,7 +152,7 @@ def to_optax_state(opt_state: Any) -> Any:
         if isinstance(state, LazyState):
             return state.wrapped
         if is_replay_state(state):
-            check_flushed("to_optax_state", _Pair(state))
+            check_flushed("to_optax_state", state)
             return state.lazy.wrapped
         return state
 
@@ -201,11 +200,6 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
         return given
 
     return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=_is_ours)
-
-
-class _Pair:
-    def __init__(self, opt_state: ReplayState) -> None:
-        self.opt_state = opt_state
 
 
 def _is_adam(x: object) -> bool:

@@ -29,14 +29,23 @@ _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
 _CHUNK = 1 << 18  # elements that flush has in hand at a time
 
+
+def _counting(tx: optax.GradientTransformation) -> type:
+    """The type of its state, where optax exports none.
+
+    Abstractly: an import must not start JAX's backends, or it is too late for jax.distributed.
+    """
+    return type(jax.eval_shape(tx.init, {}))
+
+
 # The states of optax whose params-shaped arrays a rule's slots are.
 _SLOT_STATES: dict[type, tuple[str, ...]] = {
     optax.ScaleByAdamState: ("mu", "nu"),
     optax.TraceState: ("trace",),
     optax.ScaleByRmsState: ("nu",),
-    type(optax.scale_by_rms(bias_correction=True).init({})): ("nu",),
+    _counting(optax.scale_by_rms(bias_correction=True)): ("nu",),
     optax.ScaleByRStdDevState: ("mu", "nu"),
-    type(optax.scale_by_stddev(bias_correction=True).init({})): ("mu", "nu"),
+    _counting(optax.scale_by_stddev(bias_correction=True)): ("mu", "nu"),
 }
 
 
@@ -94,7 +103,7 @@ def replay(
         if before is not None:
             _check_before(before, params)
         stamps = per_leaf(lambda p: Stamps(jnp.zeros(jnp.shape(p)[:1], jnp.int32), jnp.zeros((), jnp.int32)), params)
-        decays = _decays(weight_decay, mask, params)
+        decays = _decays(rule.decayed, mask, params)
         return ReplayState(
             lazy=frozen.init(params),
             plain={k: v for k, v in stamps.items() if not decays[k]} if decays else stamps,
@@ -172,6 +181,10 @@ class View:
         state = self.state
         last = jnp.maximum(stamps, self.stamps[name].whole)
         return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
+
+    def among(self, names: Collection[str]) -> list[str]:
+        """Its parameters that are among `names`, in an order that is the same in every process."""
+        return [name for name in self.stamps if name in names]
 
     def rebuilt(self) -> ReplayState:
         parts = list(self._parts)
@@ -272,12 +285,10 @@ def _count(state: ReplayState) -> jax.Array:
     return next((part.count for part in parts if isinstance(part, kind)), state.steps)
 
 
-def _decays(weight_decay: Any, mask: Any, params: Any) -> dict[str, bool]:
+def _decays(any_do: bool, mask: Any, params: Any) -> dict[str, bool]:
     """Which parameters decay."""
-    if isinstance(weight_decay, int | float) and not weight_decay:
-        return dict.fromkeys(named_leaves(params)[0], False)
-    if mask is None or not jax.tree.leaves(params):
-        return dict.fromkeys(named_leaves(params)[0], True)
+    if not any_do or mask is None or not jax.tree.leaves(params):
+        return dict.fromkeys(named_leaves(params)[0], any_do)
     chosen = mask(params) if callable(mask) else mask
     return named_leaves(jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params))[0]
 

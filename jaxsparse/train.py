@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from jaxsparse._checks import message
 from jaxsparse.accumulate import AccumulateState
 from jaxsparse.batch import Batches
-from jaxsparse.blocks import Blocks, Small
+from jaxsparse.blocks import Blocks
 from jaxsparse.collectives import psum
 from jaxsparse.grad import trace, value_and_grad
 from jaxsparse.lazy import coalesce_gradients, named_leaves
@@ -69,24 +68,18 @@ def make_train_step(
             blocks = Blocks(traced, state.tx, state.params, state.opt_state, axis_name)
             _check_optimizer(state, blocks)
         with jax.named_scope("gather"):
-            small = blocks.small()
+            params, opt_state = blocks.small()
         with jax.named_scope("loss_and_gradients"):
-            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(small.params)
+            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(params)
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
                 loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
-        touched = [
-            jnp.sum(in_range(c.ids, traced.leaves[c.leaf].shape[0]), dtype=jnp.int32) for c in blocks.chosen.values()
-        ]
-        metrics = {
-            "loss": loss,
-            "grad_norm": _norm(grads),
-            "rows_touched": sum(touched, jnp.int32(0)),
-        }
+        touched = [(c.ids, traced.leaves[c.leaf].shape[0]) for c in blocks.chosen.values()]
+        metrics = _metrics(loss, jax.tree.leaves(grads), touched)
         with jax.named_scope("update"):
-            new = state.replace(params=small.params, opt_state=small.opt_state).apply_gradients(grads=grads)
+            new = state.replace(params=params, opt_state=opt_state).apply_gradients(grads=grads)
         with jax.named_scope("scatter"):
-            params, opt_state = blocks.put_back(Small(new.params, new.opt_state))
+            params, opt_state = blocks.put_back(new.params, new.opt_state)
         return new.replace(params=params, opt_state=opt_state), metrics | ({"aux": aux} if has_aux else {})
 
     return jax.jit(train_step, donate_argnums=0) if jit else train_step
@@ -117,21 +110,24 @@ def _step_on_gradients(
         loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
     grads, opt_state = coalesce_gradients(grads, state.opt_state)
     leaves = jax.tree.leaves(grads, is_leaf=is_row_sparse)
-    touched = [jnp.sum(in_range(g.ids, g.num_rows), dtype=jnp.int32) for g in leaves if is_row_sparse(g)]
-    metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm([g.rows if is_row_sparse(g) else g for g in leaves]),
-        "rows_touched": sum(touched, jnp.int32(0)),
-    }
+    touched = [(g.ids, g.num_rows) for g in leaves if is_row_sparse(g)]
+    metrics = _metrics(loss, [g.rows if is_row_sparse(g) else g for g in leaves], touched)
     state = state.replace(opt_state=opt_state).apply_gradients(grads=grads)
     return state, metrics | ({"aux": aux} if has_aux else {})
 
 
-def _norm(grads: Any) -> jax.Array:
-    """The norm of all leaves together: as inner products, of which XLA keeps no array of squares."""
-    wide = [jnp.promote_types(g.dtype, jnp.float32) for g in jax.tree.leaves(grads)]
-    parts = [jnp.vdot(g, g, preferred_element_type=t) for g, t in zip(jax.tree.leaves(grads), wide, strict=True)]
-    return jnp.sqrt(sum(parts, jnp.float32(0)))
+def _metrics(loss: jax.Array, grads: list[jax.Array], touched: list[tuple[jax.Array, int]]) -> dict[str, Any]:
+    """What a step reports, of coalesced gradients and the ids of each table with its number of rows.
+
+    The norm is one of inner products: of these XLA keeps no array of squares.
+    """
+    squares = [jnp.vdot(g, g, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32)) for g in grads]
+    rows = [jnp.sum(in_range(ids, num_rows), dtype=jnp.int32) for ids, num_rows in touched]
+    return {
+        "loss": loss,
+        "grad_norm": jnp.sqrt(sum(squares, jnp.float32(0))),
+        "rows_touched": sum(rows, jnp.int32(0)),
+    }
 
 
 def _accumulates(x: object) -> bool:
@@ -196,7 +192,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
       >>> js.evaluate(metric_fn, state, batches)
       {'error': 2.0}
     """
-    check_flushed("evaluate", state)
+    check_flushed("evaluate", getattr(state, "opt_state", None))
     compiled = jax.jit(metric_fn)
     totals: dict[str, float] = {}
     weight = 0.0
@@ -233,7 +229,7 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
       >>> js.predict(apply_fn, state, batches).tolist()
       [3.0, 3.0, 0.0]
     """
-    check_flushed("predict", state)
+    check_flushed("predict", getattr(state, "opt_state", None))
     at = batches.state
     if at["shuffle"] or at["drop_remainder"] or at["step"] or batches.num_devices is not None:
         got = f"{at}, devices={batches.num_devices}"

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -54,6 +56,12 @@ def test_run_time_packages():
     assert third_party <= allowed, third_party - allowed
     tests = " ".join(project["optional-dependencies"]["test"])
     assert "torch" not in tests and "tensorflow" not in tests
+
+
+def test_an_import_starts_no_backend():
+    """jax.distributed.initialize and settings of JAX have to come before that, and may come after the import."""
+    code = "import jaxsparse; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_top_level():

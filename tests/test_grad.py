@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
+from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,6 +120,30 @@ READS = {
 def test_reads(name):
     with jax.numpy_rank_promotion("allow"):
         assert_as_jax(READS[name], (TABLE,), {""}, rtol=2e-2 if "cast" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads_in_the_step(name):
+    """make_train_step reads from a block of the table, not from the table: it moves the same rows as far."""
+    with jax.numpy_rank_promotion("allow"):
+        state = TrainState.create(apply_fn=None, params={"t": jnp.copy(TABLE)}, tx=js.lazy_sgd(1.0))
+        state, metrics = js.make_train_step(lambda p, _: READS[name](p["t"]))(state, None)
+        value, gradient = jax.value_and_grad(READS[name])(TABLE)
+    rtol = 2e-2 if "cast" in name else 1e-5
+    np.testing.assert_allclose(metrics["loss"], value, rtol=rtol)
+    np.testing.assert_allclose(state.params["t"], TABLE - gradient, rtol=rtol, atol=1e-5)
+    untouched = np.setdiff1d(np.arange(V), np.asarray(js.grad(READS[name])(TABLE).ids))
+    np.testing.assert_array_equal(np.asarray(state.params["t"])[untouched], np.asarray(TABLE)[untouched])
+
+
+def test_weights_of_a_bag_in_the_step():
+    """The block's own derivative of a padded sum, with respect to rows and weights."""
+    p = {"t": TABLE, "s": WEIGHTS}
+    loss = lambda p, _: squares(js.embedding_bag(p["t"], IDS, weights=p["s"], combiner="sum", padding_idx=3))  # noqa: E731
+    want = jax.tree.map(lambda x, g: x - g, p, jax.grad(loss)(p, None))
+    state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, p), tx=js.lazy_sgd(1.0))
+    state, _ = js.make_train_step(loss)(state, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, want)
 
 
 @pytest.mark.parametrize("shape", [(V,), (V, 1), (V, 2, 3)])
