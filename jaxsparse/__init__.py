@@ -35,6 +35,10 @@ from jaxsparse.optimizers import lazy_adam as lazy_adam
 from jaxsparse.optimizers import lazy_adamw as lazy_adamw
 from jaxsparse.optimizers import lazy_rmsprop as lazy_rmsprop
 from jaxsparse.optimizers import lazy_sgd as lazy_sgd
+from jaxsparse.parallel import global_batch as global_batch
+from jaxsparse.parallel import padded_rows as padded_rows
+from jaxsparse.parallel import shard_rows as shard_rows
+from jaxsparse.parallel import spread_ids as spread_ids
 from jaxsparse.refresh import flush as flush
 from jaxsparse.refresh import from_optax_state as from_optax_state
 from jaxsparse.refresh import refresh as refresh  # type: ignore[no-redef]

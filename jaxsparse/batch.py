@@ -103,6 +103,7 @@ def batches(
     weight: Any = None,
     nse: int | Mapping[str, int] | None = None,
     devices: int | None = None,
+    shard: tuple[int, int] | None = None,
     check_finite: bool = False,
 ) -> Batches:
     """Batches of one static shape: every example once an epoch, another order each epoch, resumable.
@@ -124,6 +125,9 @@ def batches(
       nse: entries a batch of a SciPy matrix is padded to, an int or one by feature name. By default one of a few sizes.
       devices: if given, every leaf of a batch gets a leading axis of this size, one slice of batch_size / devices
         examples for each device: what jax.pmap maps over.
+      shard: if given, (index, count): of every batch only this slice of batch_size / count examples, cut into `devices`
+        slices in its turn. With (jax.process_index(), jax.process_count()) and everything else the same on every
+        host, each example is on one host, and all hosts make the same number of steps with the same shapes.
       check_finite: whether NaN and inf in x, y and weight are errors.
 
     Returns:
@@ -155,6 +159,7 @@ def batches(
         weight=weight,
         nse=nse,
         devices=devices,
+        shard=shard,
         check_finite=check_finite,
     )
 
@@ -185,12 +190,15 @@ class Batches:
         weight: Any,
         nse: Any,
         devices: int | None,
+        shard: tuple[int, int] | None,
         check_finite: bool,
     ) -> None:
         if not _is_int(batch_size) or batch_size < 1:
             raise ValueError(message("batches", "batch_size", "an integer of at least 1", batch_size))
-        if devices is not None and (not _is_int(devices) or devices < 1 or batch_size % devices):
-            raise ValueError(message("batches", "devices", f"a divisor of batch_size, {batch_size}", devices))
+        index, count = _check_shard(shard, batch_size)
+        if devices is not None and (not _is_int(devices) or devices < 1 or batch_size // count % devices):
+            size = f"batch_size, {batch_size}" if shard is None else f"batch_size / count, {batch_size // count}"
+            raise ValueError(message("batches", "devices", f"a divisor of {size}", devices))
         if not _is_int(seed) or seed < 0:
             raise ValueError(message("batches", "seed", "an integer of at least 0", seed))
         per_name = {"num_rows": num_rows, "padding_idx": padding_idx, "nse": nse}
@@ -225,7 +233,9 @@ class Batches:
                 must = "real, of shape (n,) and not negative"
                 raise ValueError(message("batches", "weight", must, where_bad(values, values < 0)))
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
-        self._drop_remainder, self._devices = bool(drop_remainder), devices
+        self._drop_remainder, self._devices, self._is_part = bool(drop_remainder), devices, count > 1
+        own = devices or 1
+        self._parts, self._own = own * count, slice(own * index, own * (index + 1))
         self._epoch = self._step = self._start = 0
         epochs = min(-(-_LOOK_AHEAD // max(len(self), 1)), _LOOK_AHEAD // 4) if shuffle else 1
         ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in range(len(self))]
@@ -247,6 +257,11 @@ class Batches:
     @property
     def num_devices(self) -> int | None:
         return self._devices
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other hosts have the rest of each batch."""
+        return self._is_part
 
     @property
     def state(self) -> dict[str, int]:
@@ -291,13 +306,9 @@ class Batches:
         return np.random.default_rng([self._seed, epoch]).permutation(self._num_examples)
 
     def _chunk(self, order: np.ndarray, step: int) -> list[np.ndarray]:
-        """The examples of a batch, one array for each device."""
-        part = self._batch_size // (self._devices or 1)
-        first = step * self._batch_size
-        return [
-            order[first + i * part : min(first + (i + 1) * part, first + self._batch_size)]
-            for i in range(self._devices or 1)
-        ]
+        """The examples of a batch, one array for each device of each host."""
+        part, first = self._batch_size // self._parts, step * self._batch_size
+        return [order[first + i * part : first + (i + 1) * part] for i in range(self._parts)]
 
     def _is_full(self, parts: list[np.ndarray]) -> bool:
         return sum(map(len, parts)) == self._batch_size
@@ -327,7 +338,7 @@ class Batches:
         level = next((level for level in self._distinct if level >= wanted), max(self._distinct))
         sizes = [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
         shards = []
-        for part in parts:
+        for part in parts[self._own]:
             weight = np.zeros(length, np.float32)
             weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
             leaves = [f.take(part, length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
@@ -351,6 +362,18 @@ class Batches:
 
 
 _LOOK_AHEAD = 64  # batches to learn the sizes from
+
+
+def _check_shard(shard: Any, batch_size: int) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    must = f"a pair (index, count), 0 <= index < count, count a divisor of batch_size, {batch_size}"
+    if not isinstance(shard, tuple) or len(shard) != 2 or not all(map(_is_int, shard)):
+        raise TypeError(message("batches", "shard", must, repr(shard)))
+    index, count = map(int, shard)
+    if not 0 <= index < count or batch_size % max(count, 1):
+        raise ValueError(message("batches", "shard", must, shard))
+    return index, count
 
 
 def _is_int(x: object) -> bool:

@@ -23,12 +23,13 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from jaxsparse._checks import message
+from jaxsparse.collectives import all_gather, vary
 from jaxsparse.grad import Traced
 from jaxsparse.interpret import Block, Interpreter, OverBlocks
 from jaxsparse.lazy import Scratches, named_leaves
 from jaxsparse.reads import Table
 from jaxsparse.replaying import Stamps, View, flush_in_time, map_replaying, replay_states
-from jaxsparse.rows import coalesce_ids, gather_rows, scatter_rows, zero_after
+from jaxsparse.rows import coalesce_ids, computed_once, copy_rows, scatter_rows, zero_after
 from jaxsparse.rowwise import find_row_leaves
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -61,7 +62,7 @@ def choose_rows(
     if replaying:
         dense = {name for i, name in enumerate(names) if i not in sparse}
         params, opt_state = flush_in_time(params, opt_state, dense)
-    ids, needed = _row_ids(traced, sparse, jax.tree.leaves(params))
+    ids, needed = _row_ids(traced, sparse, vary(jax.tree.leaves(params), traced.axes))
     for i in needed & set(sparse):
         if names[i] in replaying:
             got = f"ids made from the rows of parameter {names[i]}"
@@ -80,7 +81,7 @@ def _choose(
     leaf: int, ids: jax.Array, distinct: int | None, num_rows: int, scratch: jax.Array, axis_name: Any
 ) -> Chosen:
     if axis_name is not None:
-        ids = jax.lax.all_gather(ids, axis_name, tiled=True)
+        ids = all_gather(ids, axis_name)
         distinct = distinct and distinct * jax.lax.axis_size(axis_name)
     size = min(x for x in (ids.shape[0], num_rows, distinct) if x is not None)
     if size == 0:
@@ -131,6 +132,7 @@ class Blocks:
     def __init__(self, traced: Traced, tx: Any, params: Any, opt_state: Any, axis_name: Any = None) -> None:
         self.traced = traced
         self.chosen, self.params, self.opt_state = choose_rows(traced, params, opt_state, axis_name)
+        self._fit = jnp.all(jnp.array([chosen.fits for chosen in self.chosen.values()], bool))
         by_name, tree = named_leaves(self.params)
         self._names = list(by_name)
         flags = [name in self.chosen for name in by_name]
@@ -138,15 +140,15 @@ class Blocks:
 
     def small(self) -> tuple[Any, Any]:
         """params and opt_state of the rows that were chosen, brought up to date where their optimizer replays."""
-        by_name, tree = named_leaves(self.params)
-        leaves, opt_tree = _flatten(self.opt_state)
-        params = tree.unflatten(
-            gather_rows(x, self.chosen[k].ids) if k in self.chosen else x for k, x in by_name.items()
-        )
-        opt_state = opt_tree.unflatten(
-            x if i is None else gather_rows(x, self.chosen[self._names[i]].ids)
-            for x, i in zip(leaves, self._owners, strict=True)
-        )
+        leaves, tree = _flatten((self.params, self.opt_state))
+        owners = [name if name in self.chosen else None for name in self._names]
+        owners += [None if i is None else self._names[i] for i in self._owners]
+
+        def gathered() -> list[Any]:
+            return [copy_rows(x, self.chosen[k].ids) for x, k in zip(leaves, owners, strict=True) if k is not None]
+
+        blocks = iter(computed_once(gathered, self._fit))
+        rows = tree.unflatten(x if k is None else next(blocks) for x, k in zip(leaves, owners, strict=True))
 
         def change(view: View, params: dict[str, Any]) -> None:
             caught_up = {}
@@ -159,7 +161,7 @@ class Blocks:
             for name, (_, slots) in caught_up.items():
                 view.put(name, slots, Stamps(jnp.broadcast_to(steps + 1, view.stamps[name].rows.shape), steps))
 
-        return map_replaying(change, params, opt_state)
+        return map_replaying(change, *rows)
 
     def loss(self, params: Any) -> Any:
         """(value, aux) of the traced loss, tables being blocks.
@@ -168,13 +170,12 @@ class Blocks:
         NaN, and so are all gradients.
         """
         traced, by_name = self.traced, named_leaves(params)[0]
-        whole, replaying = named_leaves(self.params)[0], replayed(self.opt_state)
+        whole, replaying = vary(named_leaves(self.params)[0], traced.axes), replayed(self.opt_state)
         arrays = {c.leaf: whole[name] for name, c in self.chosen.items() if name not in replaying}
         blocks = {c.leaf: Block(by_name[name], c.scratch) for name, c in self.chosen.items()}
         inputs = [Table(i, traced.leaves[i].dtype) if i in blocks else x for i, x in enumerate(by_name.values())]
         value, *aux = OverBlocks(arrays, blocks).run(traced.closed.jaxpr, traced.closed.consts, inputs)
-        fits = jnp.all(jnp.array([chosen.fits for chosen in self.chosen.values()], bool))
-        return value * jnp.where(fits, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
+        return value * jnp.where(self._fit, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
 
     def put_back(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """All of params and opt_state, with the rows of these small ones."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
+from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.rows import gather_rows, in_range, row_ids
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
@@ -295,6 +296,7 @@ def _block_backward(saved: Any, g: jax.Array) -> Any:
             share = g * _spread(weights[:, i], g)
         return by_row.at[ids].add(share, mode="drop"), by_weight
 
+    zeros = vary(zeros, varying_axes((rows, g)))
     by_row, by_weight = jax.lax.fori_loop(0, at.shape[1], add, zeros) if at.shape[1] else zeros
     return by_row.astype(rows.dtype), None, None if weights is None else by_weight.astype(weights.dtype)
 

@@ -18,6 +18,7 @@ from jax.extend import core
 
 from jaxsparse._checks import message
 from jaxsparse.batch import Batch
+from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.interpret import RowIds, WithDeltas
 from jaxsparse.reads import Read, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
@@ -70,7 +71,7 @@ def value_and_grad(
             value, *aux = program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
             return value, (aux, program.ids)
 
-        deltas = [jnp.zeros(r.out.shape, r.out.dtype) for r in reads]
+        deltas = vary([jnp.zeros(r.out.shape, r.out.dtype) for r in reads], traced.axes)
         (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
         it = iter(by_leaf)
         with jax.named_scope("row_gradients"):
@@ -127,6 +128,7 @@ class Traced:
         paths: list[str],
     ) -> None:
         self.closed, self.leaves, self.unflatten, self.aux, self.paths = closed, leaves, unflatten, aux, paths
+        self.axes = varying_axes(leaves)
         candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
         self.reads, self.dense = find_reads(closed, candidates, distinct)
 
@@ -172,7 +174,7 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
             )
     numbers = [n % len(args) for n in numbers]
     leaves, treedef = jax.tree.flatten([args[n] for n in numbers])
-    leaves = [_check_leaf(x) for x in leaves]
+    leaves = vary([_check_leaf(x) for x in leaves], varying_axes((args, kwargs)))
     shape_of_aux: list[Any] = []
 
     def flat_fun(*leaves: Any) -> Any:

@@ -17,7 +17,7 @@ import optax
 from jaxsparse._checks import message
 from jaxsparse.blocks import choose_rows
 from jaxsparse.grad import trace
-from jaxsparse.lazy import LazyState
+from jaxsparse.lazy import LazyState, named_leaves
 from jaxsparse.replaying import Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
 from jaxsparse.rows import gather_rows, scatter_rows, zero_after
 
@@ -107,12 +107,36 @@ def flush(state: Any) -> Any:
       [-1.75, -2.5, 0.0]
     """
     params, opt_state, together = _apart(state, "flush")
-    return together(*_flush_all(params, opt_state)) if replay_states(opt_state) else state
+    if not replay_states(opt_state):
+        return state
+    mesh, specs = _row_shardings(params, opt_state)
+    if mesh is None:
+        return together(*_flush_all(params, opt_state))
+    local = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    return together(*jax.jit(local, donate_argnums=(0, 1))(params, opt_state))
 
 
-@jax.jit(donate_argnums=(0, 1))
-def _flush_all(params: Any, opt_state: Any) -> tuple[Any, Any]:
+def _flush_rows(params: Any, opt_state: Any) -> tuple[Any, Any]:
     return flush_leaves(params, opt_state, lambda name, view: jnp.bool_(True))
+
+
+_flush_all = jax.jit(_flush_rows, donate_argnums=(0, 1))
+
+
+def _row_shardings(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """The mesh and the specs of all leaves, if they are on several devices and each can bring its own rows up to date:
+    with a parameter's rows go those of its slots and its stamps. Otherwise (None, None)."""
+    shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), (params, opt_state))
+    meshes: set[Any] = {getattr(s, "mesh", None) for s in jax.tree.leaves(shardings, is_leaf=lambda s: s is None)}
+    if len(meshes) != 1 or None in meshes or next(iter(meshes)).size == 1:
+        return None, None
+    by_name = named_leaves(params)[0]
+    for view in map(View, replay_states(opt_state)):
+        for name, stamps in view.stamps.items():
+            rows = [by_name[name], stamps.rows, *view.slots(name).values()]
+            if len({x.sharding.shard_shape(x.shape)[:1] for x in rows}) > 1:
+                return None, None
+    return meshes.pop(), jax.tree.map(lambda s: s.spec, shardings)
 
 
 def check_flushed(function: str, opt_state: Any) -> None:

@@ -15,9 +15,10 @@ from jaxsparse._checks import message
 from jaxsparse.accumulate import AccumulateState
 from jaxsparse.batch import Batches
 from jaxsparse.blocks import Blocks
-from jaxsparse.collectives import psum
+from jaxsparse.collectives import psum, vary
 from jaxsparse.grad import trace, value_and_grad
 from jaxsparse.lazy import coalesce_gradients, named_leaves
+from jaxsparse.parallel import in_auto_mode
 from jaxsparse.refresh import check_flushed, flush, refresh
 from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
 
@@ -70,7 +71,7 @@ def make_train_step(
         with jax.named_scope("gather"):
             params, opt_state = blocks.small()
         with jax.named_scope("loss_and_gradients"):
-            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(params)
+            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(vary(params, traced.axes))
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
                 loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
@@ -82,7 +83,8 @@ def make_train_step(
             params, opt_state = blocks.put_back(new.params, new.opt_state)
         return new.replace(params=params, opt_state=opt_state), metrics | ({"aux": aux} if has_aux else {})
 
-    return jax.jit(train_step, donate_argnums=0) if jit else train_step
+    step = in_auto_mode(train_step)
+    return jax.jit(step, donate_argnums=0) if jit else step
 
 
 def _check_optimizer(state: Any, blocks: Blocks) -> None:
@@ -121,7 +123,7 @@ def _metrics(loss: jax.Array, grads: list[jax.Array], touched: list[tuple[jax.Ar
 
     The norm is one of inner products: of these XLA keeps no array of squares.
     """
-    squares = [jnp.vdot(g, g, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32)) for g in grads]
+    squares = [-jnp.vdot(g, -g, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32)) for g in grads]
     rows = [jnp.sum(in_range(ids, num_rows), dtype=jnp.int32) for ids, num_rows in touched]
     return {
         "loss": loss,
@@ -137,12 +139,6 @@ def _accumulates(x: object) -> bool:
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
     """The mean over all examples that have weight, of each device's mean over its own; a device without any counts
     nothing."""
-    for leaf in jax.tree.leaves(batch):
-        if axis_name in _varying(leaf):  # there, dense gradients are summed before we see them
-            do = "Pass check_vma=False to jax.shard_map."
-            raise NotImplementedError(
-                message("make_train_step", "axis_name", "of a map without vma checks", axis_name, do)
-            )
     weight = getattr(batch, "weight", None)
     own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(own, axis_name)
@@ -154,12 +150,6 @@ def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
         return jnp.where(own == 0, 0, x) * share.astype(x.dtype)
 
     return psum(jax.tree.map(part, tree, is_leaf=is_row_sparse), axis_name)
-
-
-def _varying(x: Any) -> Any:
-    """The mapped axes that shard_map, with its vma checks on, has x vary over; none without these checks."""
-    kind = jax.typeof(x)
-    return getattr(getattr(kind, "mat", None), "varying", None) or getattr(kind, "vma", ())
 
 
 def _cleared(g: Any, own: jax.Array) -> Any:
@@ -231,8 +221,8 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
     """
     check_flushed("predict", getattr(state, "opt_state", None))
     at = batches.state
-    if at["shuffle"] or at["drop_remainder"] or at["step"] or batches.num_devices is not None:
-        got = f"{at}, devices={batches.num_devices}"
+    if at["shuffle"] or at["drop_remainder"] or at["step"] or batches.num_devices is not None or batches.is_part:
+        got = f"{at}, devices={batches.num_devices}, part of a shard: {batches.is_part}"
         do = "Make batches of their own for predictions."
         raise ValueError(message("predict", "batches", "all examples in their order, from the first", got, do))
     compiled, out = jax.jit(apply_fn), []

@@ -69,6 +69,23 @@ def large_arrays(text: str, num_rows: int) -> list[str]:
     return found
 
 
+_COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "ragged-all-to-all"}
+_BYTES = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+
+
+def bytes_moved(text: str) -> dict[str, int]:
+    """The bytes that come out of the collectives of a program on one device, by kind, loop bodies counted once."""
+    moved: dict[str, int] = {}
+    for body in computations(text).values():
+        for instruction in body:
+            kind = instruction["op"].removesuffix("-start")
+            for dtype, dims in re.findall(r"\b(pred|[usf]\d+|bf16|c64|c128)\[([\d,]*)\]", instruction["shape"]):
+                if kind in _COLLECTIVES:
+                    size = _BYTES.get(dtype) or int(dtype[1:]) // 8
+                    moved[kind] = moved.get(kind, 0) + size * math.prod(map(int, filter(None, dims.split(","))))
+    return moved
+
+
 def compiled_text(step, *args) -> str:
     """HLO of a jitted function for abstract arguments: nothing is allocated."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)

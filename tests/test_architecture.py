@@ -13,7 +13,7 @@ FLOORS = [
     {"_checks", "rows"},
     {"ops", "embedding", "collectives", "batch", "features"},
     {"grad", "reads", "interpret", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"}
-    | {"catch_up", "replaying", "blocks", "refresh", "adagrad"},
+    | {"catch_up", "replaying", "blocks", "refresh", "adagrad", "parallel"},
     {"train"},
     {"__main__"},
 ]

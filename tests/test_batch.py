@@ -581,3 +581,45 @@ def test_zipf_words():
         at = np.asarray(batch.y)[np.asarray(batch.weight) > 0]
         np.testing.assert_array_equal(densify(batch.x["bag"])[: len(at)], m[at].toarray())
     assert longest == lengths[123] and total == lengths.sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hosts
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("drop_remainder", [True, False])
+def test_hosts_share_every_batch(devices, count, drop_remainder):
+    """Disjoint, complete, as many steps and the same shapes on every host; together they are the whole batch."""
+    n, rng = 43, np.random.default_rng(0)
+    bags = [rng.integers(V, size=rng.integers(6)).tolist() for _ in range(n)]
+    options = {"batch_size": 16, "num_rows": V, "shuffle": True, "drop_remainder": drop_remainder}
+    whole = js.batches(bags, np.arange(n), **options)
+    parts = [js.batches(bags, np.arange(n), **options, devices=devices, shard=(i, count)) for i in range(count)]
+    for _ in range(2):
+        for want, *hosts in zip(whole, *parts, strict=True):
+            assert len({(h.x.shape, h.weight.shape, h.distinct) for h in hosts}) == 1
+            assert all(h.weight.size == 16 // count for h in hosts)
+            got = np.concatenate([np.ravel(h.y)[np.ravel(h.weight) > 0] for h in hosts])
+            np.testing.assert_array_equal(got, want.y[want.weight > 0])
+        assert whole.state == parts[0].state == parts[-1].state
+
+
+def test_another_number_of_hosts_goes_on_where_a_run_stopped():
+    two, one = (js.batches(np.arange(40), batch_size=8, shuffle=True, shard=shard) for shard in ((1, 2), None))
+    it = iter(two)
+    next(it), next(it)
+    one.state = two.state
+    assert len(list(one)) == 3
+
+
+@pytest.mark.parametrize(
+    ("shard", "error"),
+    [((0, 3), ValueError), ((2, 2), ValueError), ((-1, 2), ValueError), ((0, 0), ValueError), (1, TypeError)],
+)
+def test_refuses_a_shard(shard, error):
+    with pytest.raises(error, match=r"'shard'.*divisor of batch_size, 8"):
+        js.batches(np.arange(40), batch_size=8, shard=shard)
+    with pytest.raises(ValueError, match=r"'devices'.*batch_size / count, 4"):
+        js.batches(np.arange(40), batch_size=8, shard=(0, 2), devices=3)
