@@ -293,7 +293,7 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
 def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
     """Adds up the rows of repeated ids: a RowSparse with unique ids, of min(k, distinct, num_rows) rows.
 
-    The result is a function of ids and rows alone, the same on every replica: ids ascend.
+    The result is a function of ids and rows alone, the same on every replica.
 
     Args:
       g: the gradient, ids (k,) and rows (k, ...). Sums of 16-bit rows are made in float32.
@@ -330,10 +330,11 @@ def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
 def coalesce_ids(
     ids: jax.Array, num_rows: int, size: int, scratch: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The distinct ids of `ids` in ascending order, in a few O(k) passes and a sort of what is left.
+    """The distinct ids of `ids` in a few O(k) passes.
 
-    Every id writes its position into its scratch entry and reads back who won; nothing has to be cleared. Which of
-    equal ids wins does not matter, because then they are sorted: neighbours in a table share pages of memory.
+    Every id writes its position into its scratch entry and reads back who won; nothing has to be cleared. On CPU, XLA
+    writes in order and the last of equal ids wins (a test holds it). Elsewhere any may win, so what is left is sorted:
+    the result has to be a function of `ids` alone, the same on all devices, because their blocks are added up.
 
     Args:
       ids: int32 (k,), k > 0, those outside [0, num_rows) being padding.
@@ -351,7 +352,8 @@ def coalesce_ids(
     scratch = scratch.at[at].set(position, mode="drop")
     has_won = scratch.at[at].get(mode="fill", fill_value=-1) == position
     unique, fits = _compact(ids, has_won, num_rows, size)
-    unique = jnp.sort(unique)
+    if jax.default_backend() != "cpu":
+        unique = jnp.sort(unique)
     return unique, fits, scatter_rows(scratch, unique, jnp.arange(size, dtype=jnp.int32))
 
 
