@@ -141,8 +141,7 @@ class Blocks:
     def small(self) -> tuple[Any, Any]:
         """params and opt_state of the rows that were chosen, brought up to date where their optimizer replays."""
         leaves, tree = _flatten((self.params, self.opt_state))
-        owners = [name if name in self.chosen else None for name in self._names]
-        owners += [None if i is None else self._names[i] for i in self._owners]
+        owners = self._row_owners()
 
         def gathered() -> list[Any]:
             return [copy_rows(x, self.chosen[k].ids) for x, k in zip(leaves, owners, strict=True) if k is not None]
@@ -176,6 +175,19 @@ class Blocks:
         inputs = [Table(i, traced.leaves[i].dtype) if i in blocks else x for i, x in enumerate(by_name.values())]
         value, *aux = OverBlocks(arrays, blocks).run(traced.closed.jaxpr, traced.closed.consts, inputs)
         return value * jnp.where(self._fit, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
+
+    def rows_in(self, *small: Any) -> list[Any]:
+        """The blocks of floats among the leaves of small params, or of small params and opt_state."""
+        leaves = jax.tree.leaves(small)
+        owners = self._row_owners()[: len(leaves)]
+        return [
+            x for x, k in zip(leaves, owners, strict=True) if k is not None and jnp.issubdtype(x.dtype, jnp.floating)
+        ]
+
+    def _row_owners(self) -> list[str | None]:
+        """For each leaf of (params, opt_state) the parameter whose chosen rows it has in the small state, or None."""
+        of_params = [name if name in self.chosen else None for name in self._names]
+        return of_params + [None if i is None else self._names[i] for i in self._owners]
 
     def put_back(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """All of params and opt_state, with the rows of these small ones."""

@@ -16,6 +16,8 @@ the nearest row, "promise_in_bounds" leaves it to XLA. Negative ids are outside,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -302,6 +304,44 @@ def _block_backward(saved: Any, g: jax.Array) -> Any:
 
 
 block_padded_sum.defvjp(_block_forward, _block_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def block_lookup(
+    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool = False
+) -> jax.Array:
+    """read(rows, at), the gradient of rows being summed in place, one of the last axis of ids after another.
+
+    rows (k, ...), at and kept int32 (..., L) -> (..., L, *rows.shape[1:]); what reads `at` has its gradient added at
+    `kept`, or nowhere if that is k. Models take means and sums over L, whose cotangent is one (..., d) repeated: XLA
+    sees that in L small scatters, and would make it (..., L, d) for a large one. For the same reason `apart`, for what
+    is only reduced over L, makes L reads put together again, which XLA reduces without making (..., L, d).
+    """
+    if not apart or not 0 < at.shape[-1] <= _UNROLL:
+        return read(rows, at)
+    return jnp.stack([read(rows, at[..., i]) for i in range(at.shape[-1])], axis=at.ndim - 1)
+
+
+def _lookup_forward(
+    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool
+) -> Any:
+    return block_lookup(read, rows, at, kept, apart), (rows, kept)
+
+
+def _lookup_backward(read: Callable[..., jax.Array], apart: bool, saved: Any, g: jax.Array) -> Any:
+    rows, kept = saved
+    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    by_row = vary(jnp.zeros(rows.shape, g.dtype), varying_axes((rows, g)))
+    axis = kept.ndim - 1
+    if kept.ndim > 1 and kept.shape[-1] <= _UNROLL:
+        for i in range(kept.shape[-1]):
+            by_row = by_row.at[kept[..., i]].add(jax.lax.index_in_dim(g, i, axis, keepdims=False), mode="drop")
+    else:
+        by_row = by_row.at[kept].add(g, mode="drop")
+    return by_row.astype(rows.dtype), None, None
+
+
+block_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 _padded_sum.__name__ = PADDED_SUM
 _PADDED_SUM = jax.jit(_padded_sum)

@@ -20,8 +20,24 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxsparse._checks import message
-from jaxsparse.embedding import at_least_int32, block_padded_sum
-from jaxsparse.reads import BAG, CALL, CAST, COND, GATHER, REMAT, SCAN, SLICE, STOP, Finder, Table, inner_jaxpr, kind_of
+from jaxsparse.embedding import at_least_int32, block_lookup, block_padded_sum
+from jaxsparse.reads import (
+    BAG,
+    CALL,
+    CAST,
+    COND,
+    GATHER,
+    REMAT,
+    SCAN,
+    SLICE,
+    STOP,
+    Finder,
+    Reduced,
+    Table,
+    inner_jaxpr,
+    kind_of,
+    only_reduced,
+)
 from jaxsparse.rows import gather_rows, positions, row_ids
 
 GatherScatterMode = jax.lax.GatherScatterMode
@@ -46,6 +62,7 @@ class Interpreter:
     def __init__(self, arrays: dict[int, Any]) -> None:
         self.arrays = arrays
         self.ids: list[RowIds] = []
+        self._outside: list[Reduced] = [lambda number, axis: False]  # of the calls that are being walked through
 
     def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The outputs; tables among them as arrays. `args` holds a Table where a leaf is held back."""
@@ -80,8 +97,11 @@ class Interpreter:
         if kind in (GATHER, SLICE, BAG):
             return [self._read(jaxpr, eqn, kind, table, values)]
         if kind == CALL:
-            inner = inner_jaxpr(eqn)
-            return self._walk(inner.jaxpr, inner.consts, values)
+            inner, outside = inner_jaxpr(eqn), self._outside[-1]
+            self._outside.append(lambda n, axis: only_reduced(jaxpr, eqn.outvars[n], axis, outside))
+            out = self._walk(inner.jaxpr, inner.consts, values)
+            self._outside.pop()
+            return out
         regions = {REMAT: self._remat, SCAN: self._scan, COND: self._cond}
         assert kind in regions, f"{kind=}: find_reads and the interpreter disagree"
         return regions[kind](eqn, values)
@@ -244,20 +264,29 @@ class OverBlocks(Interpreter):
             return block_padded_sum(block.rows, at, weights)
         if kind == SLICE:
             return gather_rows(block.rows, at)
-        params = eqn.params
-        rows = jax.lax.gather(
-            block.rows,
-            at[..., None],
-            dimension_numbers=params["dimension_numbers"],
-            slice_sizes=params["slice_sizes"],
-            mode=GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
-            fill_value=params["fill_value"],
-        )
-        if params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
-            return rows
-        in_range = row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids
-        in_range = jnp.expand_dims(in_range, params["dimension_numbers"].offset_dims)
-        return jnp.where(in_range, rows, jax.lax.stop_gradient(rows))
+        params, last = eqn.params, at.ndim - 1
+        tail = params["dimension_numbers"].offset_dims
+        in_order = tail == tuple(range(at.ndim, at.ndim + len(tail)))
+
+        def read(rows: jax.Array, at: jax.Array) -> jax.Array:
+            offsets = tuple(range(at.ndim, at.ndim + len(tail))) if in_order else tail
+            return jax.lax.gather(
+                rows,
+                at[..., None],
+                dimension_numbers=params["dimension_numbers"]._replace(offset_dims=offsets),
+                slice_sizes=params["slice_sizes"],
+                mode=GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
+                fill_value=params["fill_value"],
+            )
+
+        kept = at
+        if params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
+            kept = jnp.where(row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids, at, block.rows.shape[0])
+        if in_order:
+            apart = last > 0 and only_reduced(jaxpr, eqn.outvars[0], last, self._outside[-1])
+            return block_lookup(read, block.rows, at, kept, apart)
+        rows = read(block.rows, at)  # vmap has put the row's dimensions before those of the ids
+        return jnp.where(jnp.expand_dims(kept == at, tail), rows, jax.lax.stop_gradient(rows))
 
     def _within(self, deltas: Sequence[Any]) -> Interpreter:
         return OverBlocks(self.arrays, self.blocks)

@@ -21,6 +21,7 @@ from jaxsparse.lazy import coalesce_gradients, named_leaves
 from jaxsparse.parallel import in_auto_mode
 from jaxsparse.refresh import check_flushed, flush, refresh
 from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
+from jaxsparse.workspace import StepWithWorkspace
 
 
 def make_train_step(
@@ -61,9 +62,9 @@ def make_train_step(
       (1.0, 2)
     """
 
-    def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+    def with_temporaries(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any], list[Any]]:
         if any(_accumulates(s) for s in jax.tree.leaves(state.opt_state, is_leaf=_accumulates)):
-            return _step_on_gradients(loss_fn, has_aux, axis_name, state, batch, args)
+            return *_step_on_gradients(loss_fn, has_aux, axis_name, state, batch, args), []
         with jax.named_scope("choose_rows"):
             traced = trace(loss_fn, 0, has_aux, (state.params, batch, *args), {})
             blocks = Blocks(traced, state.tx, state.params, state.opt_state, axis_name)
@@ -81,10 +82,15 @@ def make_train_step(
             new = state.replace(params=params, opt_state=opt_state).apply_gradients(grads=grads)
         with jax.named_scope("scatter"):
             params, opt_state = blocks.put_back(new.params, new.opt_state)
-        return new.replace(params=params, opt_state=opt_state), metrics | ({"aux": aux} if has_aux else {})
+        temporaries = [*blocks.rows_in(new.params, new.opt_state), *blocks.rows_in(grads)]
+        metrics |= {"aux": aux} if has_aux else {}
+        return new.replace(params=params, opt_state=opt_state), metrics, temporaries
+
+    def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        return with_temporaries(state, batch, *args)[:2]
 
     step = in_auto_mode(train_step)
-    return jax.jit(step, donate_argnums=0) if jit else step
+    return StepWithWorkspace(with_temporaries, step) if jit else step
 
 
 def _check_optimizer(state: Any, blocks: Blocks) -> None:

@@ -1,0 +1,78 @@
+"""jit with a memory: large temporaries of one call are the buffers of the next one's.
+
+For each call, XLA on CPU takes one piece of memory for all temporaries and gives it back afterwards. Beyond 32 MB,
+glibc gets it from the system and returns it there, with one page fault for every 4 KB of it, which can cost more than
+what a step does with it (tests.benchmarks, uniform/adam, is such a job). So the blocks are outputs, and next time their
+buffers are donated to the blocks of the next batch. Accelerators have allocators of their own that keep memory, and
+need none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+
+_SMALL = 1 << 18  # bytes: what is smaller is left to XLA
+_SHAPES = 4  # of batches whose buffers are kept
+
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+
+
+class StepWithWorkspace:
+    """jax.jit(step, donate_argnums=0), for a step(state, *args) -> (state, metrics, arrays).
+
+    Called, it returns (state, metrics). The arrays are large temporaries, and their buffers stay here until they are
+    used for the arrays of the next call with arguments of the same shapes. Over several devices, on accelerators and
+    inside other transformations nothing is kept.
+    """
+
+    def __init__(self, step: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self._plain = jax.jit(plain, donate_argnums=0)
+        self._buffers: dict[Any, list[jax.Array]] = {}
+        inner = jax.jit(step)  # traced once: for the arrays' shapes, and in the program with buffers
+
+        def with_buffers(state: Any, buffers: list[jax.Array], *args: Any) -> Any:
+            del buffers
+            state, metrics, arrays = inner(state, *args)
+            return state, _large(arrays), metrics
+
+        self._shapes = lambda *args: jax.eval_shape(lambda *args: _large(inner(*args)[2]), *args)
+        self._with_buffers = jax.jit(with_buffers, donate_argnums=(0, 1), keep_unused=True)
+
+    def __call__(self, state: Any, *args: Any) -> Any:
+        leaves, tree = _flatten((state, args))
+        sharding = _one_cpu(leaves)
+        if sharding is None:
+            return self._plain(state, *args)
+        key = tree, sharding, tuple([getattr(x, "shape", ()) for x in leaves])
+        buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
+        if buffers is None:
+            shapes = self._shapes(state, *args)
+            buffers = [jax.numpy.zeros(x.shape, x.dtype, device=sharding) for x in shapes]
+            if len(self._buffers) >= _SHAPES:
+                self._buffers.pop(next(iter(self._buffers)))
+        state, self._buffers[key], metrics = self._with_buffers(state, buffers, *args)
+        return state, metrics
+
+    def lower(self, state: Any, *args: Any) -> Any:
+        """As of a jitted function: the program that a call with these arguments, or ones of these shapes, runs."""
+        if _one_cpu(jax.tree.leaves((state, args))) is None:
+            return self._plain.lower(state, *args)
+        return self._with_buffers.lower(state, self._shapes(state, *args), *args)
+
+
+def _large(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [x for x in arrays if x.size * x.dtype.itemsize >= _SMALL]
+
+
+def _one_cpu(leaves: list[Any]) -> Any:
+    """The sharding of the first array, if all is on one CPU device, otherwise None. Abstract arrays are anywhere."""
+    if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return None
+    shardings = {x.sharding for x in leaves if getattr(x, "sharding", None) is not None}
+    if not shardings:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return shardings.pop() if len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1 else None
