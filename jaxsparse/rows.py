@@ -366,9 +366,19 @@ def positions(ids: jax.Array, scratch: jax.Array, size: int) -> jax.Array:
 
 def _compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
     """The chosen ids in their order, padded to (size,), and whether there was room for them."""
-    slot = jnp.cumsum(chosen, dtype=jnp.int32) - 1
+    slot = _running_total(chosen.astype(jnp.int32)) - 1
     padding = num_rows + jnp.arange(size, dtype=jnp.int32)
     return padding.at[jnp.where(chosen, slot, size)].set(ids, mode="drop"), slot[-1] < size
+
+
+def _running_total(x: jax.Array) -> jax.Array:
+    """cumsum of (k,), in pieces: where x is split over a mesh, XLA would slide one window of k over all of it."""
+    k, piece = x.shape[0], 16
+    if k <= piece:
+        return jnp.cumsum(x)
+    within = jnp.cumsum(jnp.pad(x, (0, -k % piece)).reshape(-1, piece), axis=1)
+    before = _running_total(within[:, -1]) - within[:, -1]
+    return (within + before[:, None]).reshape(-1)[:k]
 
 
 def _coalesce_sorted(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -378,5 +388,5 @@ def _coalesce_sorted(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Arra
     ordered = jnp.where(real, ids, num_rows)[order]
     new = (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
     unique, fits = _compact(ordered, new, num_rows, size)
-    rank = jnp.zeros_like(order, jnp.int32).at[order].set(jnp.cumsum(new, dtype=jnp.int32) - 1)
+    rank = jnp.zeros_like(order, jnp.int32).at[order].set(_running_total(new.astype(jnp.int32)) - 1)
     return unique, jnp.where(real, rank, size), fits

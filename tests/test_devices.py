@@ -10,6 +10,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsparse as js
+from jaxsparse.rows import coalesce_ids
 from tests import devices
 from tests.hlo import bytes_moved, large_arrays
 
@@ -100,6 +101,15 @@ def test_bytes_do_not_depend_on_num_rows(way):
     assert 0 < sum(moved.values()) < 64 * 5 * 4 * 4 * 8  # all of it is less than a few blocks of 320 rows
     # a device creates nothing of its part of the table's rows, let alone of all
     assert large_arrays(large, 2 * LARGE // (4 if "rows" in way else 1)) == []
+
+
+def test_work_of_a_device_does_not_grow_with_the_square_of_the_batch():
+    """A cumsum of split ids would be one window of all of them for each."""
+    mesh = devices.mesh_of((8,), ("data",))
+    ids = jax.ShapeDtypeStruct((32_768,), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, P("data")))
+    scratch = jax.ShapeDtypeStruct((LARGE,), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, P()))
+    choose = jax.jit(lambda ids, scratch: coalesce_ids(ids, LARGE, 32_768, scratch))
+    assert choose.lower(ids, scratch).compile().cost_analysis()["flops"] < 100 * 32_768
 
 
 @pytest.mark.parametrize("skipped", ["freeze", "replay"])
