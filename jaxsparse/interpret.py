@@ -118,12 +118,12 @@ class Interpreter:
         else:
             ids, weights = values[1], values[2] if len(values) == 3 else None
         self.ids.append((row_ids(jnp.asarray(ids), num_rows), weights))
-        return _cast(self._rows(jaxpr, eqn, kind, table.leaf, values), table)
+        return _cast(self._rows(jaxpr, eqn, kind, table, values), table)
 
-    def _rows(self, jaxpr: Any, eqn: Any, kind: str, leaf: int, values: list[Any]) -> Any:
-        """What the read that was noted last gives."""
+    def _rows(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+        """What the read that was noted last gives, before casts."""
         del kind
-        return _evaluate(jaxpr, eqn, [self.arrays[leaf], *values[1:]])[0]
+        return _evaluate(jaxpr, eqn, [self.arrays[table.leaf], *values[1:]])[0]
 
     def _within(self, deltas: Sequence[Any]) -> Interpreter:
         """The interpreter for a region, given its share of the deltas."""
@@ -257,8 +257,8 @@ class OverBlocks(Interpreter):
             raise ValueError(message("make_train_step", "loss_fn", "one that only reads rows", got, do))
         return super()._array(table)
 
-    def _rows(self, jaxpr: Any, eqn: Any, kind: str, leaf: int, values: list[Any]) -> Any:
-        block, (ids, weights) = self.blocks[leaf], self.ids[-1]
+    def _rows(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+        block, (ids, weights) = self.blocks[table.leaf], self.ids[-1]
         at = positions(ids, block.scratch, block.rows.shape[0])
         if kind == BAG:
             return block_padded_sum(block.rows, at, weights)
@@ -283,7 +283,8 @@ class OverBlocks(Interpreter):
         if params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
             kept = jnp.where(row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids, at, block.rows.shape[0])
         if in_order:
-            apart = last > 0 and only_reduced(jaxpr, eqn.outvars[0], last, self._outside[-1])
+            reduced = last > 0 and only_reduced(jaxpr, eqn.outvars[0], last, self._outside[-1])
+            apart = reduced and not table.casts
             return block_lookup(read, block.rows, at, kept, apart)
         rows = read(block.rows, at)  # vmap has put the row's dimensions before those of the ids
         return jnp.where(jnp.expand_dims(kept == at, tail), rows, jax.lax.stop_gradient(rows))

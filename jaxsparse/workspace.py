@@ -69,10 +69,9 @@ def _large(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _one_cpu(leaves: list[Any]) -> Any:
-    """The sharding of the first array, if all is on one CPU device, otherwise None. Abstract arrays are anywhere."""
+    """The sharding of all arrays, if that is one CPU device, otherwise None. Abstract ones and NumPy's are anywhere."""
     if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return None
     shardings = {x.sharding for x in leaves if getattr(x, "sharding", None) is not None}
-    if not shardings:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return shardings.pop() if len(shardings) == 1 and len(next(iter(shardings)).device_set) == 1 else None
+    sharding = shardings.pop() if shardings else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return sharding if not shardings and isinstance(sharding, jax.sharding.SingleDeviceSharding) else None
