@@ -98,6 +98,6 @@ def plot(results: list[Result], path: str) -> None:
                 right.barh(row - 0.35 + 0.12 * bars[row], time, 0.12, color=f"C{color}")
     left.set(xlabel="rows of the table", ylabel="ms a step", title="Adam, 4096 bags of 20 ids, 64 columns")
     left.legend()
-    right.set(xscale="log", xlabel="ms a step", title="10^6 rows", ylim=(len(OPTIMIZERS) - 0.5, -0.5))
+    right.set(xscale="log", xlim=(1, None), xlabel="ms a step", title="10^6 rows", ylim=(len(OPTIMIZERS) - 0.5, -0.5))
     right.set_yticks(range(len(OPTIMIZERS)), [name.replace("_", " ") for name in OPTIMIZERS])
     figure.savefig(path, dpi=150)
