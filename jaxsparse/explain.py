@@ -18,7 +18,7 @@ from jaxsparse.grad import Tables, trace
 from jaxsparse.reads import Read
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
-_CROSSOVER = 2
+_CROSSOVER = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -405,7 +405,7 @@ def test_explain_looks_out_of_nested_jits():
 def test_explain():
     params = {
         "t": jnp.ones((500, 2)),
-        "small": jnp.ones((9, 2)),
+        "small": jnp.ones((2, 2)),
         "tied": TABLE,
         "w": jnp.ones(2),
         "s": jnp.float32(1),
@@ -413,7 +413,7 @@ def test_explain():
     }
 
     def loss(p, batch):
-        h = p["t"][batch.x] + p["t"][batch.x * 2] + p["small"][batch.x % 9]
+        h = p["t"][batch.x] + p["t"][batch.x * 2] + p["small"][batch.x % 2]
         return jnp.sum(h @ p["w"]) * p["s"] + squares(p["tied"][IDS]) + jnp.sum(p["tied"] ** 2)  # the dense use
 
     batch = next(iter(js.batches(np.arange(24).reshape(4, 6), batch_size=4)))
