@@ -6,6 +6,7 @@ Checks that need values live on the host, in `batch.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,17 @@ MAX_ROWS = 2**31 - 1
 def message(function: str, argument: str, must: str, got: object, do: str = "") -> str:
     """Names the argument, what it must be, what it was, and what to do about it."""
     return f"The '{argument}' argument of js.{function} must be {must}. Got {got} instead.{' ' + do if do else ''}"
+
+
+def chosen_paths(function: str, tables: Any, paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
+    """Which leaves a `tables` argument means: a part of their paths, several, or a function of (path, leaf)."""
+    if callable(tables):
+        return [bool(tables(path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+    names = [tables] if isinstance(tables, str) else tables
+    for name in names:
+        if not any(name in path for path in paths):
+            raise ValueError(message(function, "tables", f"parts of the paths {list(paths)}", repr(name)))
+    return [any(name in path for name in names) for path in paths]
 
 
 def as_ids(function: str, argument: str, ids: Any) -> jax.Array:

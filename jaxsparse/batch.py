@@ -233,7 +233,7 @@ class Batches:
                 must = "real, of shape (n,) and not negative"
                 raise ValueError(message("batches", "weight", must, where_bad(values, values < 0)))
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
-        self._drop_remainder, self._devices, self._is_part = bool(drop_remainder), devices, count > 1
+        self._drop_remainder, self._devices = bool(drop_remainder), devices
         own = devices or 1
         self._parts, self._own = own * count, slice(own * index, own * (index + 1))
         self._epoch = self._step = self._start = 0
@@ -261,7 +261,7 @@ class Batches:
     @property
     def is_part(self) -> bool:
         """Whether other hosts have the rest of each batch."""
-        return self._is_part
+        return self._parts > (self._devices or 1)
 
     @property
     def state(self) -> dict[str, int]:

@@ -308,14 +308,14 @@ block_padded_sum.defvjp(_block_forward, _block_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def block_lookup(
-    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool = False
+    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool
 ) -> jax.Array:
     """read(rows, at), the gradient of rows being summed in place, one of the last axis of ids after another.
 
     rows (k, ...), at and kept int32 (..., L) -> (..., L, *rows.shape[1:]); what reads `at` has its gradient added at
     `kept`, or nowhere if that is k. Models take means and sums over L, whose cotangent is one (..., d) repeated: XLA
     sees that in L small scatters, and would make it (..., L, d) for a large one. For the same reason `apart`, for what
-    is only reduced over L, makes L reads put together again, which XLA reduces without making (..., L, d).
+    is only summed over L, makes L reads put together again, which XLA adds up without making (..., L, d).
     """
     if not apart or not 0 < at.shape[-1] <= _UNROLL:
         return read(rows, at)

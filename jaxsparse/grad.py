@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxsparse._checks import message
+from jaxsparse._checks import chosen_paths, message
 from jaxsparse.batch import Batch
 from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.interpret import RowIds, WithDeltas
@@ -141,24 +141,14 @@ class Traced:
         read = {r.leaf for r in self.reads}
         if tables is None:
             return [i for i in range(len(self.leaves)) if i in read and i not in self.dense]
-        if isinstance(tables, str):
-            tables = [tables]
-        chosen = []
-        for i, (path, leaf) in enumerate(zip(self.paths, self.leaves, strict=True)):
-            if tables(path, leaf) if callable(tables) else any(name in path for name in tables):
-                chosen.append(i)
+        flags = chosen_paths("value_and_grad", tables, self.paths, self.leaves)
+        chosen = [i for i, flag in enumerate(flags) if flag]
         for i in chosen:
             if i in self.dense:
                 got = f"{self.paths[i]}, which {self.dense[i].cause} uses as a whole at {self.dense[i].source}"
                 raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
             if self.leaves[i].ndim < 1:
                 raise ValueError(message("value_and_grad", "tables", "leaves that have rows", self.paths[i]))
-        if not callable(tables):
-            for name in tables:
-                if not any(name in path for path in self.paths):
-                    raise ValueError(
-                        message("value_and_grad", "tables", f"parts of the paths {self.paths}", repr(name))
-                    )
         return chosen
 
 

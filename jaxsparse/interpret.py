@@ -32,11 +32,11 @@ from jaxsparse.reads import (
     SLICE,
     STOP,
     Finder,
-    Reduced,
+    Summed,
     Table,
     inner_jaxpr,
     kind_of,
-    only_reduced,
+    only_summed,
 )
 from jaxsparse.rows import gather_rows, positions, row_ids
 
@@ -62,7 +62,7 @@ class Interpreter:
     def __init__(self, arrays: dict[int, Any]) -> None:
         self.arrays = arrays
         self.ids: list[RowIds] = []
-        self._outside: list[Reduced] = [lambda number, axis: False]  # of the calls that are being walked through
+        self._outside: list[Summed] = [lambda number, axis: False]  # of the calls that are being walked through
 
     def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """The outputs; tables among them as arrays. `args` holds a Table where a leaf is held back."""
@@ -98,7 +98,7 @@ class Interpreter:
             return [self._read(jaxpr, eqn, kind, table, values)]
         if kind == CALL:
             inner, outside = inner_jaxpr(eqn), self._outside[-1]
-            self._outside.append(lambda n, axis: only_reduced(jaxpr, eqn.outvars[n], axis, outside))
+            self._outside.append(lambda n, axis: only_summed(jaxpr, eqn.outvars[n], axis, outside))
             out = self._walk(inner.jaxpr, inner.consts, values)
             self._outside.pop()
             return out
@@ -283,8 +283,8 @@ class OverBlocks(Interpreter):
         if params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
             kept = jnp.where(row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids, at, block.rows.shape[0])
         if in_order:
-            reduced = last > 0 and only_reduced(jaxpr, eqn.outvars[0], last, self._outside[-1])
-            apart = reduced and not table.casts
+            summed = last > 0 and only_summed(jaxpr, eqn.outvars[0], last, self._outside[-1])
+            apart = summed and not table.casts
             return block_lookup(read, block.rows, at, kept, apart)
         rows = read(block.rows, at)  # vmap has put the row's dimensions before those of the ids
         return jnp.where(jnp.expand_dims(kept == at, tail), rows, jax.lax.stop_gradient(rows))

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxsparse._checks import message
+from jaxsparse._checks import chosen_paths, message
 from jaxsparse.rowwise import find_row_leaves
 
 # their stubs give a tree definition no methods
@@ -70,16 +70,9 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
     """
     if axis not in mesh.axis_names:
         raise ValueError(message("shard_rows", "axis", f"one of the mesh's {mesh.axis_names}", repr(axis)))
-    names = [tables] if isinstance(tables, str) else tables
     flat, tree = _flatten_with_path(state.params)
-    leaves = {jax.tree_util.keystr(path): x for path, x in flat}
-    if callable(names):
-        flags = [names(path, x) for path, x in leaves.items()]
-    else:
-        for name in names:
-            if not any(name in path for path in leaves):
-                raise ValueError(message("shard_rows", "tables", f"parts of the paths {list(leaves)}", repr(name)))
-        flags = [any(name in path for name in names) for path in leaves]
+    leaves = [x for _, x in flat]
+    flags = chosen_paths("shard_rows", tables, [jax.tree_util.keystr(path) for path, _ in flat], leaves)
 
     def put(x: Any, by_row: bool) -> Any:
         x = jnp.asarray(x)
@@ -91,9 +84,9 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
             return jax.lax.with_sharding_constraint(x, sharding)
         return jax.device_put(x, sharding)
 
-    owners = find_row_leaves(state.tx, tree, list(leaves.values()), flags)
+    owners = find_row_leaves(state.tx, tree, leaves, flags)
     slots, slot_tree = _flatten(state.opt_state)
-    params = [put(x, flag) for x, flag in zip(leaves.values(), flags, strict=True)]
+    params = [put(x, flag) for x, flag in zip(leaves, flags, strict=True)]
     slots = [put(x, owner is not None) for x, owner in zip(slots, owners, strict=True)]
     others = jax.tree.map(lambda x: put(x, False), state.replace(params=None, opt_state=None))
     return others.replace(params=tree.unflatten(params), opt_state=slot_tree.unflatten(slots))
@@ -123,7 +116,7 @@ def spread_ids(ids: Any, num_rows: int, shards: int) -> Any:
       shards: the number of devices that the table is split over.
 
     Returns:
-      Ids of the same shape and type, below padded_rows(num_rows, shards), no two alike that were not.
+      Ids of the same shape, below padded_rows(num_rows, shards), no two alike that were not; narrow types become int32.
 
     Example:
       >>> import numpy as np, jaxsparse as js
@@ -131,6 +124,7 @@ def spread_ids(ids: Any, num_rows: int, shards: int) -> Any:
       [0, 3, 6, 1, 4, 7, 2]
     """
     rows = padded_rows(num_rows, shards) // shards
+    ids = ids if ids.dtype.itemsize >= 4 else ids.astype(np.int32)  # new ids may be larger
     new = ids % shards * rows + ids // shards
     where = jnp.where if isinstance(ids, jax.Array) else np.where
     return where((ids >= 0) & (ids < num_rows), new, where(ids < num_rows, ids, ids + (rows * shards - num_rows)))
@@ -178,7 +172,8 @@ def in_auto_mode(step: Callable[..., Any]) -> Callable[..., Any]:
         meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
         if not meshes:
             return step(state, *args)
-        axes = tuple(a for a, kind in zip(meshes[0].axis_names, meshes[0].axis_types) if kind == AxisType.Explicit)  # noqa: B905
+        kinds = zip(meshes[0].axis_names, meshes[0].axis_types, strict=True)
+        axes = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
         of_state = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
         anywhere = NamedSharding(meshes[0], PartitionSpec())
         return jax.sharding.auto_axes(step, axes=axes, out_sharding=(of_state, anywhere))(state, *args)

@@ -121,14 +121,13 @@ def inner_jaxpr(eqn: Any) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min"}
-
-# Whether the output with this number, outside of the program that has it, is only reduced over an axis.
-Reduced = Callable[[int, int], bool]
+# Whether the output with this number, outside of the program that has it, is only summed over an axis.
+Summed = Callable[[int, int], bool]
 
 
-def only_reduced(jaxpr: Any, v: Any, axis: int, outside: Reduced) -> bool:
-    """Whether all that a program does with a variable are sums, maxima and minima over (at least) this axis."""
+def only_summed(jaxpr: Any, v: Any, axis: int, outside: Summed) -> bool:
+    """Whether all that a program does with a variable are sums over (at least) this axis: a maximum's derivative needs
+    the variable itself once more."""
     used = False
     for eqn in jaxpr.eqns:
         for i, operand in enumerate(eqn.invars):
@@ -139,11 +138,11 @@ def only_reduced(jaxpr: Any, v: Any, axis: int, outside: Reduced) -> bool:
                 inner = inner_jaxpr(eqn).jaxpr
 
                 def further(n: int, axis: int, eqn: Any = eqn) -> bool:
-                    return only_reduced(jaxpr, eqn.outvars[n], axis, outside)
+                    return only_summed(jaxpr, eqn.outvars[n], axis, outside)
 
-                if not only_reduced(inner, inner.invars[i], axis, further):
+                if not only_summed(inner, inner.invars[i], axis, further):
                     return False
-            elif eqn.primitive.name not in _REDUCTIONS or axis not in eqn.params["axes"]:
+            elif eqn.primitive.name != "reduce_sum" or axis not in eqn.params["axes"]:
                 return False
     outputs = [i for i, out in enumerate(jaxpr.outvars) if out is v]
     return (used or bool(outputs)) and all(outside(i, axis) for i in outputs)

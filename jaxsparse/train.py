@@ -43,7 +43,8 @@ def make_train_step(
     Returns:
       The step. `state` is a flax TrainState, or any object with params, opt_state, tx, replace and apply_gradients; it
       is donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
-      own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux".
+      own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux". With `jit`
+      the step has `lower`, as jitted functions have, and keeps memory between calls where that pays (workspace.py).
 
     Raises:
       ValueError: if a parameter is read by rows and its optimizer is not lazy, or refuses row-sparse gradients; or if,

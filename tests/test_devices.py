@@ -10,6 +10,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsparse as js
+from jaxsparse.refresh import _flush_rows, _row_shardings
 from jaxsparse.rows import coalesce_ids
 from tests import devices
 from tests.hlo import bytes_moved, large_arrays
@@ -188,12 +189,10 @@ def test_flush_of_split_rows_moves_nothing():
     step = js.make_train_step(devices.loss_fn)
     for batch in devices.stream(3):
         state, _ = step(state, batch)
-    local, specs = js.refresh.__globals__["_row_shardings"](state.params, state.opt_state)
-    assert local == mesh
-    flushed = jax.shard_map(
-        js.refresh.__globals__["_flush_rows"], mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
-    )
-    text = jax.jit(flushed, donate_argnums=(0, 1)).lower(state.params, state.opt_state).compile().as_text()
+    of_mesh, specs = _row_shardings(state.params, state.opt_state)
+    assert of_mesh == mesh
+    flush = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    text = jax.jit(flush, donate_argnums=(0, 1)).lower(state.params, state.opt_state).compile().as_text()
     assert bytes_moved(text) == {} and js.flush(state).params["table"].sharding.spec == P("rows")
 
 
@@ -229,6 +228,12 @@ def test_spread_ids(num_rows, shards):
     np.testing.assert_array_equal(js.spread_ids(jnp.asarray(ids), num_rows, shards), new)
     outside = js.spread_ids(np.array([-1, -5, num_rows, num_rows + 9]), num_rows, shards)
     assert (outside[:2] < 0).all() and (outside[2:] >= total).all()
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
+def test_spread_ids_outgrow_a_narrow_type(as_array):
+    new = np.asarray(js.spread_ids(as_array(np.arange(127, dtype=np.int8)), 127, 7))
+    assert new.max() == 131 and len(set(new.tolist())) == 127
 
 
 def test_spread_ids_balances_zipf():

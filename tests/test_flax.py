@@ -15,6 +15,7 @@ from flax.training.train_state import TrainState
 
 import jaxsparse as js
 from jaxsparse.rows import is_row_sparse
+from tests.hlo import compiled_text, large_arrays
 
 V, D = 30, 4
 IDS = jnp.array([[3, 1, 0], [0, 0, 0], [7, 7, 29]])
@@ -144,6 +145,24 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     chex.assert_trees_all_equal(got.params, want.params)
     chex.assert_trees_all_equal(got.opt_state.wrapped, want.opt_state.wrapped)
     assert int(got.step) == 24
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators may fuse it differently")
+@pytest.mark.parametrize("reduce", [jnp.sum, jnp.mean, jnp.max])
+def test_reads_that_are_only_summed_make_no_array_of_them_all(reduce):
+    batch_size, length, dim = 128, 16, 32
+
+    class Bag(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            return reduce(nn.Embed(1000, dim)(ids), axis=1)
+
+    ids = jnp.zeros((batch_size, length), jnp.int32)
+    params = Bag().init(jax.random.key(0), ids)
+    state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(1e-3))
+    text = compiled_text(js.make_train_step(lambda p, ids: jnp.sum(Bag().apply(p, ids) ** 2)), state, ids)
+    made = large_arrays(text, batch_size * length * dim)
+    assert bool(made) == (reduce is jnp.max) and not any("concatenate" in each for each in made)
 
 
 def test_abstract_init():

@@ -22,6 +22,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxsparse as js
+from jaxsparse.__main__ import make_dense_step
 from tests.benchmarks.crossover import DIM, LENGTH, loss_fn
 from tests.hlo import bytes_moved
 
@@ -34,11 +35,6 @@ def dense_loss(params, batch):
     """Of one gather: of twenty, as in embedding_bag, every one would have a gradient of the table's size combined."""
     logits = params["table"][batch.x].mean(1) @ params["head"]
     return js.weighted_mean(optax.sigmoid_binary_cross_entropy(logits, batch.y), batch.weight)
-
-
-def dense_step(state, batch):
-    loss, grads = jax.value_and_grad(dense_loss)(state.params, batch)
-    return state.apply_gradients(grads=grads), loss
 
 
 def compiled(way: str, n: int, num_rows: int):
@@ -60,7 +56,7 @@ def compiled(way: str, n: int, num_rows: int):
     x, y, weight = np.zeros((BATCH, LENGTH), np.int32), np.zeros(BATCH, np.float32), np.ones(BATCH, np.float32)
     batch = js.Batch(x, y, weight, distinct=(DISTINCT,))
     batch = jax.tree.map(lambda x: abstract(x, P("data") if "data" in axes else P()), batch)
-    step = jax.jit(dense_step, donate_argnums=0) if way == "dense data" else js.make_train_step(loss_fn)
+    step = make_dense_step(dense_loss) if way == "dense data" else js.make_train_step(loss_fn)
     return step.lower(jax.tree.map(of_state, jax.eval_shape(create)), batch).compile()
 
 
