@@ -86,8 +86,7 @@ def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
     if not _is_int(nse) or nse < csr.nnz:
         do = "A smaller nse would lose entries."
         raise ValueError(message("from_scipy", "nse", f"at least the number of stored entries, {csr.nnz}", nse, do))
-    data, indices = entries(csr, np.arange(csr.shape[0]), csr.shape[0], nse)
-    return jax.tree.map(jnp.asarray, bcoo(data, indices, csr.shape))
+    return jax.tree.map(jnp.asarray, bcoo(*entries(csr, csr.shape[0], nse), csr.shape))
 
 
 def batches(
@@ -313,16 +312,22 @@ class Batches:
     def _is_full(self, parts: list[np.ndarray]) -> bool:
         return sum(map(len, parts)) == self._batch_size
 
-    def _count(self, parts: list[np.ndarray]) -> list[int | None]:
-        """For each leaf of x, how many distinct values the examples of a shard of this batch hold at most."""
-        by_part = [[count for f in self._features for count in f.distinct(part)] for part in parts]
+    def _cut(self, parts: list[np.ndarray]) -> list[list[Any]]:
+        """The examples of each shard of a batch, by feature."""
+        return [[f.cut(part) for f in self._features] for part in parts]
+
+    def _count(self, cuts: list[list[Any]]) -> list[int | None]:
+        """For each leaf of x, how many distinct values a shard of this batch holds at most."""
+        by_part = [
+            [count for f, cut in zip(self._features, part, strict=True) for count in f.distinct(cut)] for part in cuts
+        ]
         return [None if None in counts else max(counts) for counts in zip(*by_part, strict=True)]
 
     def _usual_counts(self, batches: list[list[np.ndarray]]) -> list[list[int]]:
         """Two counts for each leaf of x: one that nine in ten batches like these keep to, and one that they hardly ever
         exceed; the latter twice unless both are large and far apart, where a shape more is cheaper than the bound."""
         some = batches[:: max(len(batches) // _LOOK_AHEAD, 1)]
-        counts = np.array([[count or 0 for count in self._count(parts)] for parts in some])
+        counts = np.array([[count or 0 for count in self._count(self._cut(parts))] for parts in some])
         low, high, most = np.percentile(counts, [25, 75, 90], axis=0)
         # on top of the largest seen, twice the interquartile range: 2.7 standard deviations
         ever = counts.max(axis=0) + 2 * (high - low)
@@ -337,16 +342,16 @@ class Batches:
         wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
         level = next((level for level in self._distinct if level >= wanted), max(self._distinct))
         sizes = [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
-        shards = []
-        for part in parts[self._own]:
+        shards, cuts = [], self._cut(parts)
+        for part, own in zip(parts[self._own], cuts[self._own], strict=True):
             weight = np.zeros(length, np.float32)
             weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
-            leaves = [f.take(part, length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
-            y = None if self._y is None else self._y.take(part, length, 0, spare)
+            leaves = [f.pad(cut, length, size, spare) for f, cut, size in zip(self._features, own, sizes, strict=True)]
+            y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
             shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
         leaves = jax.tree.leaves(shards[0][0])
         beside = [n for f in self._features for n in f.beside(length)]
-        counts, usual = self._count(parts), self._distinct[level]
+        counts, usual = self._count(cuts), self._distinct[level]
         # one choice for all leaves, or every combination of theirs would be a shape of its own
         rare = int(any(count is not None and count > u[0] for count, u in zip(counts, usual, strict=True)))
         distinct = [
