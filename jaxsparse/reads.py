@@ -31,6 +31,7 @@ from jaxsparse.embedding import PADDED_SUM
 _LIBRARIES = re.compile(
     r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
 )
+_CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
 
 
 class Read(NamedTuple):
@@ -159,7 +160,8 @@ def source_line(eqns: Sequence[Any]) -> str:
         traceback = eqn.source_info.traceback
         for frame in traceback.frames if traceback else []:
             if not _LIBRARIES.search(frame.file_name):
-                return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+                file = "cell" if _CELL.search(frame.file_name) else frame.file_name
+                return f"{file}:{frame.line_num} ({frame.function_name})"
     return "unknown source"
 
 

@@ -402,6 +402,13 @@ def test_explain_looks_out_of_nested_jits():
         assert f"test_grad.py:{line} " in (said.source or said.reads[0]), comment
 
 
+def test_explain_in_a_notebook():
+    cell = compile("\n\ndef loss_fn(t):\n    return t[ids].sum()", "/tmp/ipykernel_4711/123.py", "exec")
+    names = {"ids": jnp.array([1, 2])}
+    exec(cell, names)
+    assert str(js.explain(names["loss_fn"])(jnp.ones((5, 2)))).endswith("at cell:4 (loss_fn)")
+
+
 def test_explain():
     params = {
         "t": jnp.ones((500, 2)),
