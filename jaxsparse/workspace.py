@@ -50,8 +50,9 @@ class StepWithWorkspace:
         key = tree, sharding, tuple([getattr(x, "shape", ()) for x in leaves])
         buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
         if buffers is None:
-            shapes = self._shapes(state, *args)
-            buffers = [jax.numpy.zeros(x.shape, x.dtype, device=sharding) for x in shapes]
+            # committed to their device if the arguments are: the step's results are too, and so are the next buffers
+            device = sharding if any(getattr(x, "committed", False) for x in leaves) else None
+            buffers = [jax.numpy.zeros(x.shape, x.dtype, device=device) for x in self._shapes(state, *args)]
             if len(self._buffers) >= _SHAPES:
                 self._buffers.pop(next(iter(self._buffers)))
         state, self._buffers[key], metrics = self._with_buffers(state, buffers, *args)

@@ -44,6 +44,22 @@ def test_same_numbers_and_the_same_buffers(skipped):
     jax.tree.map(np.testing.assert_array_equal, js.flush(one).params, js.flush(two).params)
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_compiled_once(committed, caplog):
+    """Kept buffers must be committed to their device just when the state is, or the second call is another program."""
+    step, state = js.make_train_step(loss_fn), start()
+    batches = [ids(i) for i in range(3)]
+    if committed:
+        state, batches = jax.device_put((state, batches), jax.devices()[0])
+    with jax.log_compiles():
+        for batch in batches:
+            state, _ = step(state, batch)
+    compiled = [
+        record.getMessage() for record in caplog.records if "Compiling jit(with_buffers)" in record.getMessage()
+    ]
+    assert len(compiled) == 1
+
+
 def test_small_blocks_are_left_to_xla():
     step = js.make_train_step(loss_fn)
     step(start(), ids(0, k=100))
