@@ -50,7 +50,7 @@ def problems(notebook: dict[str, Any]) -> list[str]:
     """What a reader should not have to see."""
     cells = notebook["cells"]
     found = []
-    for word in ("# ", "**Needs**", "**Takes**"):
+    for word in ("**Needs**", "**Takes**"):
         if word not in "".join(cells[0]["source"]):
             found.append(f"the first cell does not say {word}")
     if "## What to try next" not in "".join(cells[-1]["source"]):
