@@ -1,7 +1,7 @@
 """Sparse inputs, embedding bags and row-sparse training for JAX, Flax and optax.
 
 A training step costs what the rows of its batch cost, not what its tables cost. The data's way through the library, top
-to bottom: `batch` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse
+to bottom: `pipeline` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse
 gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together).
 """
 
@@ -12,9 +12,6 @@ from jaxsparse.adagrad import lazy_adagrad as lazy_adagrad
 from jaxsparse.adagrad import lazy_ftrl as lazy_ftrl
 from jaxsparse.adagrad import lazy_rowwise_adagrad as lazy_rowwise_adagrad
 from jaxsparse.batch import Batch as Batch
-from jaxsparse.batch import Batches as Batches
-from jaxsparse.batch import batches as batches
-from jaxsparse.batch import from_scipy as from_scipy
 from jaxsparse.collectives import pmean as pmean
 from jaxsparse.collectives import psum as psum
 from jaxsparse.embedding import embedding_bag as embedding_bag
@@ -39,6 +36,9 @@ from jaxsparse.parallel import global_batch as global_batch
 from jaxsparse.parallel import padded_rows as padded_rows
 from jaxsparse.parallel import shard_rows as shard_rows
 from jaxsparse.parallel import spread_ids as spread_ids
+from jaxsparse.pipeline import Batches as Batches
+from jaxsparse.pipeline import batches as batches
+from jaxsparse.pipeline import from_scipy as from_scipy
 from jaxsparse.refresh import flush as flush
 from jaxsparse.refresh import from_optax_state as from_optax_state
 from jaxsparse.refresh import refresh as refresh  # type: ignore[no-redef]

@@ -72,7 +72,9 @@ def choose_rows(
     for i in sparse:
         num_rows = traced.leaves[i].shape[0]
         scratch = scratches.of(names[i], num_rows)
-        chosen[names[i]] = _choose(i, ids[i], traced.distinct(i), num_rows, scratch[names[i]], axis_name)
+        values = traced.values(i) if axis_name is None else None
+        all_ids = ids[i] if values is None else values
+        chosen[names[i]] = _choose(i, all_ids, traced.distinct(i), num_rows, scratch[names[i]], axis_name)
         scratch[names[i]] = chosen[names[i]].scratch
     return chosen, params, scratches.opt_state()
 

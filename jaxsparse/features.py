@@ -1,9 +1,10 @@
 """The kinds of features that a batch is made of: what each is, how large a batch of it gets, and how one is cut. Host
 side only.
 
-Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `distinct`, how many
-distinct values such a cut holds, by leaf; `beside`, how many more come with padding and row numbers; `pad`, the cut as
-one shard of a batch; and `nse`, a size that is fixed.
+Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `distinct`, the distinct
+values of such a cut, by leaf; `beside`, how many more come with padding and row numbers; `pad`, the cut as one shard of
+a batch; `fill`, what padding it adds to the values of the leaf, if that holds ids and nothing else; and `nse`, a size
+that is fixed.
 
 This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
 behind it need not check anything. Nothing is clipped, wrapped or dropped.
@@ -23,6 +24,7 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse.distinct import DistinctIds
 
 
 class Sizes:
@@ -63,6 +65,7 @@ class Sparse:
             raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {_entry(self.csr, at)}"))
         self.num_examples = self.csr.shape[0]
         self.lengths = np.diff(self.csr.indptr).astype(np.int64)
+        self._distinct = DistinctIds(0, self.csr.shape[1] - 1)
 
     def need(self, parts: list[np.ndarray]) -> int:
         entries = max(int(self.lengths[part].sum()) for part in parts)
@@ -74,8 +77,8 @@ class Sparse:
     def cut(self, part: np.ndarray) -> Any:
         return self.csr[part]
 
-    def distinct(self, cut: Any) -> list[int | None]:
-        return [None, _count_distinct(cut.indices)]  # of data, of indices
+    def distinct(self, cut: Any) -> list[np.ndarray | None]:
+        return [None, self._distinct(cut.indices)]  # of data, of indices
 
     def beside(self, length: int) -> list[int]:
         return [0, length + 2]  # row numbers, and the two that mark padding
@@ -83,6 +86,10 @@ class Sparse:
     def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
         del spare
         return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
+
+    def fill(self, cut: Any, length: int, size: int, spare: int) -> list[np.ndarray | None]:
+        del cut, length, size, spare
+        return [None, None]
 
 
 class Lists:
@@ -107,6 +114,7 @@ class Lists:
 
         self.flat = _checked_ids(flat, name, num_rows, padding_idx, position)
         self.padding = num_rows if padding_idx is None else padding_idx
+        self._distinct = _distinct_ids(self.flat)
 
     def need(self, parts: list[np.ndarray]) -> int:
         return max(int(self.lengths[part].max(initial=1)) for part in parts)
@@ -115,8 +123,8 @@ class Lists:
         lengths = self.lengths[part]
         return self.flat[_spans(self.starts[part], lengths)], lengths
 
-    def distinct(self, cut: tuple[np.ndarray, np.ndarray]) -> list[int | None]:
-        return [_count_distinct(cut[0])]
+    def distinct(self, cut: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray | None]:
+        return [self._distinct(cut[0])]
 
     def beside(self, length: int) -> list[int]:
         del length
@@ -127,6 +135,10 @@ class Lists:
         out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
         return out
+
+    def fill(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> list[np.ndarray | None]:
+        del spare
+        return [np.full(int(len(cut[0]) < length * size), self.padding)]
 
 
 class Ids:
@@ -139,6 +151,7 @@ class Ids:
         flat = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, lambda at: _position(at, ids.shape))
         self.ids = flat.reshape(ids.shape)
         self.padding = padding_idx
+        self._distinct = _distinct_ids(flat)
 
     def need(self, parts: list[np.ndarray]) -> int:
         del parts
@@ -147,8 +160,8 @@ class Ids:
     def cut(self, part: np.ndarray) -> np.ndarray:
         return np.take(self.ids, part, axis=0)  # several times as fast as self.ids[part]
 
-    def distinct(self, cut: np.ndarray) -> list[int | None]:
-        return [_count_distinct(cut)]
+    def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
+        return [self._distinct(cut)]
 
     def beside(self, length: int) -> list[int]:
         del length
@@ -156,7 +169,14 @@ class Ids:
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
-        return _pad(cut, length, self.ids[spare] if self.padding is None else self.padding)
+        return _pad(cut, length, self._filling(spare))
+
+    def fill(self, cut: np.ndarray, length: int, size: int, spare: int) -> list[np.ndarray | None]:
+        del size
+        return [np.ravel(self._filling(spare)) if len(cut) < length else np.zeros(0, np.int32)]
+
+    def _filling(self, spare: int) -> Any:
+        return self.ids[spare] if self.padding is None else self.padding
 
 
 class Array:
@@ -181,7 +201,7 @@ class Array:
     def cut(self, part: np.ndarray) -> np.ndarray:
         return np.take(self.values, part, axis=0)
 
-    def distinct(self, cut: np.ndarray) -> list[int | None]:
+    def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
         del cut
         return [None]
 
@@ -193,11 +213,13 @@ class Array:
         del size
         return _pad(cut, length, self.values[spare])
 
+    def fill(self, cut: np.ndarray, length: int, size: int, spare: int) -> list[np.ndarray | None]:
+        del cut, length, size, spare
+        return [None]
 
-def _count_distinct(ids: np.ndarray) -> int:
-    """By sorting, for which NumPy has vectors: faster than np.unique, and than looking ids up in an array of flags."""
-    ids = np.sort(ids, axis=None)
-    return int(np.count_nonzero(ids[1:] != ids[:-1])) + min(ids.size, 1)
+
+def _distinct_ids(ids: np.ndarray) -> DistinctIds:
+    return DistinctIds(int(ids.min()), int(ids.max())) if ids.size else DistinctIds(0, 0)
 
 
 def make_features(

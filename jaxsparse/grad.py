@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxsparse._checks import chosen_paths, message
-from jaxsparse.batch import Batch
+from jaxsparse.batch import find_batches
 from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.interpret import RowIds, WithDeltas
-from jaxsparse.reads import Read, Table, find_reads
+from jaxsparse.reads import Known, Read, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
 
 
@@ -124,17 +124,22 @@ class Traced:
         leaves: list[Any],
         unflatten: Callable[[list[Any]], Any],
         aux: Callable[[list[Any]], Any],
-        distinct: Callable[[Any], int | None],
+        known: Callable[[Any], Known | None],
         paths: list[str],
     ) -> None:
         self.closed, self.leaves, self.unflatten, self.aux, self.paths = closed, leaves, unflatten, aux, paths
         self.axes = varying_axes(leaves)
         candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-        self.reads, self.dense = find_reads(closed, candidates, distinct)
+        self.reads, self.dense = find_reads(closed, candidates, known)
 
     def distinct(self, leaf: int) -> int | None:
         """A bound on the number of distinct ids in the reads of a leaf, if there is one smaller than their number."""
         return distinct_ids([(r.distinct, math.prod(r.ids)) for r in self.reads if r.leaf == leaf])
+
+    def values(self, leaf: int) -> jax.Array | None:
+        """All rows that the reads of a leaf name, and no others, if there is a shorter list of them than the ids."""
+        values = [r.values for r in self.reads if r.leaf == leaf]
+        return None if not values or any(v is None for v in values) else jnp.concatenate(values)
 
     def sparse_leaves(self, tables: Tables = None) -> list[int]:
         """The leaves that get row-sparse gradients."""
@@ -199,7 +204,7 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
     by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
     argument = (lambda n: f"[{n}]") if several else (lambda n: "")
     paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
-    return Traced(closed, leaves, unflatten, aux, _distinct_values((args, kwargs)), paths)
+    return Traced(closed, leaves, unflatten, aux, _known_arrays((args, kwargs)), paths)
 
 
 def _check_leaf(x: Any) -> Any:
@@ -225,15 +230,15 @@ def _check_value(value: Any) -> None:
         raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
 
 
-def _distinct_values(arguments: Any) -> Callable[[Any], int | None]:
-    """What the batches among the arguments know about how many distinct values their integer arrays hold."""
-    batches = [x for x in jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, Batch)) if isinstance(x, Batch)]
-    bounds: dict[int, int] = {}
-    for batch in batches:
-        for array, bound in zip(jax.tree.leaves(batch.x), batch.distinct, strict=True):
+def _known_arrays(arguments: Any) -> Callable[[Any], Known | None]:
+    """What the batches among the arguments know of their integer arrays."""
+    known: dict[int, Known] = {}
+    for batch in find_batches(arguments):
+        arrays = jax.tree.leaves(batch.x)
+        for array, bound, ordered in zip(arrays, batch.distinct, batch.ordered or [None] * len(arrays), strict=True):
             if bound is not None:
-                bounds[id(array)] = bound
-    return lambda constant: bounds.get(id(constant))
+                known[id(array)] = Known(bound, ordered)
+    return lambda constant: known.get(id(constant))
 
 
 def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:

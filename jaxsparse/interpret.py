@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxsparse._checks import message
-from jaxsparse.embedding import at_least_int32, block_lookup, block_padded_sum
+from jaxsparse.embedding import block_lookup, block_padded_sum
 from jaxsparse.reads import (
     BAG,
     CALL,
     CAST,
+    CLIPPED,
     COND,
     GATHER,
     REMAT,
@@ -37,6 +38,7 @@ from jaxsparse.reads import (
     inner_jaxpr,
     kind_of,
     only_summed,
+    rows_named,
 )
 from jaxsparse.rows import gather_rows, positions, row_ids
 
@@ -56,8 +58,7 @@ class Block(NamedTuple):
 class Interpreter:
     """Evaluates the program, `arrays` being the leaves that are held back, and lists the row ids of their reads."""
 
-    # t[ids] reads the first or last row where ids are out of range, and then has no gradient for it
-    clipped: frozenset[Any] = frozenset({GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS})
+    clipped: frozenset[Any] = CLIPPED
 
     def __init__(self, arrays: dict[int, Any]) -> None:
         self.arrays = arrays
@@ -108,16 +109,14 @@ class Interpreter:
 
     def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
         num_rows, weights = eqn.invars[0].aval.shape[0], None
-        if kind == GATHER:
-            ids = values[1][..., 0]
-            if eqn.params["mode"] in self.clipped:
-                ids = jnp.clip(at_least_int32(ids), 0, num_rows - 1)
-        elif kind == SLICE:
+        if kind == SLICE:
             size = eqn.params["slice_sizes"][0]
             ids = jnp.clip(values[1], 0, num_rows - size) + jnp.arange(size)  # as lax.dynamic_slice clamps
+            ids = row_ids(ids, num_rows)
         else:
-            ids, weights = values[1], values[2] if len(values) == 3 else None
-        self.ids.append((row_ids(jnp.asarray(ids), num_rows), weights))
+            ids = rows_named(eqn, kind, values[1][..., 0] if kind == GATHER else values[1], self.clipped)
+            weights = values[2] if len(values) == 3 else None
+        self.ids.append((ids, weights))
         return _cast(self._rows(jaxpr, eqn, kind, table, values), table)
 
     def _rows(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:

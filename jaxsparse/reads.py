@@ -11,7 +11,8 @@ with those leaves held back. Both ask `kind_of`, so that they cannot disagree ab
 
 `find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that
 js.batches counted, seen through reshapes, slices and any function applied element by element, has no more distinct
-values than it had on the host.
+values than it had on the host. And where the batch has these values in order, and a read is of all of the array, the
+same functions are applied to them: these are the rows to gather, and no others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import jax.core
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxsparse.embedding import PADDED_SUM
+from jaxsparse.embedding import PADDED_SUM, at_least_int32
+from jaxsparse.rows import row_ids
 
 _LIBRARIES = re.compile(
     r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
@@ -41,6 +43,7 @@ class Read(NamedTuple):
     out: jax.ShapeDtypeStruct  # what the read gives: ids, or bags, first
     ids: tuple[int, ...]  # the shape of the ids read
     distinct: int | None  # a proven bound on the number of distinct ids
+    values: Any  # all that `ids` name, int32 (k,), none left out and no others; or None
     source: str  # "file:line (function)"
 
 
@@ -169,11 +172,19 @@ def source_line(eqns: Sequence[Any]) -> str:
 # find
 
 
+class Known(NamedTuple):
+    """What is known of an array of the batch."""
+
+    distinct: int  # it has at most so many distinct values
+    values: Any = None  # an array of them, each at least once and no others; or None
+
+
 class _Values(NamedTuple):
     """Element by element a function of one array with at most `distinct` distinct values; `view` tells which array."""
 
     view: object
     distinct: int
+    values: Any = None  # as in Known; of a scalar, the scalar
 
 
 _SCALAR = object()
@@ -186,6 +197,7 @@ _ELEMENTWISE = frozenset(
 _RESHAPING = frozenset(
     "broadcast_in_dim dynamic_slice expand_dims reshape rev slice squeeze transpose".split(),
 )
+_KEEPING = _RESHAPING - {"dynamic_slice", "slice"}  # all values
 
 
 class Finder:
@@ -204,7 +216,7 @@ class Finder:
 
         def read(v: Any) -> Any:
             if isinstance(v, core.Literal):
-                return _Values(_SCALAR, 1) if _shape(v) == () else None
+                return _Values(_SCALAR, 1, v.val) if _shape(v) == () else None
             mark = env.get(v)
             return _Values(_SCALAR, 1) if mark is None and _shape(v) == () else mark
 
@@ -251,17 +263,23 @@ class Finder:
         first, length, inner = len(self.reads), eqn.params["length"], inner_jaxpr(eqn)
         outs = self.walk(inner.jaxpr, tables, [None] * len(inner.consts))
         self.reads[first:] = [
-            Read(r.leaf, jax.ShapeDtypeStruct((length, *r.out.shape), r.out.dtype), (length, *r.ids), None, r.source)
+            r._replace(out=_stacked(length, r.out), ids=(length, *r.ids), distinct=None, values=None)
             for r in self.reads[first:]
         ]
         self._dense_use(outs, eqn)  # stacked, or carried on
         return [None] * len(eqn.outvars)
 
     def _cond(self, eqn: Any, marks: list[Any]) -> list[Any]:
-        """The reads of every branch, one branch after the other."""
+        """The reads of every branch, one branch after the other, of which one is made."""
+        first = len(self.reads)
         for branch in eqn.params["branches"]:
             self._dense_use(self.walk(branch.jaxpr, marks[1:], [None] * len(branch.consts)), eqn)
+        self.reads[first:] = [r._replace(values=None) for r in self.reads[first:]]
         return [None] * len(eqn.outvars)
+
+
+def _stacked(length: int, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((length, *x.shape), x.dtype)
 
 
 def _read(eqn: Any, kind: str, table: Table, ids_mark: Any, source: str) -> Read:
@@ -273,9 +291,26 @@ def _read(eqn: Any, kind: str, table: Table, ids_mark: Any, source: str) -> Read
         ids = eqn.invars[1].aval.shape[:-1] if kind == GATHER else eqn.invars[1].aval.shape
     if kind == BAG:
         dtype = eqn.outvars[0].aval.dtype
-    distinct = ids_mark.distinct if isinstance(ids_mark, _Values) and kind != SLICE else None
+    distinct = values = None
+    if isinstance(ids_mark, _Values) and kind != SLICE:
+        distinct = ids_mark.distinct
+        if ids_mark.view is not _SCALAR and ids_mark.values is not None:
+            values = rows_named(eqn, kind, ids_mark.values, CLIPPED)
     out = jax.ShapeDtypeStruct((ids[:1] if kind == BAG else ids) + tail, dtype)
-    return Read(table.leaf, out, ids, distinct, source)
+    return Read(table.leaf, out, ids, distinct, values, source)
+
+
+# t[ids] reads the first or last row where ids are out of range, and then has no gradient for it
+CLIPPED = frozenset({jax.lax.GatherScatterMode.CLIP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS})
+
+
+def rows_named(eqn: Any, kind: str, ids: Any, clipped: frozenset[Any]) -> jax.Array:
+    """The rows, int32, that the ids of a gather or bag name: num_rows where none. `clipped` are the modes of a gather
+    that read the first or last row where an id is out of range."""
+    num_rows = eqn.invars[0].aval.shape[0]
+    if kind == GATHER and eqn.params["mode"] in clipped:
+        ids = jnp.clip(at_least_int32(ids), 0, num_rows - 1)
+    return row_ids(jnp.asarray(ids), num_rows)
 
 
 def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
@@ -284,13 +319,15 @@ def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
     if name in _ELEMENTWISE and len(known) == len(marks):
         views = {id(m.view): m for m in known if m.view is not _SCALAR}
         if len(views) <= 1:
-            return next(iter(views.values()), _Values(_SCALAR, 1))
+            mark = next(iter(views.values()), _Values(_SCALAR, 1))
+            return mark._replace(values=_applied(eqn, known))
     if name == "select_n" and all(
         isinstance(m, _Values) for m in marks[1:]
     ):  # each value is one of the cases', whatever chooses
         marks, name = marks[1:], "concatenate"
     if name in _RESHAPING and isinstance(marks[0], _Values):  # a new arrangement: not to be paired with the old one
-        return _Values(object() if marks[0].view is not _SCALAR else _SCALAR, marks[0].distinct)
+        values = marks[0].values if name in _KEEPING else None
+        return _Values(object() if marks[0].view is not _SCALAR else _SCALAR, marks[0].distinct, values)
     elif name == "gather" and isinstance(marks[0], _Values):  # of some of the values, and perhaps a fill value
         return _Values(object(), marks[0].distinct + 1)
     elif name == "concatenate" and all(isinstance(m, _Values) for m in marks):
@@ -298,23 +335,29 @@ def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
     return None
 
 
+def _applied(eqn: Any, operands: Sequence[_Values]) -> Any:
+    """An elementwise equation's result on the values of its operands."""
+    if any(m.values is None for m in operands):
+        return None
+    return eqn.primitive.bind(*jnp.broadcast_arrays(*(m.values for m in operands)), **eqn.params)
+
+
 def find_reads(
-    closed: core.ClosedJaxpr, candidates: Sequence[bool], distinct: Callable[[Any], int | None]
+    closed: core.ClosedJaxpr, candidates: Sequence[bool], known: Callable[[Any], Known | None]
 ) -> tuple[list[Read], dict[int, DenseUse]]:
     """The reads of each leaf in program order, and for each leaf that is (also) used densely, the first such use.
 
     Args:
       closed: the traced program; its inputs are the leaves.
       candidates: which inputs to follow.
-      distinct: for a constant of the program (an array it closes over), a bound on its number of distinct values, or
-        None.
+      known: for a constant of the program (an array it closes over), what is known of it, or None.
     """
     finder = Finder()
     marks = [
         Table(i, v.aval.dtype) if c else None
         for i, (v, c) in enumerate(zip(closed.jaxpr.invars, candidates, strict=True))
     ]
-    bounds = [distinct(c) for c in closed.consts]
-    outs = finder.walk(closed.jaxpr, marks, [None if b is None else _Values(object(), b) for b in bounds])
+    constants = [known(c) for c in closed.consts]
+    outs = finder.walk(closed.jaxpr, marks, [None if c is None else _Values(object(), *c) for c in constants])
     del outs  # a table that is returned, in aux, is returned as it is
     return finder.reads, finder.dense

@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from jaxsparse._checks import message
 from jaxsparse.accumulate import AccumulateState
-from jaxsparse.batch import Batches
 from jaxsparse.blocks import Blocks
 from jaxsparse.collectives import psum, vary
 from jaxsparse.grad import trace, value_and_grad
 from jaxsparse.lazy import coalesce_gradients, named_leaves
 from jaxsparse.parallel import in_auto_mode
+from jaxsparse.pipeline import Batches
 from jaxsparse.refresh import check_flushed, flush, refresh
 from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
 from jaxsparse.workspace import StepWithWorkspace
@@ -83,7 +83,8 @@ def make_train_step(
             new = state.replace(params=params, opt_state=opt_state).apply_gradients(grads=grads)
         with jax.named_scope("scatter"):
             params, opt_state = blocks.put_back(new.params, new.opt_state)
-        temporaries = [*blocks.rows_in(new.params, new.opt_state), *blocks.rows_in(grads)]
+        # slots first: in this order of the kept buffers XLA (jax 0.10) updates all of Adam's blocks in place
+        temporaries = [*blocks.rows_in(new.params, new.opt_state)[::-1], *blocks.rows_in(grads)]
         metrics |= {"aux": aux} if has_aux else {}
         return new.replace(params=params, opt_state=opt_state), metrics, temporaries
 

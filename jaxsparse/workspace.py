@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.core
 
+from jaxsparse.batch import find_batches, order_batches
+
 _SMALL = 1 << 18  # bytes: what is smaller is left to XLA
 _SHAPES = 4  # of batches whose buffers are kept
 
@@ -32,11 +34,14 @@ class StepWithWorkspace:
     def __init__(self, step: Callable[..., Any], plain: Callable[..., Any]) -> None:
         self._plain = jax.jit(plain, donate_argnums=0)
         self._buffers: dict[Any, list[jax.Array]] = {}
-        inner = jax.jit(step)  # traced once: for the arrays' shapes, and in the program with buffers
 
-        def with_buffers(state: Any, buffers: list[jax.Array], *args: Any) -> Any:
+        @jax.jit  # traced once: for the arrays' shapes, and in the program with buffers
+        def inner(state: Any, ordered: Any, *args: Any) -> Any:
+            return step(state, *order_batches(args, ordered))
+
+        def with_buffers(state: Any, buffers: list[jax.Array], ordered: Any, *args: Any) -> Any:
             del buffers
-            state, metrics, arrays = inner(state, *args)
+            state, metrics, arrays = inner(state, ordered, *args)
             return state, _large(arrays), metrics
 
         self._shapes = lambda *args: jax.eval_shape(lambda *args: _large(inner(*args)[2]), *args)
@@ -47,22 +52,24 @@ class StepWithWorkspace:
         sharding = _one_cpu(leaves)
         if sharding is None:
             return self._plain(state, *args)
+        ordered = [batch.ordered for batch in find_batches(args)]
         key = tree, sharding, tuple([getattr(x, "shape", ()) for x in leaves])
         buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
         if buffers is None:
             # committed to their device if the arguments are: the step's results are too, and so are the next buffers
             device = sharding if any(getattr(x, "committed", False) for x in leaves) else None
-            buffers = [jax.numpy.zeros(x.shape, x.dtype, device=device) for x in self._shapes(state, *args)]
+            buffers = [jax.numpy.zeros(x.shape, x.dtype, device=device) for x in self._shapes(state, ordered, *args)]
             if len(self._buffers) >= _SHAPES:
                 self._buffers.pop(next(iter(self._buffers)))
-        state, self._buffers[key], metrics = self._with_buffers(state, buffers, *args)
+        state, self._buffers[key], metrics = self._with_buffers(state, buffers, ordered, *args)
         return state, metrics
 
     def lower(self, state: Any, *args: Any) -> Any:
         """As of a jitted function: the program that a call with these arguments, or ones of these shapes, runs."""
         if _one_cpu(jax.tree.leaves((state, args))) is None:
             return self._plain.lower(state, *args)
-        return self._with_buffers.lower(state, self._shapes(state, *args), *args)
+        ordered = [batch.ordered for batch in find_batches(args)]
+        return self._with_buffers.lower(state, self._shapes(state, ordered, *args), ordered, *args)
 
 
 def _large(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -71,8 +78,17 @@ def _large(arrays: list[jax.Array]) -> list[jax.Array]:
 
 def _one_cpu(leaves: list[Any]) -> Any:
     """The sharding of all arrays, if that is one CPU device, otherwise None. Abstract ones and NumPy's are anywhere."""
-    if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if jax.default_backend() != "cpu":
         return None
-    shardings = {x.sharding for x in leaves if getattr(x, "sharding", None) is not None}
-    sharding = shardings.pop() if shardings else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return sharding if not shardings and isinstance(sharding, jax.sharding.SingleDeviceSharding) else None
+    found: Any = None
+    for x in leaves:  # 10 to 30 of them, at each step: no set of shardings, whose hashes are slow
+        if isinstance(x, jax.core.Tracer):
+            return None
+        sharding = getattr(x, "sharding", None)
+        if found is None:
+            found = sharding
+        elif sharding is not None and sharding is not found and sharding != found:
+            return None
+    if found is None:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return found if isinstance(found, jax.sharding.SingleDeviceSharding) else None

@@ -10,10 +10,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_checks", "rows", "workspace"},
-    {"ops", "embedding", "collectives", "batch", "features"},
+    {"_checks", "rows", "distinct"},
+    {"ops", "embedding", "collectives", "batch", "features", "pipeline"},
     {"grad", "reads", "interpret", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"}
-    | {"catch_up", "replaying", "blocks", "refresh", "adagrad", "parallel"},
+    | {"catch_up", "replaying", "blocks", "refresh", "adagrad", "parallel", "workspace"},
     {"train"},
     {"__main__"},
 ]

@@ -47,7 +47,7 @@ def measure(job: Job, form: str, rounds: int) -> dict[str, float]:
         return js.weighted_mean(optax.sigmoid_binary_cross_entropy(logits, batch.y), batch.weight)
 
     batches = js.batches(x, job.y, batch_size=job.batch_size, shuffle=True)
-    resident = jax.device_put(list(itertools.islice(batches, RESIDENT)))
+    resident = list(itertools.islice(batches, RESIDENT))
     step, state = js.make_train_step(loss_fn), TrainState.create(apply_fn=None, params=params, tx=js.lazy_adamw(1e-3))
 
     def rate(epoch: Any) -> float:

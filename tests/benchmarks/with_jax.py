@@ -53,7 +53,7 @@ def make_data(case: Case) -> list[js.Batch]:
     if values is not None:
         starts = np.arange(0, ids.size + 1, case.length)
         x = scipy.sparse.csr_matrix((values.ravel(), ids.ravel(), starts), (labels.size, case.num_rows))
-    return [jax.device_put(batch) for batch in js.batches(x, labels.ravel(), batch_size=case.batch)]
+    return list(js.batches(x, labels.ravel(), batch_size=case.batch))
 
 
 def make_loss(case: Case, program: Callable[..., jax.Array] = logits) -> Callable[..., jax.Array]:

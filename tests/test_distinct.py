@@ -1,0 +1,171 @@
+"""The distinct ids that js.batches finds on the host, and the step that gathers these rows without looking for them."""
+
+import dataclasses
+import pickle
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.training.train_state import TrainState
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxsparse as js
+from jaxsparse import distinct
+from jaxsparse.batch import find_batches, order_batches
+from jaxsparse.blocks import _row_ids
+from jaxsparse.grad import trace
+from tests.test_batch import KINDS, V, rng_of
+
+ROWS, BATCH, LENGTH = 3_000, 32, 6
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators look for distinct ids themselves")
+
+
+@given(
+    st.integers(-(2**31), 2**31 - 1), st.sampled_from([0, 1, 255, 2**16, 2**20, 2**32]), st.integers(0, 200),
+    st.integers(0, 9),
+)  # fmt: skip
+def test_distinct_ids(lowest, span, n, seed):
+    highest = min(lowest + span, 2**31 - 1)
+    ids = rng_of(seed).integers(lowest, highest, (n, 3), endpoint=True).astype(np.int32)
+    ids[1::2] = ids[::2][: len(ids[1::2])]
+    found = distinct.DistinctIds(lowest, highest)(ids)
+    assert found.dtype == np.int32 and sorted(found) == np.unique(ids).tolist()
+    shift = max((highest - lowest).bit_length() - 16, 0)
+    assert (np.diff((found.astype(np.int64) - lowest) >> shift) >= 0).all()  # in order up to neighbours
+
+
+def test_the_same_ids_again_and_others_after_them():
+    find = distinct.DistinctIds(0, 9)
+    for ids in ([3, 3, 1], [1, 9], [], [9, 9, 9], [3, 3, 1]):
+        assert find(np.array(ids, np.int32)).tolist() == sorted(set(ids))
+
+
+@given(
+    st.sampled_from([k for k in KINDS if k != "dense"]), st.integers(1, 40), st.sampled_from([1, 7, 64]),
+    st.sampled_from([None, 0, V, -1]), st.sampled_from([None, (0, 1), (1, 7)]), st.integers(0, 9),
+)  # fmt: skip
+def test_ordered_are_the_values_of_each_leaf_of_ids(kind, n, batch_size, padding_idx, shard, seed):
+    if shard and batch_size % shard[1]:
+        shard = None
+    num_rows = V if kind in ("lists", "dict") else None
+    options = {"num_rows": num_rows, "padding_idx": padding_idx, "shard": shard, "shuffle": bool(seed % 2)}
+    for batch in js.batches(KINDS[kind](rng_of(seed), n), batch_size=batch_size, seed=seed, **options):
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch.x)[0]]
+        parts = zip(paths, jax.tree.leaves(batch.x), batch.distinct, batch.ordered, strict=True)
+        for path, leaf, bound, ordered in parts:
+            ids = kind != "csr" and "words" not in path and leaf.dtype == jnp.int32 and leaf.size > 0
+            assert (ordered is not None) == ids, path
+            if ids:
+                assert ordered.dtype == np.int32 and ordered.shape == (bound,)
+                assert sorted(set(ordered.tolist())) == np.unique(leaf).tolist()
+
+
+def test_ordered_belong_to_one_object():
+    """A batch made of it may have another x, so it has none; a pickled one has the same x."""
+    (batch,) = js.batches(np.array([[3, 1], [1, 0]]), batch_size=2)
+    assert set(batch.ordered[0].tolist()) == {0, 1, 3}
+    for other in (jax.tree.map(lambda x: x, batch), jax.device_put(batch), dataclasses.replace(batch, x=batch.x + 1)):
+        assert other.ordered is None
+    assert pickle.loads(pickle.dumps(batch)).ordered[0].tolist() == batch.ordered[0].tolist()
+    assert "ordered" not in repr(batch) and len(jax.tree.leaves(batch)) == 2
+    assert next(iter(js.batches(np.arange(4), batch_size=4, devices=2))).ordered is None
+    (again,) = find_batches(order_batches((batch.x, jax.device_put(batch)), [batch.ordered]))
+    assert again.ordered == batch.ordered
+
+
+IDS = rng_of(0).zipf(1.3, (3 * BATCH, LENGTH)) % ROWS
+
+# What of the table a program reads. First, where the values of the whole of batch.x say it; then, where they do not.
+BY_VALUES = {
+    "itself": lambda t, x: t[x],
+    "take": lambda t, x: jnp.take(t, x, axis=0),
+    "bag": lambda t, x: js.embedding_bag(t, x, combiner="mean"),
+    "bag_padded": lambda t, x: js.embedding_bag(t, x, combiner="sum", padding_idx=1),
+    "max_bag": lambda t, x: js.embedding_bag(t, x, combiner="max", padding_idx=1),
+    "lookup": lambda t, x: js.embedding_lookup(t, x, padding_idx=1),
+    "arithmetic": lambda t, x: t[(7 * x + 3) % ROWS],
+    "halves": lambda t, x: t[x // 2],
+    "masked": lambda t, x: t[jnp.where(x > 5, x, 0)],
+    "from_the_end": lambda t, x: t[-x],
+    "clipped": lambda t, x: t[jnp.clip(x, 3, 40)],
+    "out_of_range": lambda t, x: t[x + ROWS - 10],
+    "filled": lambda t, x: t.at[x + ROWS - 10].get(mode="fill", fill_value=0.5),
+    "promised": lambda t, x: t.at[x].get(mode="promise_in_bounds"),
+    "rearranged": lambda t, x: t[x.T.reshape(-1, 2)[::-1][:, None]],
+    "narrow": lambda t, x: t[(x % 100).astype(jnp.uint8)],
+    "wide": lambda t, x: t[x.astype(jnp.uint32)],
+    "twice": lambda t, x: t[x].sum() + 2 * t[x // 3].mean(),
+    "vmapped": lambda t, x: jax.vmap(lambda row: t[row].sum(0))(x),
+    "remat": jax.checkpoint(lambda t, x: t[x] ** 2),
+    "jitted": jax.jit(lambda t, x: t[x + 1] ** 2),
+}
+NOT_BY_VALUES = {
+    "columns": lambda t, x: t[x[:, :2]],
+    "one_example": lambda t, x: t[x[3]],
+    "chosen": lambda t, x: t[x[jnp.array([1, 5])]],
+    "offsets": lambda t, x: t[(x + jnp.arange(LENGTH)[None]) % ROWS],
+    "two_arrangements": lambda t, x: t[jnp.where(x > x[::-1], x, 0)],
+    "sorted": lambda t, x: t[jnp.sort(x, axis=0)],
+    "constant": lambda t, x: t[jnp.array([5, 7])],
+    "one_more": lambda t, x: t[x].sum() + t[jnp.array(4)].sum(),
+    "cond": lambda t, x: jax.lax.cond(x[0, 0] > 0, lambda: jnp.sum(t[x]), lambda: jnp.sum(t[x // 2])),
+    "scan": lambda t, x: jax.lax.scan(lambda c, i: (c + t[i].sum(), None), 0.0, x)[0],
+    "by_another": lambda t, x: t[jnp.where(jnp.arange(LENGTH)[None] < 2, x, 0)],
+    "by_a_scalar": lambda t, x: t[(x + x.max()) % ROWS],
+}
+
+
+def loss_of(read):
+    return lambda params, batch: jnp.mean((read(params["t"], batch.x) - params["b"]) ** 2)
+
+
+def start():
+    return {"t": jnp.asarray(rng_of(1).normal(size=(ROWS, 3)), jnp.float32), "b": jnp.float32(0.3)}
+
+
+@pytest.mark.parametrize("name", BY_VALUES | NOT_BY_VALUES)
+def test_rows_read_from_values(name):
+    """A row too many would be moved by Adam's moments, a row too few would read another."""
+    params, read = start(), (BY_VALUES | NOT_BY_VALUES)[name]
+    leaf = list(params).index("b")  # jax.tree.leaves sorts: b, t
+    for batch in js.batches(IDS, batch_size=BATCH):
+        traced = trace(loss_of(read), 0, False, (params, batch), {})
+        values, (ids, _) = traced.values(leaf), _row_ids(traced, [leaf], jax.tree.leaves(params))
+        assert (values is not None) == (name in BY_VALUES)
+        if values is not None:
+            assert values.size < ids[leaf].size
+            rows, every = (np.unique(x[(x >= 0) & (x < ROWS)]).tolist() for x in map(np.asarray, (values, ids[leaf])))
+            assert rows == every
+        assert trace(loss_of(read), 0, False, (params, jax.device_put(batch)), {}).values(leaf) is None
+
+
+def run(read, tx, without=lambda batch: batch):
+    state, reported = TrainState.create(apply_fn=None, params=start(), tx=tx), []
+    step, batches = js.make_train_step(loss_of(read)), [without(b) for b in js.batches(IDS, batch_size=BATCH)]
+    for batch in batches:
+        state, metrics = step(state, batch)
+        reported.append(jax.device_get(metrics))
+    return js.flush(state), reported, step.lower(state, batches[0]).compile().as_text()
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["bag_padded", "out_of_range", "clipped", "columns", "cond"])
+@pytest.mark.parametrize("skipped", ["freeze", "replay"])
+def test_the_same_step_with_and_without(name, skipped):
+    read, tx = (BY_VALUES | NOT_BY_VALUES)[name], js.lazy_adam(0.1, skipped=skipped)
+    state, reported, text = run(read, tx)
+    want, expected, other = run(read, tx, without=jax.device_put)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), state.params, want.params)
+    for got, metrics in zip(reported, expected, strict=True):
+        assert got["rows_touched"] == metrics["rows_touched"]
+        np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-5)
+    assert (looks_for_them(text), looks_for_them(other)) == (name not in BY_VALUES, True)
+
+
+def looks_for_them(text):
+    """Whether as many ids as the programs above read are written into the scratch of the table."""
+    k = BATCH * LENGTH
+    return bool(re.search(rf"\(\S+ s32\[{ROWS}\], \S+ s32\[({k}|{k // 3}|{2 * k}),1\]", text))
