@@ -24,7 +24,6 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, message
-from jaxsparse.distinct import DistinctIds
 
 
 class Sizes:
@@ -65,7 +64,6 @@ class Sparse:
             raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {_entry(self.csr, at)}"))
         self.num_examples = self.csr.shape[0]
         self.lengths = np.diff(self.csr.indptr).astype(np.int64)
-        self._distinct = DistinctIds(0, self.csr.shape[1] - 1)
 
     def need(self, parts: list[np.ndarray]) -> int:
         entries = max(int(self.lengths[part].sum()) for part in parts)
@@ -78,7 +76,7 @@ class Sparse:
         return self.csr[part]
 
     def distinct(self, cut: Any) -> list[np.ndarray | None]:
-        return [None, self._distinct(cut.indices)]  # of data, of indices
+        return [None, sorted_distinct(cut.indices)]  # of data, of indices
 
     def beside(self, length: int) -> list[int]:
         return [0, length + 2]  # row numbers, and the two that mark padding
@@ -114,7 +112,6 @@ class Lists:
 
         self.flat = _checked_ids(flat, name, num_rows, padding_idx, position)
         self.padding = num_rows if padding_idx is None else padding_idx
-        self._distinct = _distinct_ids(self.flat)
 
     def need(self, parts: list[np.ndarray]) -> int:
         return max(int(self.lengths[part].max(initial=1)) for part in parts)
@@ -124,7 +121,7 @@ class Lists:
         return self.flat[_spans(self.starts[part], lengths)], lengths
 
     def distinct(self, cut: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray | None]:
-        return [self._distinct(cut[0])]
+        return [sorted_distinct(cut[0])]
 
     def beside(self, length: int) -> list[int]:
         del length
@@ -151,7 +148,6 @@ class Ids:
         flat = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, lambda at: _position(at, ids.shape))
         self.ids = flat.reshape(ids.shape)
         self.padding = padding_idx
-        self._distinct = _distinct_ids(flat)
 
     def need(self, parts: list[np.ndarray]) -> int:
         del parts
@@ -161,7 +157,7 @@ class Ids:
         return np.take(self.ids, part, axis=0)  # several times as fast as self.ids[part]
 
     def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
-        return [self._distinct(cut)]
+        return [sorted_distinct(cut)]
 
     def beside(self, length: int) -> list[int]:
         del length
@@ -218,8 +214,17 @@ class Array:
         return [None]
 
 
-def _distinct_ids(ids: np.ndarray) -> DistinctIds:
-    return DistinctIds(int(ids.min()), int(ids.max())) if ids.size else DistinctIds(0, 0)
+def sorted_distinct(ids: np.ndarray) -> np.ndarray:
+    """The distinct ones of some ids, ascending: int32 (k,).
+
+    By sorting, for which NumPy has vectors (AVX2, AVX-512, NEON): in a half to a third of the time of looking ids up in
+    an array with a place for each row, which caches have to make room for, and far less than np.unique's.
+    """
+    ids = np.sort(ids, axis=None)
+    is_new = np.empty(ids.shape, bool)
+    is_new[:1] = True
+    np.not_equal(ids[1:], ids[:-1], out=is_new[1:])
+    return ids.take(np.flatnonzero(is_new)).astype(np.int32, copy=False)
 
 
 def make_features(
