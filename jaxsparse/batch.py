@@ -23,10 +23,11 @@ class Batch:
       distinct: static. For each leaf of x, an upper bound on the number of distinct values it holds, or None. It is
         what was counted of this x: a batch with another x wants distinct=(None,) * its number of leaves, or its
         gradients may be NaN.
-      ordered: for each leaf of x that holds ids, NumPy's int32 (its distinct,), all its values and no others, nearly in
-        order; or None. js.batches has them, as what its counting leaves behind, and a step on CPU is faster for them.
-        They are no part of the pytree, but of this very object: a batch made of it, by jax.device_put, jax.tree.map or
-        dataclasses.replace, has none, as it may have another x.
+      ordered: for each leaf of x that holds ids, NumPy's int32 (k,), all its values and no others, in order (padding at
+        the end); for the indices of a BCOO, all columns that have entries; otherwise None. js.batches has them, as what
+        its counting leaves behind, and a step on CPU is faster for them. They are no part of the pytree, but of this
+        very object: a batch made of it, by jax.device_put, jax.tree.map or dataclasses.replace, has none, as it may
+        have another x.
     """
 
     x: Any

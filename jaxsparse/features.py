@@ -2,9 +2,9 @@
 side only.
 
 Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `distinct`, the distinct
-values of such a cut, by leaf; `beside`, how many more come with padding and row numbers; `pad`, the cut as one shard of
-a batch; `fill`, what padding it adds to the values of the leaf, if that holds ids and nothing else; and `nse`, a size
-that is fixed.
+values of such a cut, by leaf; `beside`, how many more come with padding and row numbers, and how many with padding
+alone; `pad`, the cut as one shard of a batch; `fill`, what padding it adds to these values, if they are ids; and `nse`,
+a size that is fixed.
 
 This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
 behind it need not check anything. Nothing is clipped, wrapped or dropped.
@@ -78,16 +78,16 @@ class Sparse:
     def distinct(self, cut: Any) -> list[np.ndarray | None]:
         return [None, sorted_distinct(cut.indices)]  # of data, of indices
 
-    def beside(self, length: int) -> list[int]:
-        return [0, length + 2]  # row numbers, and the two that mark padding
+    def beside(self, length: int) -> list[tuple[int, int]]:
+        return [(0, 0), (length + 2, 1)]  # row numbers, and the two that mark padding
 
     def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
         del spare
         return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
 
     def fill(self, cut: Any, length: int, size: int, spare: int) -> list[np.ndarray | None]:
-        del cut, length, size, spare
-        return [None, None]
+        del length, spare
+        return [None, np.full(int(cut.nnz < size), self.csr.shape[1])]
 
 
 class Lists:
@@ -123,9 +123,9 @@ class Lists:
     def distinct(self, cut: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray | None]:
         return [sorted_distinct(cut[0])]
 
-    def beside(self, length: int) -> list[int]:
+    def beside(self, length: int) -> list[tuple[int, int]]:
         del length
-        return [1]
+        return [(1, 1)]
 
     def pad(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> np.ndarray:
         del spare
@@ -159,9 +159,10 @@ class Ids:
     def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
         return [sorted_distinct(cut)]
 
-    def beside(self, length: int) -> list[int]:
+    def beside(self, length: int) -> list[tuple[int, int]]:
         del length
-        return [self.ids[:1].size if self.padding is None else 1]  # padding may repeat an example of another shard
+        number = self.ids[:1].size if self.padding is None else 1  # padding may repeat an example of another shard
+        return [(number, number)]
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
@@ -201,9 +202,9 @@ class Array:
         del cut
         return [None]
 
-    def beside(self, length: int) -> list[int]:
+    def beside(self, length: int) -> list[tuple[int, int]]:
         del length
-        return [0]
+        return [(0, 0)]
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size

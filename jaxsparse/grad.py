@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
 from jax.extend import core
 
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse.batch import find_batches
 from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.interpret import RowIds, WithDeltas
-from jaxsparse.reads import Known, Read, Table, find_reads
+from jaxsparse.reads import Columns, Known, Read, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
 
 
@@ -234,11 +235,20 @@ def _known_arrays(arguments: Any) -> Callable[[Any], Known | None]:
     """What the batches among the arguments know of their integer arrays."""
     known: dict[int, Known] = {}
     for batch in find_batches(arguments):
-        arrays = jax.tree.leaves(batch.x)
-        for array, bound, ordered in zip(arrays, batch.distinct, batch.ordered or [None] * len(arrays), strict=True):
-            if bound is not None:
-                known[id(array)] = Known(bound, ordered)
+        it = iter(zip(batch.distinct, batch.ordered or [None] * len(batch.distinct), strict=True))
+        for feature in jax.tree.leaves(batch.x, is_leaf=_is_bcoo):
+            for array, (bound, ordered) in zip(jax.tree.leaves(feature), it, strict=False):
+                if bound is None:
+                    continue
+                if _is_bcoo(feature) and ordered is not None:
+                    known[id(array)] = Known(bound, columns=Columns(ordered, feature.shape))
+                else:
+                    known[id(array)] = Known(bound, ordered)
     return lambda constant: known.get(id(constant))
+
+
+def _is_bcoo(x: object) -> bool:
+    return isinstance(x, BCOO)
 
 
 def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:

@@ -20,6 +20,8 @@ from jaxsparse._checks import MAX_ROWS, check_bcoo, check_float, message
 from jaxsparse.embedding import at_least_int32, segment_sum, sum_by_bag
 from jaxsparse.rows import in_range
 
+COLUMNS = "jaxsparse_columns"  # the name under which reads.py knows what dot takes of x's indices
+
 
 def dot(x: Any, w: Any) -> jax.Array:
     """The product x @ w of a sparse input and a dense weight: out[i] = sum_j x[i, j] w[j].
@@ -58,10 +60,9 @@ def dot(x: Any, w: Any) -> jax.Array:
         return jnp.tensordot(x, w, axes=1)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     num_out, num_rows = x.shape[0] if x.ndim == 2 else 1, w.shape[0]
-    indices, real = _indices(x)
-    rows = indices[0] if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
-    cols = jnp.where(real, indices[-1], num_rows)
-    data = jnp.where(real, x.data, 0).astype(jnp.promote_types(dtype, jnp.float32))
+    rows = at_least_int32(x.indices[:, 0]) if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
+    cols = _COLUMNS(x.indices, *x.shape)
+    data = jnp.where(cols < num_rows, x.data, 0).astype(jnp.promote_types(dtype, jnp.float32))
     out = segment_sum(w, cols, data, rows, num_out, ordered=x.indices_sorted).astype(dtype)
     return out if x.ndim == 2 else out[0]
 
@@ -150,7 +151,7 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
     shape = (ends[-1], others[0]) if axis == 0 else (others[0], ends[-1])
     parts = []
     for x, start in zip(xs, [0, *ends], strict=False):
-        indices, real = _indices(x)
+        indices, real = _real_entries(x.indices, x.shape)
         indices[axis] += start
         parts.append(jnp.stack([jnp.where(real, i, size) for i, size in zip(indices, shape, strict=True)], axis=1))
     dtype = jnp.result_type(*(x.dtype for x in xs))
@@ -161,20 +162,30 @@ def _is_dense(x: Any) -> bool:
     return hasattr(x, "__array__")  # which BCOO, BCSR, RowSparse and SciPy's matrices have not
 
 
-def _indices(x: BCOO) -> tuple[list[jax.Array], jax.Array]:
-    """The indices of x, dimension by dimension, and which entries are real: in range in all of them."""
-    indices = [at_least_int32(x.indices[:, i]) for i in range(x.ndim)]
-    real = jnp.ones(x.nse, bool)
-    for i, size in zip(indices, x.shape, strict=True):
+def _columns(indices: jax.Array, *shape: Any) -> jax.Array:
+    """The column of each entry, int32 (nse,), and of padding the number of columns."""
+    by_axis, real = _real_entries(indices, shape)
+    return jnp.where(real, by_axis[-1], shape[-1]).astype(jnp.int32)
+
+
+_columns.__name__ = COLUMNS
+_COLUMNS = jax.jit(_columns)
+
+
+def _real_entries(indices: jax.Array, shape: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
+    """The indices of entries, axis by axis, and which are real: in range in all of them."""
+    by_axis = [at_least_int32(indices[:, i]) for i in range(len(shape))]
+    real = jnp.ones(indices.shape[0], bool)
+    for i, size in zip(by_axis, shape, strict=True):
         real &= in_range(i, size)
-    return indices, real
+    return by_axis, real
 
 
 def _total(function: str, x: BCOO, axis: int | None) -> jax.Array:
     """The sum over an axis, in at least 32 bits."""
     dtype = _dtype_of(jnp.sum, x)
     wide = jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else dtype
-    indices, real = _indices(x)
+    indices, real = _real_entries(x.indices, x.shape)
     data = jnp.where(real, x.data, 0).astype(wide)
     if axis is None or _axis(function, axis, x.ndim) == x.ndim - 1 == 0:
         return jnp.sum(data)

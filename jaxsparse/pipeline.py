@@ -330,19 +330,25 @@ class Batches:
             y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
             shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
         leaves = jax.tree.leaves(shards[0][0])
-        beside = [n for f in self._features for n in f.beside(length)]
+        beside = [numbers for f in self._features for numbers in f.beside(length)]
         found = list(map(self._distinct, cuts))
         counts, usual = self._counts(found), self._usual[level]
         # one choice for all leaves, or every combination of theirs would be a shape of its own
         rare = int(any(count is not None and count > u[0] for count, u in zip(counts, usual, strict=True)))
-        distinct = [
-            None if count is None else min(int(leaf.size), other + (u[rare] if count <= u[rare] else round_up(count)))
-            for leaf, other, count, u in zip(leaves, beside, counts, usual, strict=True)
+        bounds = [
+            None if count is None else u[rare] if count <= u[rare] else round_up(count)
+            for count, u in zip(counts, usual, strict=True)
         ]
+
+        def most(also: int) -> list[int | None]:
+            """What each leaf holds at most: these, and one of the two numbers beside them."""
+            all_of_them = zip(leaves, beside, bounds, strict=True)
+            return [None if b is None else min(int(leaf.size), b + others[also]) for leaf, others, b in all_of_them]
+
         x, y, weight = (
             jax.tree.map(lambda *leaves: np.stack(leaves), *shards) if self._devices else _on_device(shards[0])
         )
-        batch = Batch(x, y, weight, distinct=tuple(distinct))
+        batch = Batch(x, y, weight, distinct=tuple(most(0)))
         if self._devices:
             return batch
         fills = [
@@ -350,7 +356,7 @@ class Batches:
             for f, cut, size in zip(self._features, cuts[self._own][0], sizes, strict=True)
             for fill in f.fill(cut, length, size, spare)
         ]
-        return batch.with_ordered(map(_ordered, found[self._own][0], fills, distinct))
+        return batch.with_ordered(map(_ordered, found[self._own][0], fills, most(1)))
 
 
 _LOOK_AHEAD = 64  # batches to learn the sizes from

@@ -12,7 +12,8 @@ with those leaves held back. Both ask `kind_of`, so that they cannot disagree ab
 `find_reads` also bounds, where it can prove it, how many distinct ids a read has: an id array of the batch that
 js.batches counted, seen through reshapes, slices and any function applied element by element, has no more distinct
 values than it had on the host. And where the batch has these values in order, and a read is of all of the array, the
-same functions are applied to them: these are the rows to gather, and no others.
+same functions are applied to them: these are the rows to gather, and no others. Of a matrix the batch has the columns
+that have entries; they are what js.dot reads, as long as it is given the indices and the shape that they are of.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxsparse.embedding import PADDED_SUM, at_least_int32
+from jaxsparse.ops import COLUMNS
 from jaxsparse.rows import row_ids
 
 _LIBRARIES = re.compile(
@@ -172,11 +174,19 @@ def source_line(eqns: Sequence[Any]) -> str:
 # find
 
 
+class Columns(NamedTuple):
+    """The columns that the entries of a sparse matrix are in."""
+
+    ids: Any  # int32 (k,), each at least once and no others
+    shape: tuple[int, ...]  # of the matrix: outside it there is only padding
+
+
 class Known(NamedTuple):
     """What is known of an array of the batch."""
 
     distinct: int  # it has at most so many distinct values
     values: Any = None  # an array of them, each at least once and no others; or None
+    columns: Columns | None = None  # if it is the indices of a matrix
 
 
 class _Values(NamedTuple):
@@ -185,6 +195,7 @@ class _Values(NamedTuple):
     view: object
     distinct: int
     values: Any = None  # as in Known; of a scalar, the scalar
+    columns: Columns | None = None
 
 
 _SCALAR = object()
@@ -231,6 +242,9 @@ class Finder:
         nothing: list[Any] = [None] * len(eqn.outvars)
         if not any(tables):
             if eqn.primitive.name in ("jit", "pjit", "closed_call"):
+                columns = _columns_out(eqn, marks)
+                if columns is not None:
+                    return [columns]
                 inner = inner_jaxpr(eqn)
                 return self.walk(inner.jaxpr, marks, [None] * len(inner.consts))
             return [_values_out(eqn, marks)] if len(eqn.outvars) == 1 else nothing
@@ -313,6 +327,15 @@ def rows_named(eqn: Any, kind: str, ids: Any, clipped: frozenset[Any]) -> jax.Ar
     return row_ids(jnp.asarray(ids), num_rows)
 
 
+def _columns_out(eqn: Any, marks: list[Any]) -> _Values | None:
+    """What js.dot takes of the indices of a matrix, if its columns are known: padding apart, these."""
+    if eqn.params.get("name") != COLUMNS or not isinstance(marks[0], _Values) or marks[0].columns is None:
+        return None
+    ids, shape = marks[0].columns
+    given = tuple(m.values if isinstance(m, _Values) else None for m in marks[1:])
+    return _Values(object(), ids.shape[0] + 1, ids) if given == shape else None
+
+
 def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
     name = eqn.primitive.name
     known = [m for m in marks if isinstance(m, _Values)]
@@ -320,7 +343,7 @@ def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
         views = {id(m.view): m for m in known if m.view is not _SCALAR}
         if len(views) <= 1:
             mark = next(iter(views.values()), _Values(_SCALAR, 1))
-            return mark._replace(values=_applied(eqn, known))
+            return mark._replace(values=_applied(eqn, known), columns=None)
     if name == "select_n" and all(
         isinstance(m, _Values) for m in marks[1:]
     ):  # each value is one of the cases', whatever chooses

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
 from jaxsparse.batch import find_batches, order_batches
@@ -45,11 +47,12 @@ def test_ordered_are_the_values_of_each_leaf_of_ids(kind, n, batch_size, padding
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch.x)[0]]
         parts = zip(paths, jax.tree.leaves(batch.x), batch.distinct, batch.ordered, strict=True)
         for path, leaf, bound, ordered in parts:
-            ids = kind != "csr" and "words" not in path and leaf.dtype == jnp.int32 and leaf.size > 0
-            assert (ordered is not None) == ids, path
-            if ids:
-                assert ordered.dtype == np.int32 and ordered.shape == (bound,)
-                assert sorted(set(ordered.tolist())) == np.unique(leaf).tolist()
+            matrix = kind == "csr" or "words" in path
+            assert (ordered is not None) == (leaf.dtype == jnp.int32 and leaf.size > 0), path
+            if ordered is not None:
+                assert ordered.dtype == np.int32 and ordered.ndim == 1
+                assert len(ordered) <= bound if matrix else len(ordered) == bound
+                assert sorted(set(ordered.tolist())) == np.unique(leaf[:, 1] if matrix else leaf).tolist()
 
 
 def test_ordered_belong_to_one_object():
@@ -107,6 +110,27 @@ NOT_BY_VALUES = {
 }
 
 
+# The same of a matrix, batch.x.
+MATRIX_BY_VALUES = {
+    "dot": lambda t, x: js.dot(x, t),
+    "twice": lambda t, x: js.dot(x, t).sum() + js.dot(2 * x, t).mean(),
+    "other_data": lambda t, x: js.dot(BCOO((x.data**2, x.indices), shape=x.shape), t),
+    "remat": jax.checkpoint(lambda t, x: js.dot(x, t) ** 2),
+    "jitted": jax.jit(lambda t, x: js.dot(x, t)),
+    "stopped": lambda t, x: js.dot(x, t) + jax.lax.stop_gradient(js.dot(x, t)),
+}
+MATRIX_NOT_BY_VALUES = {
+    "wider": lambda t, x: js.dot(BCOO((x.data, x.indices), shape=(BATCH + 1, ROWS + 1)), jnp.pad(t, ((0, 1), (0, 0)))),
+    "narrower": lambda t, x: js.dot(BCOO((x.data, x.indices), shape=(BATCH - 9, ROWS)), t),
+    "moved": lambda t, x: js.dot(BCOO((x.data, x.indices // 2), shape=x.shape), t),
+    "concatenated": lambda t, x: js.dot(js.concatenate([x, x], axis=0), t),
+    "sliced": lambda t, x: js.dot(BCOO((x.data[5:], x.indices[5:]), shape=x.shape), t),
+    "columns": lambda t, x: t.at[x.indices[:, 1]].get(mode="fill", fill_value=0),
+    "rows": lambda t, x: t.at[x.indices[:, 0]].get(mode="fill", fill_value=0),
+    "scan": lambda t, x: jax.lax.scan(lambda c, w: (c + w * js.dot(x, t).sum(), None), 0.0, jnp.arange(3.0))[0],
+}
+
+
 def loss_of(read):
     return lambda params, batch: jnp.mean((read(params["t"], batch.x) - params["b"]) ** 2)
 
@@ -115,15 +139,17 @@ def start():
     return {"t": jnp.asarray(rng_of(1).normal(size=(ROWS, 3)), jnp.float32), "b": jnp.float32(0.3)}
 
 
-@pytest.mark.parametrize("name", BY_VALUES | NOT_BY_VALUES)
-def test_rows_read_from_values(name):
+def hold_rows(read, batches, by_values):
     """A row too many would be moved by Adam's moments, a row too few would read another."""
-    params, read = start(), (BY_VALUES | NOT_BY_VALUES)[name]
+    params = start()
     leaf = list(params).index("b")  # jax.tree.leaves sorts: b, t
-    for batch in js.batches(IDS, batch_size=BATCH):
+    for batch in batches:
         traced = trace(loss_of(read), 0, False, (params, batch), {})
+        if leaf in traced.dense:
+            assert not by_values
+            continue
         values, (ids, _) = traced.values(leaf), _row_ids(traced, [leaf], jax.tree.leaves(params))
-        assert (values is not None) == (name in BY_VALUES)
+        assert (values is not None) == by_values
         if values is not None:
             assert values.size < ids[leaf].size
             rows, every = (np.unique(x[(x >= 0) & (x < ROWS)]).tolist() for x in map(np.asarray, (values, ids[leaf])))
@@ -131,9 +157,39 @@ def test_rows_read_from_values(name):
         assert trace(loss_of(read), 0, False, (params, jax.device_put(batch)), {}).values(leaf) is None
 
 
-def run(read, tx, without=lambda batch: batch):
+@pytest.mark.parametrize("name", BY_VALUES | NOT_BY_VALUES)
+def test_rows_read_from_values(name):
+    hold_rows((BY_VALUES | NOT_BY_VALUES)[name], js.batches(IDS, batch_size=BATCH), name in BY_VALUES)
+
+
+def matrix_batches(seed=0):
+    """Rows of all lengths, two batches and a half."""
+    rng = rng_of(seed)
+    lengths = rng.integers(0, 9, BATCH * 5 // 2)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    columns = rng.zipf(1.3, starts[-1]) % ROWS
+    x = scipy.sparse.csr_matrix((rng.normal(size=starts[-1]), columns, starts), (len(lengths), ROWS))
+    return js.batches(x.astype(np.float32), batch_size=BATCH)
+
+
+@pytest.mark.parametrize("name", MATRIX_BY_VALUES | MATRIX_NOT_BY_VALUES)
+def test_rows_read_from_the_columns_of_a_matrix(name):
+    hold_rows((MATRIX_BY_VALUES | MATRIX_NOT_BY_VALUES)[name], matrix_batches(), name in MATRIX_BY_VALUES)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["dot", "twice", "moved"])
+def test_the_same_step_over_matrices_with_and_without(name):
+    read = (MATRIX_BY_VALUES | MATRIX_NOT_BY_VALUES)[name]
+    state, reported, _ = run(read, js.lazy_adam(0.1), batches=matrix_batches())
+    want, expected, _ = run(read, js.lazy_adam(0.1), without=jax.device_put, batches=matrix_batches())
+    hold_same(state, reported, want, expected)
+
+
+def run(read, tx, without=lambda batch: batch, batches=None):
     state, reported = TrainState.create(apply_fn=None, params=start(), tx=tx), []
-    step, batches = js.make_train_step(loss_of(read)), [without(b) for b in js.batches(IDS, batch_size=BATCH)]
+    batches = js.batches(IDS, batch_size=BATCH) if batches is None else batches
+    step, batches = js.make_train_step(loss_of(read)), list(map(without, batches))
     for batch in batches:
         state, metrics = step(state, batch)
         reported.append(jax.device_get(metrics))
@@ -147,11 +203,15 @@ def test_the_same_step_with_and_without(name, skipped):
     read, tx = (BY_VALUES | NOT_BY_VALUES)[name], js.lazy_adam(0.1, skipped=skipped)
     state, reported, text = run(read, tx)
     want, expected, other = run(read, tx, without=jax.device_put)
+    hold_same(state, reported, want, expected)
+    assert (looks_for_them(text), looks_for_them(other)) == (name not in BY_VALUES, True)
+
+
+def hold_same(state, reported, want, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), state.params, want.params)
     for got, metrics in zip(reported, expected, strict=True):
         assert got["rows_touched"] == metrics["rows_touched"]
         np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-5)
-    assert (looks_for_them(text), looks_for_them(other)) == (name not in BY_VALUES, True)
 
 
 def looks_for_them(text):
