@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+from jax.experimental.sparse import BCOO
+
+
+class Leaf(NamedTuple):
+    """An array of x, and what is known of it."""
+
+    array: Any
+    matrix: tuple[int, ...] | None  # the shape of the matrix whose indices these are
+    distinct: int | None
+    ordered: Any
 
 
 @jax.tree_util.register_dataclass
@@ -25,21 +35,46 @@ class Batch:
         gradients may be NaN.
       ordered: for each leaf of x that holds ids, NumPy's int32 (k,), all its values and no others, in order (padding at
         the end); for the indices of a BCOO, all columns that have entries; otherwise None. js.batches has them, as what
-        its counting leaves behind, and a step on CPU is faster for them. They are no part of the pytree, but of this
-        very object: a batch made of it, by jax.device_put, jax.tree.map or dataclasses.replace, has none, as it may
-        have another x.
+        its counting leaves behind, and a step on CPU is faster for them. They are no part of the pytree, but of these
+        very arrays: a batch made of this one, by jax.device_put, jax.tree.map or dataclasses.replace, has none, and
+        neither has an array that was put into x.
     """
 
     x: Any
     y: Any
     weight: Any
     distinct: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
-    ordered: ClassVar[tuple[Any, ...] | None] = None
+    _found: ClassVar[tuple[Leaf, ...]] = ()
+
+    @property
+    def ordered(self) -> tuple[Any, ...] | None:
+        if not self._found:
+            return None
+        found = {id(leaf.array): leaf for leaf in self._found}
+        now = [(found.get(id(array)), matrix) for array, matrix in _arrays(self.x)]
+        return tuple(leaf.ordered if leaf and leaf.matrix == matrix else None for leaf, matrix in now)
 
     def with_ordered(self, ordered: Iterable[Any] | None) -> Batch:
         batch = dataclasses.replace(self)
-        object.__setattr__(batch, "ordered", ordered and tuple(ordered))
+        found = zip(_arrays(batch.x), ordered, strict=True) if ordered else ()
+        leaves = [Leaf(array, matrix, None, values) for (array, matrix), values in found if values is not None]
+        object.__setattr__(batch, "_found", tuple(leaves))
         return batch
+
+    def leaves(self) -> list[Leaf]:
+        """The arrays of x, with what is known of each."""
+        arrays = _arrays(self.x)
+        every = zip(arrays, self.distinct, self.ordered or [None] * len(arrays), strict=True)
+        return [Leaf(array, matrix, distinct, ordered) for (array, matrix), distinct, ordered in every]
+
+
+def _arrays(x: Any) -> list[tuple[Any, tuple[int, ...] | None]]:
+    """The arrays of x in a pytree's order, and the shape of the matrix whose indices they are, or None."""
+    return [
+        (array, feature.shape if isinstance(feature, BCOO) and array is feature.indices else None)
+        for feature in jax.tree.leaves(x, is_leaf=lambda x: isinstance(x, BCOO))
+        for array in jax.tree.leaves(feature)
+    ]
 
 
 def find_batches(tree: Any) -> list[Batch]:

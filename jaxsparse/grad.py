@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.sparse import BCOO
 from jax.extend import core
 
 from jaxsparse._checks import chosen_paths, message
@@ -191,6 +190,7 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
         shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
         return [value, *(x for a, x in zip(arrays, aux_leaves, strict=True) if a)]
 
+    known = _known_arrays((args, kwargs))  # now: fun may change dicts that it is given
     closed = jax.make_jaxpr(flat_fun)(*leaves)
 
     def unflatten(gradient: list[Any]) -> Any:
@@ -205,7 +205,7 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
     by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
     argument = (lambda n: f"[{n}]") if several else (lambda n: "")
     paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
-    return Traced(closed, leaves, unflatten, aux, _known_arrays((args, kwargs)), paths)
+    return Traced(closed, leaves, unflatten, aux, known, paths)
 
 
 def _check_leaf(x: Any) -> Any:
@@ -233,22 +233,14 @@ def _check_value(value: Any) -> None:
 
 def _known_arrays(arguments: Any) -> Callable[[Any], Known | None]:
     """What the batches among the arguments know of their integer arrays."""
-    known: dict[int, Known] = {}
+    known = {}  # with the arrays: another one might get the id of one that is gone
     for batch in find_batches(arguments):
-        it = iter(zip(batch.distinct, batch.ordered or [None] * len(batch.distinct), strict=True))
-        for feature in jax.tree.leaves(batch.x, is_leaf=_is_bcoo):
-            for array, (bound, ordered) in zip(jax.tree.leaves(feature), it, strict=False):
-                if bound is None:
-                    continue
-                if _is_bcoo(feature) and ordered is not None:
-                    known[id(array)] = Known(bound, columns=Columns(ordered, feature.shape))
-                else:
-                    known[id(array)] = Known(bound, ordered)
-    return lambda constant: known.get(id(constant))
-
-
-def _is_bcoo(x: object) -> bool:
-    return isinstance(x, BCOO)
+        for array, matrix, distinct, ordered in batch.leaves():
+            if distinct is not None and matrix is not None and ordered is not None:
+                known[id(array)] = array, Known(distinct, columns=Columns(ordered, matrix))
+            elif distinct is not None:
+                known[id(array)] = array, Known(distinct, ordered)
+    return lambda constant: known.get(id(constant), (None, None))[1]
 
 
 def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:

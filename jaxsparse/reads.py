@@ -308,7 +308,7 @@ def _read(eqn: Any, kind: str, table: Table, ids_mark: Any, source: str) -> Read
     distinct = values = None
     if isinstance(ids_mark, _Values) and kind != SLICE:
         distinct = ids_mark.distinct
-        if ids_mark.view is not _SCALAR and ids_mark.values is not None:
+        if ids_mark.view is not _SCALAR and ids_mark.values is not None and 0 not in ids:
             values = rows_named(eqn, kind, ids_mark.values, CLIPPED)
     out = jax.ShapeDtypeStruct((ids[:1] if kind == BAG else ids) + tail, dtype)
     return Read(table.leaf, out, ids, distinct, values, source)
@@ -359,8 +359,9 @@ def _values_out(eqn: Any, marks: list[Any]) -> _Values | None:
 
 
 def _applied(eqn: Any, operands: Sequence[_Values]) -> Any:
-    """An elementwise equation's result on the values of its operands."""
-    if any(m.values is None for m in operands):
+    """An elementwise equation's result on the values of its operands; not floats, which XLA may round in another way
+    where it puts other operations together."""
+    if any(m.values is None for m in operands) or jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
         return None
     return eqn.primitive.bind(*jnp.broadcast_arrays(*(m.values for m in operands)), **eqn.params)
 

@@ -53,7 +53,7 @@ class StepWithWorkspace:
         if sharding is None:
             return self._plain(state, *args)
         ordered = [batch.ordered for batch in find_batches(args)]
-        key = tree, sharding, tuple([getattr(x, "shape", ()) for x in leaves])
+        key = tree, sharding, tuple([getattr(x, "shape", ()) for x in leaves + jax.tree.leaves(ordered)])
         buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
         if buffers is None:
             # committed to their device if the arguments are: the step's results are too, and so are the next buffers
@@ -65,7 +65,8 @@ class StepWithWorkspace:
         return state, metrics
 
     def lower(self, state: Any, *args: Any) -> Any:
-        """As of a jitted function: the program that a call with these arguments, or ones of these shapes, runs."""
+        """As of a jitted function: the program that a call with these arguments, or ones of these shapes, runs. A
+        batch itself knows more of its arrays than their shapes (`Batch.ordered`)."""
         if _one_cpu(jax.tree.leaves((state, args))) is None:
             return self._plain.lower(state, *args)
         ordered = [batch.ordered for batch in find_batches(args)]

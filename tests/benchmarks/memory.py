@@ -78,7 +78,10 @@ def of_init(way: str) -> float:
 def of_compiling(length: int) -> float:
     """Seconds to trace and compile the first step."""
     case = Case("compile", 10**6, length=length)
-    batch, state = with_jax.make_data(case)[0], with_jax.make_state(case, with_jax.make_optimizer(case, lazy=True))
+    batch, state = (
+        next(iter(with_jax.make_data(case))),
+        with_jax.make_state(case, with_jax.make_optimizer(case, lazy=True)),
+    )
     start = time.perf_counter()
     js.make_train_step(with_jax.make_loss(case)).lower(state, batch).compile()
     return time.perf_counter() - start

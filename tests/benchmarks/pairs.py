@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.benchmarks.worker import Worker
-from tests.benchmarks.workloads import GPU_CASE, NUM_BATCHES, Case, cases, size_cases
+from tests.benchmarks.workloads import GPU_CASE, NUM_BATCHES, OURS, Case, cases, size_cases
 
 
 class Entry(NamedTuple):
@@ -60,7 +60,7 @@ def run(base: Entry, others: list[Entry], pythons: dict[str, str], rounds: int, 
 
 def moves_skipped_rows(entry: Entry) -> bool:
     """Whether rows move that a step does not read: under dense Adam, and where it is replayed."""
-    if entry.contestant in ("jaxsparse", "linen"):
+    if entry.contestant in OURS:
         return entry.case.optimizer == "adam_replay"
     return entry.case.rule == "adam" and entry.contestant in ("optax", "keras")
 

@@ -4,9 +4,10 @@ import operator
 from typing import Any
 
 from tests.benchmarks.pairs import Result
+from tests.benchmarks.workloads import OURS
 
 LIBRARIES = ("torch", "fbgemm", "tensorflow", "optax", "keras")
-CONTESTANTS = ("jaxsparse", "limit", *LIBRARIES, "linen")
+CONTESTANTS = ("jaxsparse", "limit", *LIBRARIES, *OURS[1:])
 OPTIMIZERS = ("adam", "adam_replay", "adagrad", "rowwise_adagrad", "sgd")
 
 TARGETS = (  # what, the name of its figure, what it has to be
@@ -88,7 +89,7 @@ def plot(results: list[Result], path: str) -> None:
 
     ms, bars = milliseconds(results), {}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for color, name in enumerate(CONTESTANTS[:-1]):
+    for color, name in enumerate((OURS[0], "limit", *LIBRARIES)):
         points = [(10**e, ms[f"bag/adam/1e{e}", name]) for e in (5, 6, 7) if (f"bag/adam/1e{e}", name) in ms]
         width = 3 if name == "jaxsparse" else 1.5
         left.loglog([x for x, _ in points], [y for _, y in points], f"C{color}o-", linewidth=width, label=name)

@@ -1,9 +1,12 @@
 """jaxsparse, and optax without it: the same losses, the optimizer lazy or dense.
 
 The state is a stock TrainState and donated, batches are of js.batches and on the device before anything is timed.
-"linen" is the program nobody changed: flax's nn.Embed and a mean instead of js.embedding_bag.
+"linen" is the program nobody changed: flax's nn.Embed and a mean instead of js.embedding_bag. js.batches finds the
+distinct ids of a batch on the host, which is not in a step's time, but in `host.py`'s: "counted" is a step that is told
+their number only, and "arrays" one that is told nothing, as for arrays that are not of js.batches.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +50,13 @@ def make_optimizer(case: Case, *, lazy: bool) -> optax.GradientTransformation:
     return js.lazy_rowwise_adagrad(rate, 0.0, EPS) if rule == "rowwise_adagrad" else js.lazy_ftrl(rate, **FTRL)
 
 
-def make_data(case: Case) -> list[js.Batch]:
+def make_data(case: Case) -> js.Batches:
     ids, labels, values = workloads.make_batches(case)
     x = ids.reshape(-1, case.length)
     if values is not None:
         starts = np.arange(0, ids.size + 1, case.length)
         x = scipy.sparse.csr_matrix((values.ravel(), ids.ravel(), starts), (labels.size, case.num_rows))
-    return list(js.batches(x, labels.ravel(), batch_size=case.batch))
+    return js.batches(x, labels.ravel(), batch_size=case.batch)
 
 
 def make_loss(case: Case, program: Callable[..., jax.Array] = logits) -> Callable[..., jax.Array]:
@@ -78,7 +81,11 @@ def make(contestant: str, case: Case) -> Made:
         return state.apply_gradients(grads=grads), {"loss": loss}
 
     train_step = jax.jit(dense_step, donate_argnums=0) if dense else js.make_train_step(loss_fn)
-    batches, state = make_data(case), make_state(case, make_optimizer(case, lazy=not dense))
+    batches, state = list(make_data(case)), make_state(case, make_optimizer(case, lazy=not dense))
+    if contestant == "counted":
+        batches = jax.device_put(batches)
+    if contestant == "arrays":
+        batches = [dataclasses.replace(batch, distinct=(None,) * len(batch.distinct)) for batch in batches]
 
     def step(i: int) -> jax.Array:
         nonlocal state

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.workloads import NUM_BATCHES, Case, Made, make_batches
+from tests.benchmarks.workloads import NUM_BATCHES, OURS, Case, Made, make_batches
 
 ROOT = Path(__file__).parents[2]
-MODULES = dict.fromkeys(("jaxsparse", "linen", "optax"), "with_jax") | dict.fromkeys(("torch", "fbgemm"), "with_torch")
+MODULES = dict.fromkeys((*OURS, "optax"), "with_jax") | dict.fromkeys(("torch", "fbgemm"), "with_torch")
 MODULES |= {"keras": "with_keras", "tensorflow": "with_tensorflow", "limit": "with_c"}
 # OpenMP's threads wait without spinning: as fast for torch, FBGEMM and C on a quiet machine, and several times faster
 # where anything else takes one of two cores for a moment.

@@ -17,6 +17,7 @@ RATES = {"adagrad": 1e-2, "rowwise_adagrad": 1e-2, "sgd": 1.0, "ftrl": 1.0}
 EPS = 1e-15  # of the Adagrads, beside the root; their accumulators start at 0
 FTRL = {"beta": 1.0, "l1": 1e-5}
 
+OURS = ("jaxsparse", "linen", "counted", "arrays")
 ADAM_PEERS = ("torch", "tensorflow", "optax")
 PEERS = ("torch", "fbgemm", "tensorflow", "optax")
 
@@ -64,7 +65,10 @@ class Case:
 def cases() -> list[Case]:
     bags = []
     for e in (5, 6, 7):
-        of_adam = {"adam": (*ADAM_PEERS, *["keras"] * (e == 6), "limit"), "adam_replay": (*ADAM_PEERS, "limit")}
+        of_adam = {
+            "adam": (*ADAM_PEERS, *["keras", "counted", "arrays"] * (e == 6), "limit"),
+            "adam_replay": (*ADAM_PEERS, "limit"),
+        }
         peers = of_adam | {"adagrad": PEERS, "rowwise_adagrad": ("fbgemm",), "sgd": PEERS}
         bags += [Case(f"bag/{optimizer}/1e{e}", 10**e, optimizer, peers=p) for optimizer, p in peers.items()]
     ctr = {"num_rows": 2**22, "model": "fields", "dim": 16, "batch": 8192, "length": 26, "ids": "fields"}
