@@ -18,7 +18,7 @@ from jaxsparse.grad import Tables, trace
 from jaxsparse.reads import Read
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
-_CROSSOVER = 0.1
+_CROSSOVER = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,5 +134,5 @@ def _advice(row_sparse: bool, reads: list[Read], leaf: Any) -> str:
             "XLA's CPU backend writes rows of a bfloat16 array by converting all of it: use float32 or float16 there."
         )
     if leaf.shape[0] < _CROSSOVER * sum(math.prod(r.ids) for r in reads):
-        return "At this size a dense gradient is likely faster: tables= leaves it out."
+        return "At this size a dense gradient is likely as fast: tables= leaves it out."
     return ""

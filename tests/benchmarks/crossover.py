@@ -61,7 +61,7 @@ def main() -> None:
     rows = []
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; {BATCH} bags of {LENGTH} ids, {DIM} columns, Adam")
     print(f"{'num_rows':>10} {'sparse ms':>10} {'dense ms':>10} {'dense / sparse':>15}")
-    for num_rows in (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000):
+    for num_rows in (250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000):
         figures = {"num_rows": num_rows, **measure(num_rows, options.rounds)}
         rows.append(figures)
         ratio = figures["dense_ms"] / figures["sparse_ms"]
