@@ -412,7 +412,7 @@ def test_explain_in_a_notebook():
 def test_explain():
     params = {
         "t": jnp.ones((500, 2)),
-        "small": jnp.ones((2, 2)),
+        "small": jnp.ones((1, 2)),
         "tied": TABLE,
         "w": jnp.ones(2),
         "s": jnp.float32(1),
@@ -420,7 +420,7 @@ def test_explain():
     }
 
     def loss(p, batch):
-        h = p["t"][batch.x] + p["t"][batch.x * 2] + p["small"][batch.x % 2]
+        h = p["t"][batch.x] + p["t"][batch.x * 2] + p["small"][batch.x % 1]
         return jnp.sum(h @ p["w"]) * p["s"] + squares(p["tied"][IDS]) + jnp.sum(p["tied"] ** 2)  # the dense use
 
     batch = next(iter(js.batches(np.arange(24).reshape(4, 6), batch_size=4)))
