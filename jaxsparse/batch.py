@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from jax.experimental.sparse import BCOO
 
+from jaxsparse._jax import ByIdentity
+
 
 class Leaf(NamedTuple):
     """An array of x, and what is known of it."""
@@ -50,8 +52,8 @@ class Batch:
     def ordered(self) -> tuple[Any, ...] | None:
         if not self._found:
             return None
-        found = {id(leaf.array): leaf for leaf in self._found}
-        now = [(found.get(id(array)), matrix) for array, matrix in _arrays(self.x)]
+        found = ByIdentity((leaf.array, leaf) for leaf in self._found)
+        now = [(found(array), matrix) for array, matrix in _arrays(self.x)]
         return tuple(leaf.ordered if leaf and leaf.matrix == matrix else None for leaf, matrix in now)
 
     def with_ordered(self, ordered: Iterable[Any] | None) -> Batch:

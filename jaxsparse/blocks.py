@@ -17,13 +17,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-from jax.extend import core
-from jax.interpreters import partial_eval
 
+from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse.collectives import all_gather, vary
+from jaxsparse._jax import all_gather, vary
 from jaxsparse.grad import Traced
 from jaxsparse.interpret import Block, Interpreter, OverBlocks
 from jaxsparse.lazy import Scratches, named_leaves
@@ -99,28 +97,14 @@ def _row_ids(traced: Traced, sparse: list[int], leaves: list[Any]) -> tuple[dict
     def ids_of(*leaves: jax.Array) -> list[jax.Array]:
         program = Interpreter({i: leaves[i] for i in sparse})
         inputs = [Table(i, x.dtype) if i in sparse else x for i, x in enumerate(leaves)]
-        program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
+        program.run(traced.program, inputs)
         of_reads = [r.leaf for r in traced.reads if r.leaf in sparse]
         reads = [(leaf, ids.reshape(-1)) for leaf, (ids, _) in zip(of_reads, program.ids, strict=True)]
         empty = jnp.zeros((0,), jnp.int32)
         return [jnp.concatenate([empty, *(ids for leaf, ids in reads if leaf == i)]) for i in sparse]
 
-    closed = jax.make_jaxpr(ids_of)(*leaves)
-    needed_only, used = partial_eval.dce_jaxpr(_without_effects(closed.jaxpr), [True] * len(sparse))
-    inputs = [x for x, is_used in zip(leaves, used, strict=True) if is_used]
-    ids = jax.core.eval_jaxpr(needed_only, closed.consts, *inputs)
+    ids, used = _jax.evaluate_outputs(ids_of, leaves)
     return dict(zip(sparse, ids, strict=True)), {i for i, is_used in enumerate(used) if is_used}
-
-
-def _without_effects(jaxpr: Any) -> Any:
-    """What a program's outputs need of it, and not what it prints (jax.debug) on the way: that comes with the loss."""
-    needed, kept = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if needed & set(eqn.outvars):
-            kept.append(eqn)
-            needed |= {v for v in eqn.invars if not isinstance(v, core.Literal)}
-    effects = set().union(*(eqn.effects for eqn in kept))
-    return jaxpr.replace(eqns=kept[::-1], effects=effects)
 
 
 def replayed(opt_state: Any) -> set[str]:
@@ -175,7 +159,7 @@ class Blocks:
         arrays = {c.leaf: whole[name] for name, c in self.chosen.items() if name not in replaying}
         blocks = {c.leaf: Block(by_name[name], c.scratch) for name, c in self.chosen.items()}
         inputs = [Table(i, traced.leaves[i].dtype) if i in blocks else x for i, x in enumerate(by_name.values())]
-        value, *aux = OverBlocks(arrays, blocks).run(traced.closed.jaxpr, traced.closed.consts, inputs)
+        value, *aux = OverBlocks(arrays, blocks).run(traced.program, inputs)
         return value * jnp.where(self._fit, 1, jnp.nan).astype(value.dtype), traced.aux(aux)
 
     def rows_in(self, *small: Any) -> list[Any]:
@@ -201,9 +185,9 @@ class Blocks:
         leaves, opt_tree = _flatten(self.opt_state)
         new_leaves, new_tree = _flatten(opt_state)
         assert new_tree == opt_tree, f"the optimizer's state was {opt_tree} and is {new_tree}"
-        scratch = {id(chosen.scratch) for chosen in self.chosen.values()}
+        is_scratch = _jax.ByIdentity((chosen.scratch, True) for chosen in self.chosen.values())
         opt_state = opt_tree.unflatten(
-            n if i is None else x if id(x) in scratch else scatter_rows(x, self.chosen[self._names[i]].ids, n)
+            n if i is None else x if is_scratch(x) else scatter_rows(x, self.chosen[self._names[i]].ids, n)
             for x, n, i in zip(leaves, new_leaves, self._owners, strict=True)
         )
         before = list(map(View, replay_states(self.opt_state)))

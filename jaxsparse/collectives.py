@@ -6,16 +6,16 @@ moved depend on the batch, not on num_rows.
 
 jax.shard_map checks, unless told not to, over which mapped axes each array varies, and there jax.grad adds up the
 gradients of what does not vary, all devices' together. Half of our gradients cannot be added up like that. So what is
-differentiated is `vary`-ed first, all gradients are each device's own, as under pmap, and are combined here.
+differentiated is `_jax.vary`-ed first, all gradients are each device's own, as under pmap, and are combined here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 
+from jaxsparse._jax import all_gather
 from jaxsparse.rows import RowSparse, is_row_sparse, scale
 
 
@@ -65,31 +65,3 @@ def pmean(tree: Any, axis_name: Any) -> Any:
         return leaf / size if not is_row_sparse(leaf) else scale(leaf, 1 / size)
 
     return jax.tree.map(mean, psum(tree, axis_name), is_leaf=is_row_sparse)
-
-
-def all_gather(x: jax.Array, axis_name: Any) -> jax.Array:
-    """The x (k, ...) of all devices, in device order: (n * k, ...), the same on all of them."""
-    if not varying_axes(x):
-        return jax.lax.all_gather(x, axis_name, tiled=True)
-    return jax.lax.all_gather(vary(x, _names(axis_name)), axis_name, tiled=True, to="invarying")
-
-
-def varying_axes(tree: Any) -> frozenset[Any]:
-    """The mapped axes that some leaf varies over, as far as shard_map checks that; none without these checks."""
-    kinds = [jax.typeof(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    return frozenset().union(*(kind.manual_axis_type.varying for kind in kinds))
-
-
-def vary(tree: Any, axes: Iterable[Any]) -> Any:
-    """The tree, its leaves varying over `axes`, as far as shard_map checks that: of equal values on all devices, each
-    device's own."""
-
-    def one(x: Any) -> Any:
-        new = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return jax.lax.pcast(x, new, to="varying") if new else x
-
-    return jax.tree.map(one, tree)
-
-
-def _names(axis_name: Any) -> tuple[Any, ...]:
-    return axis_name if isinstance(axis_name, tuple) else (axis_name,)

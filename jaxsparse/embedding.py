@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse.collectives import vary, varying_axes
+from jaxsparse._jax import vary, varying_axes
 from jaxsparse.rows import gather_rows, in_range, row_ids
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")

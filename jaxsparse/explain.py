@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.grad import Tables, trace
-from jaxsparse.reads import Read
+from jaxsparse.reads import DenseUse, Read
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05
@@ -102,7 +102,7 @@ def explain(
         out = {}
         for i, (path, leaf) in enumerate(zip(traced.paths, traced.leaves, strict=True)):
             reads = [r for r in traced.reads if r.leaf == i]
-            cause, source = traced.dense.get(i, ("not used", "") if not reads else ("not in tables=", ""))
+            use = traced.dense.get(i, DenseUse("not in tables=" if reads else "not used", "", closed=False))
             row_sparse = i in sparse
             num_rows = leaf.shape[0] if leaf.ndim else 0
             out[path] = Parameter(
@@ -112,9 +112,9 @@ def explain(
                 rows_read=sum(math.prod(r.ids) for r in reads),
                 distinct=_bound(reads),
                 reads=tuple(r.source for r in reads),
-                cause="" if row_sparse else cause,
-                source="" if row_sparse else source,
-                advice=_advice(row_sparse, reads, leaf),
+                cause="" if row_sparse else use.cause,
+                source="" if row_sparse else use.source,
+                advice=_advice(reads, leaf) if row_sparse else use.advice,
             )
         return Explanation(out)
 
@@ -126,9 +126,7 @@ def _bound(reads: list[Read]) -> int | None:
     return sum(known) if known and len(known) == len(reads) else None
 
 
-def _advice(row_sparse: bool, reads: list[Read], leaf: Any) -> str:
-    if not row_sparse:
-        return ""
+def _advice(reads: list[Read], leaf: Any) -> str:
     if leaf.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return (
             "XLA's CPU backend writes rows of a bfloat16 array by converting all of it: use float32 or float16 there."

@@ -9,16 +9,17 @@ several reads are put end to end.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from jaxsparse import _jax
 from jaxsparse._checks import chosen_paths, message
+from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.batch import find_batches
-from jaxsparse.collectives import vary, varying_axes
 from jaxsparse.interpret import RowIds, WithDeltas
 from jaxsparse.reads import Columns, Known, Read, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
@@ -68,7 +69,7 @@ def value_and_grad(
             it = iter(others)
             inputs = [Table(i, arrays[i].dtype) if i in arrays else next(it) for i in range(len(traced.leaves))]
             program = WithDeltas(arrays, deltas)
-            value, *aux = program.run(traced.closed.jaxpr, traced.closed.consts, inputs)
+            value, *aux = program.run(traced.program, inputs)
             return value, (aux, program.ids)
 
         deltas = vary([jnp.zeros(r.out.shape, r.out.dtype) for r in reads], traced.axes)
@@ -120,17 +121,17 @@ class Traced:
 
     def __init__(
         self,
-        closed: core.ClosedJaxpr,
+        program: Program,
         leaves: list[Any],
         unflatten: Callable[[list[Any]], Any],
         aux: Callable[[list[Any]], Any],
         known: Callable[[Any], Known | None],
         paths: list[str],
     ) -> None:
-        self.closed, self.leaves, self.unflatten, self.aux, self.paths = closed, leaves, unflatten, aux, paths
+        self.program, self.leaves, self.unflatten, self.aux, self.paths = program, leaves, unflatten, aux, paths
         self.axes = varying_axes(leaves)
         candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-        self.reads, self.dense = find_reads(closed, candidates, known)
+        self.reads, self.dense = find_reads(program, candidates, known)
 
     def distinct(self, leaf: int) -> int | None:
         """A bound on the number of distinct ids in the reads of a leaf, if there is one smaller than their number."""
@@ -186,12 +187,12 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
         value, aux = out if has_aux else (out, None)
         _check_value(value)
         aux_leaves, aux_tree = jax.tree.flatten(aux)
-        arrays = [core.valid_jaxtype(x) for x in aux_leaves]
+        arrays = [_jax.is_array_or_number(x) for x in aux_leaves]
         shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
         return [value, *(x for a, x in zip(arrays, aux_leaves, strict=True) if a)]
 
     known = _known_arrays((args, kwargs))  # now: fun may change dicts that it is given
-    closed = jax.make_jaxpr(flat_fun)(*leaves)
+    program = _jax.trace(flat_fun, *leaves)
 
     def unflatten(gradient: list[Any]) -> Any:
         out = jax.tree.unflatten(treedef, gradient)
@@ -205,7 +206,21 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
     by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
     argument = (lambda n: f"[{n}]") if several else (lambda n: "")
     paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
-    return Traced(closed, leaves, unflatten, aux, known, paths)
+    traced = Traced(program, leaves, unflatten, aux, known, paths)
+    _warn_of_closed_regions(traced)
+    return traced
+
+
+_WARNED: set[str] = set()  # source lines
+
+
+def _warn_of_closed_regions(traced: Traced) -> None:
+    """Once for each line that makes a gradient dense only because this library cannot open what is there."""
+    for i, use in traced.dense.items():
+        if use.closed and use.source not in _WARNED:
+            _WARNED.add(use.source)
+            path = traced.paths[i] or "the parameter"
+            warnings.warn(f"The gradient of {path} is dense: {use.cause} at {use.source}. {use.advice}", stacklevel=2)
 
 
 def _check_leaf(x: Any) -> Any:
@@ -225,7 +240,7 @@ def _check_leaf(x: Any) -> Any:
 
 
 def _check_value(value: Any) -> None:
-    got: Any = jax.typeof(value) if core.valid_jaxtype(value) else type(value).__name__
+    got: Any = jax.typeof(value) if _jax.is_array_or_number(value) else type(value).__name__
     if getattr(got, "shape", None) != () or not jnp.issubdtype(got.dtype, jnp.floating):
         do = "Reduce it to one number; return (scalar, aux) with has_aux=True."
         raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
@@ -233,14 +248,14 @@ def _check_value(value: Any) -> None:
 
 def _known_arrays(arguments: Any) -> Callable[[Any], Known | None]:
     """What the batches among the arguments know of their integer arrays."""
-    known = {}  # with the arrays: another one might get the id of one that is gone
+    known: list[tuple[Any, Known]] = []
     for batch in find_batches(arguments):
         for array, matrix, distinct, ordered in batch.leaves():
             if distinct is not None and matrix is not None and ordered is not None:
-                known[id(array)] = array, Known(distinct, columns=Columns(ordered, matrix))
+                known.append((array, Known(distinct, columns=Columns(ordered, matrix))))
             elif distinct is not None:
-                known[id(array)] = array, Known(distinct, ordered)
-    return lambda constant: known.get(id(constant), (None, None))[1]
+                known.append((array, Known(distinct, ordered)))
+    return _jax.ByIdentity(known)
 
 
 def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:

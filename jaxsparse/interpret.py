@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-from jax.extend import core
 
+from jaxsparse import _jax
 from jaxsparse._checks import message
+from jaxsparse._jax import Equation, Program
 from jaxsparse.embedding import block_lookup, block_padded_sum
 from jaxsparse.reads import (
     BAG,
@@ -35,7 +35,6 @@ from jaxsparse.reads import (
     Finder,
     Summed,
     Table,
-    inner_jaxpr,
     kind_of,
     only_summed,
     rows_named,
@@ -65,64 +64,58 @@ class Interpreter:
         self.ids: list[RowIds] = []
         self._outside: list[Summed] = [lambda number, axis: False]  # of the calls that are being walked through
 
-    def run(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    def run(self, program: Program, args: Sequence[Any]) -> list[Any]:
         """The outputs; tables among them as arrays. `args` holds a Table where a leaf is held back."""
-        return [self._array(x) if isinstance(x, Table) else x for x in self._walk(jaxpr, constants, args)]
+        return [self._array(x) if isinstance(x, Table) else x for x in self._walk(program, args)]
 
     def _array(self, table: Table) -> Any:
         return _cast(self.arrays[table.leaf], table)
 
-    def _walk(self, jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True)) | dict(
-            zip(jaxpr.invars, args, strict=True)
-        )
+    def _walk(self, program: Program, args: Sequence[Any]) -> list[Any]:
+        env = program.constants | dict(zip(program.inputs, args, strict=True))
+        for eqn in program.equations:
+            values = [_jax.read(env, v) for v in eqn.inputs]
+            env.update(zip(eqn.outputs, self._step(program, eqn, values), strict=True))
+        return [_jax.read(env, v) for v in program.outputs]
 
-        def read(v: Any) -> Any:
-            return v.val if isinstance(v, core.Literal) else env[v]
-
-        for eqn in jaxpr.eqns:
-            values = [read(v) for v in eqn.invars]
-            env.update(zip(eqn.outvars, self._step(jaxpr, eqn, values), strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    def _step(self, jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
+    def _step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
         tables = [v if isinstance(v, Table) else None for v in values]
         if not any(tables):
-            return _evaluate(jaxpr, eqn, values)
+            return _jax.evaluate(program, eqn, values)
         kind = kind_of(eqn, tables)
         table = next(t for t in tables if t)
         if kind == CAST:
-            return [table.cast(eqn.params["new_dtype"])]
+            return [table.cast(eqn.param("new_dtype"))]
         if kind == STOP:
             return [jax.lax.stop_gradient(self._array(table))]
         if kind in (GATHER, SLICE, BAG):
-            return [self._read(jaxpr, eqn, kind, table, values)]
+            return [self._read(program, eqn, kind, table, values)]
         if kind == CALL:
-            inner, outside = inner_jaxpr(eqn), self._outside[-1]
-            self._outside.append(lambda n, axis: only_summed(jaxpr, eqn.outvars[n], axis, outside))
-            out = self._walk(inner.jaxpr, inner.consts, values)
+            outside = self._outside[-1]
+            self._outside.append(lambda n, axis: only_summed(program, eqn.outputs[n], axis, outside))
+            out = self._walk(_jax.called(eqn), values)
             self._outside.pop()
             return out
         regions = {REMAT: self._remat, SCAN: self._scan, COND: self._cond}
         assert kind in regions, f"{kind=}: find_reads and the interpreter disagree"
         return regions[kind](eqn, values)
 
-    def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
-        num_rows, weights = eqn.invars[0].aval.shape[0], None
+    def _read(self, program: Program, eqn: Equation, kind: str, table: Table, values: list[Any]) -> Any:
+        num_rows, weights = _jax.shape(eqn.inputs[0])[0], None
         if kind == SLICE:
-            size = eqn.params["slice_sizes"][0]
+            size = eqn.param("slice_sizes")[0]
             ids = jnp.clip(values[1], 0, num_rows - size) + jnp.arange(size)  # as lax.dynamic_slice clamps
             ids = row_ids(ids, num_rows)
         else:
             ids = rows_named(eqn, kind, values[1][..., 0] if kind == GATHER else values[1], self.clipped)
             weights = values[2] if len(values) == 3 else None
         self.ids.append((ids, weights))
-        return _cast(self._rows(jaxpr, eqn, kind, table, values), table)
+        return _cast(self._rows(program, eqn, kind, table, values), table)
 
-    def _rows(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+    def _rows(self, program: Program, eqn: Equation, kind: str, table: Table, values: list[Any]) -> Any:
         """What the read that was noted last gives, before casts."""
         del kind
-        return _evaluate(jaxpr, eqn, [self.arrays[table.leaf], *values[1:]])[0]
+        return _jax.evaluate(program, eqn, [self.arrays[table.leaf], *values[1:]])[0]
 
     def _within(self, deltas: Sequence[Any]) -> Interpreter:
         """The interpreter for a region, given its share of the deltas."""
@@ -134,16 +127,14 @@ class Interpreter:
         del number
         return []
 
-    def _apart(
-        self, jaxprs: Sequence[core.ClosedJaxpr], values: Sequence[Any]
-    ) -> tuple[list[list[Any]], list[Any], Any]:
+    def _apart(self, programs: Sequence[Program], values: Sequence[Any]) -> tuple[list[list[Any]], list[Any], Any]:
         """For a region: the deltas of each of its programs, the values that are no tables, and how to put the two kinds
         of values together again inside."""
         held = [v if isinstance(v, Table) else None for v in values]
         deltas = []
-        for inner in jaxprs:
+        for inner in programs:
             finder = Finder()
-            finder.walk(inner.jaxpr, held, [None] * len(inner.consts))
+            finder.walk(inner, held)
             deltas.append(self._deltas(len(finder.reads)))
 
         def together(rest: Sequence[Any]) -> list[Any]:
@@ -152,55 +143,47 @@ class Interpreter:
 
         return deltas, [v for v in values if not isinstance(v, Table)], together
 
-    def _remat(self, eqn: Any, values: list[Any]) -> list[Any]:
-        inner = inner_jaxpr(eqn)
-        (deltas,), rest, together = self._apart([inner], values)
+    def _remat(self, eqn: Equation, values: list[Any]) -> list[Any]:
+        remat = _jax.remat_of(eqn)
+        (deltas,), rest, together = self._apart([remat.body], values)
         tables: list[Any] = []
 
         def body(deltas: list[Any], rest: list[Any]) -> Any:
             sub = self._within(deltas)
-            outs = sub._walk(inner.jaxpr, inner.consts, together(rest))
+            outs = sub._walk(remat.body, together(rest))
             tables[:] = [x if isinstance(x, Table) else None for x in outs]
             return [x for x in outs if not isinstance(x, Table)], sub.ids
 
-        again = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-        outs, ids = again(deltas, rest)
+        outs, ids = remat.again(body)(deltas, rest)
         self.ids += ids
         it = iter(outs)
         return [t if t else next(it) for t in tables]
 
-    def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
-        inner, params = inner_jaxpr(eqn), eqn.params
-        consts, carry = params["num_consts"], params["num_carry"]
-        (deltas,), rest, together = self._apart([inner], values)
-        fixed = rest[: len(rest) - len(values) + consts]  # no table is beyond the constants
+    def _scan(self, eqn: Equation, values: list[Any]) -> list[Any]:
+        scan = _jax.scan_of(eqn)
+        (deltas,), rest, together = self._apart([scan.body], values)
+        first, end = scan.num_consts, scan.num_consts + scan.num_carry
+        fixed = rest[: len(rest) - len(values) + first]  # no table is beyond the constants
 
         def body(state: Any, turn: Any) -> Any:
             xs, deltas = turn
             sub = self._within(deltas)
-            outs = sub._walk(inner.jaxpr, inner.consts, together([*fixed, *state, *xs]))
-            return outs[:carry], (outs[carry:], sub.ids)
+            outs = sub._walk(scan.body, together([*fixed, *state, *xs]))
+            return outs[: scan.num_carry], (outs[scan.num_carry :], sub.ids)
 
-        turns = slice(consts, consts + carry)
-        start = [jnp.asarray(v, a.dtype) for v, a in zip(values[turns], inner.in_avals[turns], strict=True)]
-        state, (ys, ids) = jax.lax.scan(
-            body,
-            start,
-            (values[consts + carry :], deltas),
-            length=params["length"],
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
+        carried = zip(values[first:end], scan.body.inputs[first:end], strict=True)
+        start = [jnp.asarray(x, _jax.dtype(v)) for x, v in carried]
+        state, (ys, ids) = scan.again(body, start, (values[end:], deltas))
         self.ids += ids
         return [*state, *ys]
 
-    def _cond(self, eqn: Any, values: list[Any]) -> list[Any]:
-        branches = eqn.params["branches"]
+    def _cond(self, eqn: Equation, values: list[Any]) -> list[Any]:
+        branches = _jax.branches(eqn)
         deltas, rest, together = self._apart(branches, values[1:])
 
         def run(i: int, deltas: list[Any], rest: list[Any]) -> Any:
             sub = self._within(deltas)
-            return sub.run(branches[i].jaxpr, branches[i].consts, together(rest)), sub.ids
+            return sub.run(branches[i], together(rest)), sub.ids
 
         reads = [jax.eval_shape(lambda *args, i=i: run(i, *args)[1], deltas[i], rest) for i in range(len(branches))]
 
@@ -226,11 +209,11 @@ class WithDeltas(Interpreter):
         super().__init__(arrays)
         self.deltas: Iterator[Any] = iter(deltas)
 
-    def _read(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
-        out = super()._read(jaxpr, eqn, kind, table, values)
+    def _read(self, program: Program, eqn: Equation, kind: str, table: Table, values: list[Any]) -> Any:
+        out = super()._read(program, eqn, kind, table, values)
         delta = next(self.deltas)
         if kind == GATHER:  # vmap may have put the row's dimensions before those of the ids
-            tail, first = eqn.params["dimension_numbers"].offset_dims, iter(range(out.ndim))
+            tail, first = eqn.param("dimension_numbers").offset_dims, iter(range(out.ndim))
             lead = out.ndim - len(tail)
             delta = jnp.transpose(delta, [lead + tail.index(i) if i in tail else next(first) for i in range(out.ndim)])
         return out + delta
@@ -256,15 +239,15 @@ class OverBlocks(Interpreter):
             raise ValueError(message("make_train_step", "loss_fn", "one that only reads rows", got, do))
         return super()._array(table)
 
-    def _rows(self, jaxpr: Any, eqn: Any, kind: str, table: Table, values: list[Any]) -> Any:
+    def _rows(self, program: Program, eqn: Equation, kind: str, table: Table, values: list[Any]) -> Any:
         block, (ids, weights) = self.blocks[table.leaf], self.ids[-1]
         at = positions(ids, block.scratch, block.rows.shape[0])
         if kind == BAG:
             return block_padded_sum(block.rows, at, weights)
         if kind == SLICE:
             return gather_rows(block.rows, at)
-        params, last = eqn.params, at.ndim - 1
-        tail = params["dimension_numbers"].offset_dims
+        numbers, last = eqn.param("dimension_numbers"), at.ndim - 1
+        tail = numbers.offset_dims
         in_order = tail == tuple(range(at.ndim, at.ndim + len(tail)))
 
         def read(rows: jax.Array, at: jax.Array) -> jax.Array:
@@ -272,17 +255,18 @@ class OverBlocks(Interpreter):
             return jax.lax.gather(
                 rows,
                 at[..., None],
-                dimension_numbers=params["dimension_numbers"]._replace(offset_dims=offsets),
-                slice_sizes=params["slice_sizes"],
+                dimension_numbers=numbers._replace(offset_dims=offsets),
+                slice_sizes=eqn.param("slice_sizes"),
                 mode=GatherScatterMode.FILL_OR_DROP,  # ids that are to be clipped were clipped above
-                fill_value=params["fill_value"],
+                fill_value=eqn.param("fill_value"),
             )
 
         kept = at
-        if params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS:
-            kept = jnp.where(row_ids(values[1][..., 0], eqn.invars[0].aval.shape[0]) == ids, at, block.rows.shape[0])
+        if eqn.param("mode") == GatherScatterMode.PROMISE_IN_BOUNDS:
+            named = row_ids(values[1][..., 0], _jax.shape(eqn.inputs[0])[0])
+            kept = jnp.where(named == ids, at, block.rows.shape[0])
         if in_order:
-            summed = last > 0 and only_summed(jaxpr, eqn.outvars[0], last, self._outside[-1])
+            summed = last > 0 and only_summed(program, eqn.outputs[0], last, self._outside[-1])
             apart = summed and not table.casts
             return block_lookup(read, block.rows, at, kept, apart)
         rows = read(block.rows, at)  # vmap has put the row's dimensions before those of the ids
@@ -302,18 +286,3 @@ def _cast(x: Any, table: Table) -> Any:
 def _padding(struct: Any) -> jax.Array:
     """Ids that name no row, or weights that nothing is multiplied by."""
     return jnp.full(struct.shape, -1 if jnp.issubdtype(struct.dtype, jnp.integer) else 0, struct.dtype)
-
-
-def _evaluate(jaxpr: Any, eqn: Any, values: list[Any]) -> list[Any]:
-    """One equation, as jax.core.eval_jaxpr evaluates it: with its own source line, name stack and context."""
-    pairs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, core.Literal)]
-    invars = list(dict(pairs))  # the same variable may come in twice
-    jaxpr = jaxpr.replace(
-        constvars=[],
-        invars=invars,
-        outvars=eqn.outvars,
-        eqns=[eqn],
-        effects=eqn.effects,
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    return list(jax.core.eval_jaxpr(jaxpr, (), *dict(pairs).values()))

@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._checks import chosen_paths, message
+from jaxsparse._jax import is_traced
 from jaxsparse.rowwise import find_row_leaves
 
 # their stubs give a tree definition no methods
@@ -80,7 +80,7 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
             more = -x.shape[0] % mesh.shape[axis]
             x = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
         sharding = NamedSharding(mesh, PartitionSpec(axis) if by_row else PartitionSpec())
-        if isinstance(x, jax.core.Tracer) and AxisType.Auto in mesh.axis_types:
+        if is_traced(x) and AxisType.Auto in mesh.axis_types:
             return jax.lax.with_sharding_constraint(x, sharding)
         return jax.device_put(x, sharding)
 

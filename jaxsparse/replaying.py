@@ -22,6 +22,7 @@ import optax
 
 from jaxsparse import catch_up
 from jaxsparse._checks import message
+from jaxsparse._jax import is_traced
 from jaxsparse.lazy import LazyState, coalesce_with, lazy, named_leaves, per_leaf
 from jaxsparse.rows import RowSparse, gather_rows, in_range, is_row_sparse, scatter_rows, zero_after
 
@@ -264,7 +265,7 @@ def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
 
 
 def _refuse_late(g: Any, late: jax.Array) -> Any:
-    if not isinstance(late, jax.core.Tracer):
+    if not is_traced(late):
         if late:
             do = "Call js.refresh(loss_fn)(state, batch) before the gradient is taken, or use js.make_train_step."
             raise ValueError(

@@ -27,9 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
-from jax.extend.random import define_prng_impl
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
+from jaxsparse._jax import opaque_dtype
 
 
 def _not_a_key(*args: Any) -> Any:
@@ -37,15 +37,11 @@ def _not_a_key(*args: Any) -> Any:
     raise TypeError("The ids of a js.RowSparse are not random keys. Read them as integers: gradient.ids.")
 
 
-_OPAQUE: Any = define_prng_impl(
-    key_shape=(1,),
-    seed=_not_a_key,
-    split=_not_a_key,
-    random_bits=_not_a_key,
-    fold_in=_not_a_key,
+_OPAQUE: Any = opaque_dtype(
     name="row_ids",
     tag="row ids of a js.RowSparse, not numbers: put the whole optax chain inside js.lazy(...), "
     "or use before=; across devices use js.psum / js.pmean",
+    refuse=_not_a_key,
 )
 
 

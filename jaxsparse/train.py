@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxsparse._checks import message
+from jaxsparse._jax import vary
 from jaxsparse.accumulate import AccumulateState
 from jaxsparse.blocks import Blocks
-from jaxsparse.collectives import psum, vary
+from jaxsparse.collectives import psum
 from jaxsparse.grad import trace, value_and_grad
 from jaxsparse.lazy import coalesce_gradients, named_leaves
 from jaxsparse.parallel import in_auto_mode

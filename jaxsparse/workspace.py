@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 
+from jaxsparse._jax import is_traced
 from jaxsparse.batch import find_batches, order_batches
 
 _SMALL = 1 << 18  # bytes: what is smaller is left to XLA
@@ -83,7 +83,7 @@ def _one_cpu(leaves: list[Any]) -> Any:
         return None
     found: Any = None
     for x in leaves:  # 10 to 30 of them, at each step: no set of shardings, whose hashes are slow
-        if isinstance(x, jax.core.Tracer):
+        if is_traced(x):
             return None
         sharding = getattr(x, "sharding", None)
         if found is None:

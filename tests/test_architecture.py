@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_checks", "rows"},
+    {"_jax", "_checks", "rows"},
     {"ops", "embedding", "collectives", "batch", "features", "pipeline"},
     {"grad", "reads", "interpret", "explain", "rowwise", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"}
     | {"catch_up", "replaying", "blocks", "refresh", "adagrad", "parallel", "workspace"},

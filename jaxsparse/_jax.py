@@ -1,0 +1,330 @@
+"""Whatever JAX does not promise to keep, in one room: all other files see it through here.
+
+`TESTED` are the versions of JAX that the whole test suite was run with. What this room leans on:
+
+* The result of jax.make_jaxpr: `eqns`, `invars`, `outvars`, `constvars`, `consts`, `effects`, `debug_info`, `replace`
+  of a program, which since 0.11 holds its own constants; `primitive`, `params`, `invars`, `outvars`, `effects`,
+  `source_info.traceback.frames` of an equation; `aval` of a variable, `val` of a jax.extend.core.Literal. `Program` and
+  `Equation` are what the other rooms see of them.
+* Constants: an array that a traced function closes over is, as an object, among the constants of its program.
+* jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared as an object. Only the
+  new remat of 0.12 (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
+* Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
+  `jaxpr`, `length`, `reverse`, `unroll`, and `num_consts`, `num_carry` (until 0.10) or `ft_in` (since 0.11); cond
+  `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
+  convert_element_type `new_dtype`; reduce_sum `axes`. Of any other equation, jax.extend.core.jaxprs_in_params tells
+  which programs it holds.
+* jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it.
+* jax.extend.random.define_prng_impl makes a dtype that arithmetic refuses.
+* jax.core.Tracer, jax.extend.core.valid_jaxtype, and `manual_axis_type.varying` of jax.typeof with jax.lax.pcast.
+
+What is missing raises here, at import or when it is first asked for, with the version found and the versions tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+TESTED = ("0.10.2", "0.11.2", "0.12.0")
+
+
+def _unknown(problem: object) -> str:
+    versions = f"{', '.join(TESTED[:-1])} and {TESTED[-1]}"
+    return f"jaxsparse cannot work with jax {jax.__version__}, but with jax {versions}: {problem}"
+
+
+def _missing(error: AttributeError) -> str:
+    return _unknown(f"{type(error.obj).__name__} has no {error.name!r}")
+
+
+try:
+    import jax.core
+    import jax.extend.core
+    import jax.extend.core.primitives
+    from jax.core import Tracer, eval_jaxpr
+    from jax.extend.core import Literal, jaxprs_in_params, valid_jaxtype
+    from jax.extend.random import define_prng_impl
+    from jax.interpreters.partial_eval import dce_jaxpr
+    from jax.lax import pcast
+except ImportError as error:
+    raise ImportError(_unknown(error)) from error
+
+
+def primitives(names: str) -> frozenset[Any]:
+    """The primitives of these names, without the "_p" of jax.extend.core.primitives."""
+    return frozenset(map(_primitive, names.split()))
+
+
+def _primitive(name: str) -> Any:
+    found = getattr(jax.extend.core.primitives, f"{name}_p", None)
+    if found is None:
+        raise ImportError(_unknown(f"jax.extend.core.primitives has no '{name}_p'"))
+    return found
+
+
+CALLS = primitives("jit closed_call")
+COND, CONCATENATE, CONVERT, DYNAMIC_SLICE, GATHER, REDUCE_SUM, SCAN, SELECT, SLICE, STOP_GRADIENT = map(
+    _primitive,
+    "cond concatenate convert_element_type dynamic_slice gather reduce_sum scan select_n slice stop_gradient".split(),
+)
+_REMAT = _primitive("remat")
+_NEW_REMAT = "RematTraced"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# programs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function. Its variables are opaque keys, of which `shape` and `dtype` tell more."""
+
+    constants: dict[Any, Any]  # by variable
+    inputs: Sequence[Any]  # variables
+    outputs: Sequence[Any]  # variables and literals
+    equations: Sequence[Equation]
+    jaxpr: Any  # JAX's own, for this room
+
+
+class Equation(NamedTuple):
+    """One operation of a program."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: Sequence[Any]  # variables and literals
+    outputs: Sequence[Any]  # variables
+    jaxpr_eqn: Any  # JAX's own, for this room
+
+    def param(self, name: str) -> Any:
+        """The parameter of this name; RuntimeError where the equation has none."""
+        if name not in self.params:
+            raise RuntimeError(_unknown(f"{self.primitive} equations have no {name!r}"))
+        return self.params[name]
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> Program:
+    """The program of fun(*args), its inputs being the leaves of args."""
+    return _program(jax.make_jaxpr(fun)(*args))
+
+
+def _program(closed: Any) -> Program:
+    """Of a jaxpr, which has its constants or needs none."""
+    return _program_with(getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()))
+
+
+def _program_with(jaxpr: Any, constants: Sequence[Any]) -> Program:
+    try:
+        equations = [Equation(e.primitive, e.params, e.invars, e.outvars, e) for e in jaxpr.eqns]
+        named = dict(zip(jaxpr.constvars, constants, strict=True))
+        return Program(named, jaxpr.invars, jaxpr.outvars, equations, jaxpr)
+    except AttributeError as error:
+        raise RuntimeError(_missing(error)) from error
+
+
+def shape(v: Any) -> tuple[int, ...]:
+    return tuple(v.aval.shape)
+
+
+def dtype(v: Any) -> Any:
+    return v.aval.dtype
+
+
+def is_literal(v: Any) -> bool:
+    """Whether what stands in a program is a number, and no variable."""
+    return isinstance(v, Literal)
+
+
+def literal_value(v: Any) -> Any:
+    return v.val
+
+
+def read(env: dict[Any, Any], v: Any) -> Any:
+    """The value of a variable or a literal."""
+    return v.val if isinstance(v, Literal) else env[v]
+
+
+def source_frames(eqn: Equation) -> list[tuple[str, int, str]]:
+    """(file, line, function) of the calls that made an equation, the innermost first."""
+    try:
+        traceback = eqn.jaxpr_eqn.source_info.traceback
+        return [(f.file_name, f.line_num, f.function_name) for f in traceback.frames] if traceback else []
+    except AttributeError as error:
+        raise RuntimeError(_missing(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# equations that hold programs
+
+
+def called(eqn: Equation) -> Program:
+    """What one of `CALLS` calls."""
+    return _program(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.param("jaxpr"))
+
+
+def called_name(eqn: Equation) -> str | None:
+    """The name of the function that is called, if this equation is a call of one."""
+    return eqn.params.get("name") if eqn.primitive in CALLS else None
+
+
+def branches(eqn: Equation) -> list[Program]:
+    """Of a COND."""
+    return [_program(branch) for branch in eqn.param("branches")]
+
+
+class Scan(NamedTuple):
+    """A scan: its inputs are `num_consts` constants, `num_carry` carried values, and what is scanned over."""
+
+    body: Program
+    num_consts: int
+    num_carry: int
+    length: int
+    again: Callable[..., Any]  # jax.lax.scan with this scan's settings
+
+
+def scan_of(eqn: Equation) -> Scan:
+    """Of a SCAN."""
+    if "num_consts" in eqn.params:
+        num_consts, num_carry = eqn.params["num_consts"], eqn.param("num_carry")
+    else:
+        num_consts, num_carry, _ = (len(list(part)) for part in eqn.param("ft_in").unpack())
+    settings = {name: eqn.param(name) for name in ("length", "reverse", "unroll")}
+    again = functools.partial(jax.lax.scan, **settings)
+    return Scan(_program(eqn.param("jaxpr")), num_consts, num_carry, settings["length"], again)
+
+
+class Remat(NamedTuple):
+    """A function under jax.checkpoint."""
+
+    body: Program
+    again: Callable[..., Any]  # jax.checkpoint with this one's settings
+
+
+def is_remat(eqn: Equation) -> bool:
+    return eqn.primitive is _REMAT or type(eqn.params.get("_prim")).__name__ == _NEW_REMAT
+
+
+def remat_of(eqn: Equation) -> Remat:
+    """Of an equation that `is_remat`."""
+    if eqn.primitive is _REMAT:
+        jaxpr, policy, cse = map(eqn.param, ("jaxpr", "policy", "prevent_cse"))
+    else:
+        new = eqn.param("_prim")
+        jaxpr, policy, cse = new.jaxpr, new.policy, getattr(new, "prevent_cse", True)
+    cse = cse if isinstance(cse, bool) else any(cse)  # since 0.12 perhaps one for each input
+    return Remat(_program(jaxpr), functools.partial(jax.checkpoint, policy=policy, prevent_cse=cse))
+
+
+def held_programs(eqn: Equation) -> list[Program] | None:
+    """The programs in an equation of any kind, known to this library or not; None where there are none. A list without
+    any stands for one that cannot be seen. They come without their constants."""
+    held = [_program_with(jaxpr, [None] * len(jaxpr.constvars)) for jaxpr in jaxprs_in_params(eqn.params)]
+    return held if held or "_prim" in eqn.params else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluate(program: Program, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+    """One equation of a program, as JAX itself evaluates it: with its own source line, name stack and context."""
+    by_variable = {v: x for v, x in zip(eqn.inputs, values, strict=True) if not isinstance(v, Literal)}
+    jaxpr = program.jaxpr.replace(
+        constvars=[],
+        invars=list(by_variable),
+        outvars=eqn.outputs,
+        eqns=[eqn.jaxpr_eqn],
+        effects=eqn.jaxpr_eqn.effects,
+        debug_info=program.jaxpr.debug_info.with_unknown_names(),
+    )
+    return list(eval_jaxpr(jaxpr, (), *by_variable.values()))
+
+
+def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:
+    """fun(*args), a list of arrays, without anything that these do not need, what it prints included; and which of the
+    args they need."""
+    closed = jax.make_jaxpr(fun)(*args)
+    jaxpr = closed.jaxpr
+    needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    effects = set().union(*(eqn.effects for eqn in kept))
+    jaxpr, used = dce_jaxpr(jaxpr.replace(eqns=kept[::-1], effects=effects), [True] * len(jaxpr.outvars))
+    inputs = [x for x, is_used in zip(args, used, strict=True) if is_used]
+    return list(eval_jaxpr(jaxpr, closed.consts, *inputs)), list(used)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# values
+
+
+def is_traced(x: object) -> bool:
+    return isinstance(x, Tracer)
+
+
+def is_array_or_number(x: object) -> bool:
+    """Whether a traced function may return it."""
+    return valid_jaxtype(x)
+
+
+class ByIdentity:
+    """What is known of some arrays, looked up by the very object, which is kept so that no other gets its id."""
+
+    def __init__(self, known: Iterable[tuple[Any, Any]]) -> None:
+        self._known = {id(array): (array, value) for array, value in known}
+
+    def __call__(self, array: object) -> Any:
+        """What is known of an array, or None."""
+        return self._known.get(id(array), (None, None))[1]
+
+
+def opaque_dtype(name: str, tag: str, refuse: Callable[..., Any]) -> Any:
+    """A dtype that arithmetic refuses: the `impl` of jax.random.wrap_key_data for one uint32 word each. JAX prints the
+    tag where it refuses; `refuse` is called where the words are used as random keys."""
+    return define_prng_impl(
+        key_shape=(1,), seed=refuse, split=refuse, random_bits=refuse, fold_in=refuse, name=name, tag=tag
+    )
+
+
+# jax.shard_map checks, unless told not to, over which mapped axes each array varies.
+
+
+def varying_axes(tree: Any) -> frozenset[Any]:
+    """The mapped axes that some leaf varies over, as far as shard_map checks that; none without these checks."""
+    return frozenset().union(*map(_varying, _arrays(tree)))
+
+
+def vary(tree: Any, axes: Iterable[Any]) -> Any:
+    """The tree, its leaves varying over `axes`, as far as shard_map checks that: of equal values on all devices, each
+    device's own."""
+
+    def one(x: Any) -> Any:
+        new = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return pcast(x, new, to="varying") if new else x
+
+    return jax.tree.map(one, tree)
+
+
+def all_gather(x: jax.Array, axis_name: Any) -> jax.Array:
+    """The x (k, ...) of all devices, in device order: (n * k, ...), the same on all of them."""
+    if not varying_axes(x):
+        return jax.lax.all_gather(x, axis_name, tiled=True)
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    return jax.lax.all_gather(vary(x, names), axis_name, tiled=True, to="invarying")
+
+
+def _arrays(tree: Any) -> Iterator[jax.Array]:
+    return (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    try:
+        return jax.typeof(x).manual_axis_type.varying
+    except AttributeError as error:
+        raise RuntimeError(_missing(error)) from error
