@@ -1,12 +1,14 @@
 """`explain`: which parameters a loss reads by rows, and what makes the others dense.
 
 Frameworks have fallen back to dense gradients in silence for years. Here the choice is made by looking at the program,
-and this is the look: nothing is computed.
+and this is the look: nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA
+writes their rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxsparse.grad import Tables, trace
 from jaxsparse.reads import DenseUse, Read
+from jaxsparse.rows import gather_rows, scatter_rows
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05
@@ -121,16 +124,27 @@ def explain(
     return explain_fun
 
 
+@functools.cache
+def _written_in_place(dtype: Any, backend: str) -> bool:
+    """Whether the program that XLA compiles to change some rows of a donated table makes no second one."""
+    del backend  # the default one, whose answers are remembered apart
+    if dtype.itemsize >= 4:
+        return True
+    table, ids = jax.ShapeDtypeStruct((1 << 16, 8), dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
+    change = jax.jit(lambda table, ids: scatter_rows(table, ids, 2 * gather_rows(table, ids)), donate_argnums=0)
+    memory = change.lower(table, ids).compile().memory_analysis()
+    return memory.temp_size_in_bytes < table.size * dtype.itemsize
+
+
 def _bound(reads: list[Read]) -> int | None:
     known = [r.distinct for r in reads if r.distinct is not None]
     return sum(known) if known and len(known) == len(reads) else None
 
 
 def _advice(reads: list[Read], leaf: Any) -> str:
-    if leaf.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return (
-            "XLA's CPU backend writes rows of a bfloat16 array by converting all of it: use float32 or float16 there."
-        )
+    if not _written_in_place(leaf.dtype, jax.default_backend()):
+        where = f"with jax {jax.__version__} on {jax.default_backend()}"
+        return f"XLA writes rows of a {leaf.dtype} array by converting all of it, {where}: use float32."
     if leaf.shape[0] < _CROSSOVER * sum(math.prod(r.ids) for r in reads):
         return "At this size a dense gradient is likely as fast: tables= leaves it out."
     return ""
