@@ -133,7 +133,7 @@ def _written_in_place(dtype: Any, backend: str) -> bool:
     table, ids = jax.ShapeDtypeStruct((1 << 16, 8), dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
     change = jax.jit(lambda table, ids: scatter_rows(table, ids, 2 * gather_rows(table, ids)), donate_argnums=0)
     memory = change.lower(table, ids).compile().memory_analysis()
-    return memory.temp_size_in_bytes < table.size * dtype.itemsize
+    return memory is None or memory.temp_size_in_bytes < table.size * dtype.itemsize
 
 
 def _bound(reads: list[Read]) -> int | None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -20,7 +21,10 @@ hypothesis.settings.load_profile("jaxsparse")
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_forgotten():
-    """After each file: JAX keeps every program that it compiled, and all files' together are 11 GB a worker."""
+    """After a file, once this process is large: JAX keeps every program that it compiled, and small ones are shared."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    statm = pathlib.Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else None
+    if pages is None or pages * os.sysconf("SC_PAGE_SIZE") > 3e9:
+        jax.clear_caches()
+        gc.collect()
