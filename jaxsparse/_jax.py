@@ -23,6 +23,7 @@ What is missing raises here, at import or when it is first asked for, with the v
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,8 +39,13 @@ def _unknown(problem: object) -> str:
     return f"jaxsparse cannot work with jax {jax.__version__}, but with jax {versions}: {problem}"
 
 
-def _missing(error: AttributeError) -> str:
-    return _unknown(f"{type(error.obj).__name__} has no {error.name!r}")
+@contextlib.contextmanager
+def _looking_inside() -> Iterator[None]:
+    """Around what reads the fields of JAX's own objects."""
+    try:
+        yield
+    except AttributeError as error:
+        raise RuntimeError(_unknown(f"{type(error.obj).__name__} has no {error.name!r}")) from error
 
 
 try:
@@ -118,12 +124,10 @@ def _program(closed: Any) -> Program:
 
 
 def _program_with(jaxpr: Any, constants: Sequence[Any]) -> Program:
-    try:
+    with _looking_inside():
         equations = [Equation(e.primitive, e.params, e.invars, e.outvars, e) for e in jaxpr.eqns]
         named = dict(zip(jaxpr.constvars, constants, strict=True))
         return Program(named, jaxpr.invars, jaxpr.outvars, equations, jaxpr)
-    except AttributeError as error:
-        raise RuntimeError(_missing(error)) from error
 
 
 def shape(v: Any) -> tuple[int, ...]:
@@ -150,11 +154,9 @@ def read(env: dict[Any, Any], v: Any) -> Any:
 
 def source_frames(eqn: Equation) -> list[tuple[str, int, str]]:
     """(file, line, function) of the calls that made an equation, the innermost first."""
-    try:
+    with _looking_inside():
         traceback = eqn.jaxpr_eqn.source_info.traceback
         return [(f.file_name, f.line_num, f.function_name) for f in traceback.frames] if traceback else []
-    except AttributeError as error:
-        raise RuntimeError(_missing(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +193,8 @@ def scan_of(eqn: Equation) -> Scan:
     if "num_consts" in eqn.params:
         num_consts, num_carry = eqn.params["num_consts"], eqn.param("num_carry")
     else:
-        num_consts, num_carry, _ = (len(list(part)) for part in eqn.param("ft_in").unpack())
+        with _looking_inside():
+            num_consts, num_carry, _ = (len(list(part)) for part in eqn.param("ft_in").unpack())
     settings = {name: eqn.param(name) for name in ("length", "reverse", "unroll")}
     again = functools.partial(jax.lax.scan, **settings)
     return Scan(_program(eqn.param("jaxpr")), num_consts, num_carry, settings["length"], again)
@@ -213,8 +216,9 @@ def remat_of(eqn: Equation) -> Remat:
     if eqn.primitive is _REMAT:
         jaxpr, policy, cse = map(eqn.param, ("jaxpr", "policy", "prevent_cse"))
     else:
-        new = eqn.param("_prim")
-        jaxpr, policy, cse = new.jaxpr, new.policy, getattr(new, "prevent_cse", True)
+        with _looking_inside():
+            new = eqn.param("_prim")
+            jaxpr, policy, cse = new.jaxpr, new.policy, getattr(new, "prevent_cse", True)
     cse = cse if isinstance(cse, bool) else any(cse)  # since 0.12 perhaps one for each input
     return Remat(_program(jaxpr), functools.partial(jax.checkpoint, policy=policy, prevent_cse=cse))
 
@@ -324,7 +328,5 @@ def _arrays(tree: Any) -> Iterator[jax.Array]:
 
 
 def _varying(x: jax.Array) -> frozenset[Any]:
-    try:
+    with _looking_inside():
         return jax.typeof(x).manual_axis_type.varying
-    except AttributeError as error:
-        raise RuntimeError(_missing(error)) from error

@@ -351,9 +351,7 @@ def test_scopes_are_named():
 # pmap
 
 
-@pytest.mark.parametrize(
-    ("devices", "optimizer"), [(2, "clip_adamw"), pytest.param(8, "adam", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("devices", "optimizer"), [(2, "clip_adamw"), pytest.param(8, "adam", marks=pytest.mark.slow)])
 def test_pmap_agrees_with_one_device(devices, optimizer):
     """19 examples in batches of 16: the last one has a device with a part and, with 8, devices without any example."""
     x, y = data(19)
