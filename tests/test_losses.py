@@ -1,5 +1,7 @@
 """Losses and weights against NumPy, and that their gradients stay row-sparse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +14,19 @@ from jaxsparse.rows import is_row_sparse
 
 V, D, B = 20, 4, 6
 RNG = np.random.default_rng(0)
-TABLE = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
-HIDDEN = jnp.asarray(RNG.normal(size=(B, D)), jnp.float32)
-BIAS = jnp.asarray(RNG.normal(size=V), jnp.float32)
-LABELS = jnp.array([3, 0, 19, 3, 7, 1])
+TABLE, HIDDEN, BIAS = (RNG.normal(size=shape).astype(np.float32) for shape in ((V, D), (B, D), V))
+LABELS = np.array([3, 0, 19, 3, 7, 1])
 
 
 def test_weighted_mean():
     values, weight = jnp.array([1.0, jnp.nan, 5.0]), jnp.array([1.0, 0.0, 3.0])
-    assert js.weighted_mean(values, weight) == 4
-    np.testing.assert_allclose(jax.grad(js.weighted_mean)(values, weight), [0.25, 0, 0.75])
-    assert js.weighted_mean(values, jnp.zeros(3)) == 0
-    np.testing.assert_array_equal(jax.grad(js.weighted_mean)(values, jnp.zeros(3)), np.zeros(3))
+    mean_and_gradient = jax.jit(jax.value_and_grad(js.weighted_mean))
+    mean, gradient = mean_and_gradient(values, weight)
+    assert mean == 4 == js.weighted_mean(values, weight)
+    np.testing.assert_allclose(gradient, [0.25, 0, 0.75])
+    mean, gradient = mean_and_gradient(values, np.zeros(3, np.float32))
+    assert mean == 0
+    np.testing.assert_array_equal(gradient, np.zeros(3))
     with pytest.raises(ValueError, match=r"'weight'.*\(3,\).*\(2,\)"):
         js.weighted_mean(values, jnp.zeros(2))
 
@@ -65,18 +68,31 @@ def test_with_everything_sampled_it_is_the_softmax(bias):
         return -jax.nn.log_softmax(logits)[jnp.arange(B), LABELS].sum()
 
     arguments = (0, 1) if bias is None else (0, 1, 2)
-    value, grads = jax.value_and_grad(sampled, arguments)(TABLE, HIDDEN, bias)
-    want_value, want = jax.value_and_grad(full, arguments)(TABLE, HIDDEN, bias)
+    both = jax.jit(lambda *args: [jax.value_and_grad(f, arguments)(*args) for f in (sampled, full)])
+    (value, grads), (want_value, want) = both(TABLE, HIDDEN, bias)
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     for got, expected in zip(grads, want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@functools.cache
+def losses_and_sample(samples):
+    """The losses with and without removal of accidental hits, and what was drawn for them."""
+
+    @jax.jit
+    def results(table, hidden, bias):
+        key = jax.random.key(1)
+        loss = functools.partial(js.sampled_softmax, table, hidden, LABELS, key, num_samples=samples, bias=bias)
+        return {hits: loss(remove_accidental_hits=hits) for hits in (True, False)}, log_uniform_draw(key, samples, V)
+
+    return jax.device_get(results(TABLE, HIDDEN, BIAS))
+
+
 @pytest.mark.parametrize("hits", [True, False])
 def test_against_numpy(hits):
-    key, samples = jax.random.key(1), 30
-    got = js.sampled_softmax(TABLE, HIDDEN, LABELS, key, num_samples=samples, bias=BIAS, remove_accidental_hits=hits)
-    drawn = np.asarray(log_uniform_draw(key, samples, V))
+    samples = 30
+    losses, drawn = losses_and_sample(samples)
+    got = losses[hits]
     expected_count = samples * np.log1p(1 / (np.arange(V) + 1)) / np.log(V + 1)
     logits = np.asarray(HIDDEN @ TABLE.T + BIAS[None], np.float64) - np.log(expected_count)[None]
     for i, label in enumerate(np.asarray(LABELS)):
@@ -86,9 +102,12 @@ def test_against_numpy(hits):
 
 
 def test_the_sampler_draws_what_it_says():
-    probability = np.exp(log_uniform_log_probability(jnp.arange(V), V))
+    log_probability, drawn = jax.jit(
+        lambda: (log_uniform_log_probability(jnp.arange(V), V), log_uniform_draw(jax.random.key(0), 100_000, V))
+    )()
+    probability = np.exp(log_probability)
     np.testing.assert_allclose(probability.sum(), 1, rtol=1e-5)
-    counts = np.bincount(log_uniform_draw(jax.random.key(0), 100_000, V), minlength=V)
+    counts = np.bincount(drawn, minlength=V)
     assert len(counts) == V
     np.testing.assert_allclose(counts / 100_000, probability, atol=5 * np.sqrt(0.25 / 100_000))
 
@@ -100,10 +119,16 @@ def test_its_gradients_are_row_sparse():
         ).mean()
 
     params = {"t": TABLE, "b": BIAS}
-    grads, want = js.grad(loss)(params), jax.grad(loss)(params)
+
+    @jax.jit
+    def gradients(params):
+        grads = js.grad(loss)(params)
+        return grads, {name: grad.todense() for name, grad in grads.items()}, jax.grad(loss)(params)
+
+    grads, dense, want = gradients(params)
     for name in params:
         assert is_row_sparse(grads[name]) and grads[name].rows.shape[0] == B + 8
-        np.testing.assert_allclose(grads[name].todense(), want[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(dense[name], want[name], rtol=1e-5, atol=1e-6)
 
 
 def test_errors():
