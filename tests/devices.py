@@ -8,6 +8,7 @@ Without eight devices it makes eight of the CPU.
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,9 +38,22 @@ def loss_fn(params, batch):
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: js.lazy_adam(1e-2),
     "adamw, replay": lambda: js.lazy_adamw(1e-2, weight_decay=1e-2, skipped="replay"),
+    "sgd, replay": lambda: js.lazy_sgd(0.1, momentum=0.9, skipped="replay"),
     "rowwise adagrad": lambda: js.lazy_rowwise_adagrad(0.1),
     "clip, adam": lambda: js.lazy(optax.chain(optax.clip_by_global_norm(0.05), optax.adam(1e-2))),
 }
+
+
+@functools.cache
+def transformation(optimizer: str) -> optax.GradientTransformation:
+    """One object a name: a step compiles anew for another."""
+    return OPTIMIZERS[optimizer]()
+
+
+@functools.cache
+def train_step():
+    """The step of one device and of every mesh, which compiles once for what has the same shapes and shardings."""
+    return js.make_train_step(loss_fn)
 
 
 def start(optimizer: str) -> TrainState:
@@ -48,7 +62,7 @@ def start(optimizer: str) -> TrainState:
         "table": jnp.asarray(rng.standard_normal((ROWS, DIM)), jnp.float32),
         "head": jnp.asarray(rng.standard_normal(DIM), jnp.float32),
     }
-    return TrainState.create(apply_fn=None, params=params, tx=OPTIMIZERS[optimizer]())
+    return TrainState.create(apply_fn=None, params=params, tx=transformation(optimizer))
 
 
 def batches(devices: int | None = None) -> js.Batches:
@@ -68,6 +82,7 @@ class Run(NamedTuple):
     params: dict[str, np.ndarray]
     slots: list[np.ndarray]
     replicas_equal: bool
+    table: jax.sharding.Sharding
 
 
 def finish(losses: list[float], state: TrainState, replicas_equal: bool = True) -> Run:
@@ -76,7 +91,7 @@ def finish(losses: list[float], state: TrainState, replicas_equal: bool = True) 
     cut = lambda x: x[:ROWS] if x.ndim and x.shape[0] > ROWS else x  # noqa: E731
     wrapped = [s.wrapped for s in jax.tree.leaves(state.opt_state, is_leaf=is_lazy) if is_lazy(s)]
     params, slots = jax.tree.map(lambda x: cut(np.asarray(x)), (state.params, jax.tree.leaves(wrapped)))
-    return Run(losses, params, slots, replicas_equal)
+    return Run(losses, params, slots, replicas_equal, state.params["table"].sharding)
 
 
 def is_lazy(x: object) -> bool:
@@ -100,7 +115,7 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...], kind: AxisType = Axi
 
 
 def one(state, steps):
-    step, losses = js.make_train_step(loss_fn), []
+    step, losses = train_step(), []
     for batch in stream(steps):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -111,12 +126,15 @@ def pmap(n):
     def run(state, steps):
         step = js.make_train_step(loss_fn, axis_name="batch", jit=False)
         step = jax.pmap(step, axis_name="batch", devices=jax.devices()[:n], donate_argnums=0)
-        copies, losses = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * n), state), []
+        # one copy on each device from the start, as pmap returns them: otherwise the second step is another program
+        split = jax.sharding.NamedSharding(mesh_of((n,), ("batch",)), PartitionSpec("batch"))
+        copies, losses = jax.device_put(jax.tree.map(lambda x: np.stack([x] * n), state), split), []
         for batch in stream(steps, n):
             copies, metrics = step(copies, batch)
-            losses.append(float(metrics["loss"][0]))
-        equal = all((np.asarray(x) == np.asarray(x)[:1]).all() for x in jax.tree.leaves(copies))
-        return finish(losses, jax.tree.map(lambda x: x[0], copies), equal)
+            losses.append(float(np.asarray(metrics["loss"])[0]))
+        copies = jax.tree.map(np.asarray, copies)
+        equal = all((x == x[:1]).all() for x in jax.tree.leaves(copies))
+        return finish(losses, jax.tree.map(lambda x: jnp.asarray(x[0]), copies), equal)
 
     return run
 
@@ -145,7 +163,7 @@ def sharded(shape, names, kind=AxisType.Auto):
     """jit over a mesh: examples split over its axis "data", rows over its axis "rows"."""
 
     def run(state, steps):
-        mesh, step, losses = mesh_of(shape, names, kind), js.make_train_step(loss_fn), []
+        mesh, step, losses = mesh_of(shape, names, kind), train_step(), []
         if "rows" in names:
             state = js.shard_rows(state, mesh, tables="table", axis="rows")
         else:

@@ -38,6 +38,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -404,14 +405,21 @@ class Finding(NamedTuple):
         return not self.replay <= self.tolerance
 
 
-def run_group(group, freeze=False):
-    """(labels of each case, findings)."""
+@functools.lru_cache(maxsize=1)
+def reference(group):
+    """(each case and its labels, all cases in one, what run_dense returns in float64, its values in float32)."""
     rng = np.random.default_rng(group.seed)
     drawn = [draw_case(rng, group) for _ in range(group.cases)]
     cases = jax.tree.map(lambda *xs: np.stack(xs), *[case for case, _ in drawn])
     with jax.enable_x64(True):
-        want, sizes = run_dense(group, cases, np.float64)
-    dense, got = run_dense(group, cases, np.float32)[0], run_ours(group, cases, freeze)
+        exact = run_dense(group, cases, np.float64)
+    return drawn, cases, exact, run_dense(group, cases, np.float32)[0]
+
+
+def run_group(group, freeze=False):
+    """(labels of each case, findings)."""
+    drawn, cases, (want, sizes), dense = reference(group)
+    got = run_ours(group, cases, freeze)
     assert got.keys() == want.keys() == dense.keys(), (got.keys(), want.keys())
     assert {x.dtype for x in want.values()} == {np.dtype(np.float64)}
     findings = []

@@ -1,5 +1,7 @@
 """Many devices: the same numbers as one, bytes that do not depend on num_rows, and state that is split as promised."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,75 +20,82 @@ from tests.hlo import bytes_moved, large_arrays
 P = PartitionSpec
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Runs on one device, by optimizer."""
-    runs = {}
-
-    def of(optimizer, steps):
-        if optimizer not in runs:
-            runs[optimizer] = devices.one(devices.start(optimizer), steps)
-        return runs[optimizer]
-
-    return of
+@functools.cache
+def alone(optimizer):
+    """The run on one device."""
+    return devices.one(devices.start(optimizer), 8)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "way"),
-    [
-        *(("adamw, replay", way) for way in devices.WAYS if way not in ("data 2", "rows 2")),
-        *(("clip, adam", way) for way in ("shard_map 8, check_vma", "data 2", "data 2 x rows 4")),
-        ("rowwise adagrad", "rows 2"),
-    ],
-)
-def test_agrees_with_one_device(optimizer, way, alone):
+def cases():
+    """Every kind of way with one optimizer. The slow ones are the rest of a battery: ways with AdamW and replay, whose
+    programs are the largest, and two pairs more."""
+    quick = {
+        "pmap 2": "clip, adam",
+        "shard_map 8, check_vma": "sgd, replay",
+        "shard_map 8": "clip, adam",
+        "data 2": "clip, adam",
+        "rows 8": "sgd, replay",
+        "data 2 x rows 4": "clip, adam",
+        "data 2 x rows 4, explicit": "rowwise adagrad",
+    }
+    slow = [("adamw, replay", way) for way in devices.WAYS if way not in ("data 2", "rows 2")]
+    slow += [("clip, adam", "shard_map 8, check_vma"), ("rowwise adagrad", "rows 2")]
+    cases = [(optimizer, way) for way, optimizer in quick.items()]
+    return cases + [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+
+
+@pytest.mark.parametrize(("optimizer", "way"), cases())
+def test_agrees_with_one_device(optimizer, way):
     """A sample of `python -m tests.devices`; two epochs, one padded batch and one with an idle device in each."""
-    want = alone(optimizer, 8)
+    want = alone(optimizer)
     got = devices.WAYS[way](devices.start(optimizer), 8)
     assert max(devices.furthest(got, want)) < 2e-6 and got.replicas_equal
     untrained = devices.start(optimizer).params["table"]
     assert np.abs(want.params["table"] - untrained).max() > 1e-2  # it went somewhere
+    if "rows" in way:  # and the flush left rows where they were
+        assert got.table.is_equivalent_to(jax.sharding.NamedSharding(got.table.mesh, P("rows")), 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what moves and what is held
 
 LARGE = 40_000
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # LLVM's, which comes after all that is read here
 
 
-def compiled(way, num_rows, skipped="freeze"):
-    """The compiled step of a job over a table of num_rows rows, all shapes abstract, and the state's bytes."""
-    batch_size, tx = 64, js.lazy_adam(1e-3, skipped=skipped)
+@functools.cache
+def lazy_adam(skipped):
+    return js.lazy_adam(1e-3, skipped=skipped)
+
+
+@functools.cache
+def compiled(way, num_rows, skipped):
+    """The compiled step of a job over a table of num_rows rows; the state is abstract."""
+    batch_size = 64
 
     def create():
         params = {"table": jnp.zeros((num_rows, 4)), "head": jnp.ones(4)}
-        return TrainState.create(apply_fn=None, params=params, tx=tx)
+        return TrainState.create(apply_fn=None, params=params, tx=lazy_adam(skipped))
 
     state = jax.eval_shape(create)
     ids = np.zeros((batch_size, 5), np.int32)
+    names = {"pmap": ("i",), "data": ("data",), "rows": ("rows",), "data x rows": ("data", "rows")}[way]
+    mesh = devices.mesh_of((8,) if len(names) == 1 else (2, 4), names)
+    placed = functools.partial(jax.sharding.NamedSharding, mesh)
     if way == "pmap":
         (batch,) = js.batches(ids, np.zeros(batch_size), batch_size=batch_size, devices=8, num_rows=num_rows)
         step = js.make_train_step(loss_fn, axis_name="i", jit=False)
         step = jax.pmap(step, axis_name="i", devices=jax.devices()[:8], donate_argnums=0)
-        state = jax.tree.map(lambda x: jnp.zeros((8, *x.shape), x.dtype), state)
-        state, _ = step(state, batch)  # pmap donates what is on its devices
-        return step.lower(state, batch).compile()
-    names = {"data": ("data",), "rows": ("rows",), "data x rows": ("data", "rows")}[way]
-    mesh = devices.mesh_of((8,) if len(names) == 1 else (2, 4), names)
+        copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype, sharding=placed(P("i"))), state)
+        return step.lower(copies, batch).compile(UNOPTIMIZED)
 
     def put(x):
         by_row = "rows" in names and x.ndim and x.shape[0] == num_rows
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, P("rows") if by_row else P())
-        )
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(P("rows") if by_row else P()))
 
     (batch,) = js.batches(ids, np.zeros(batch_size), batch_size=batch_size, num_rows=num_rows)
-    batch = (
-        js.global_batch(batch, mesh, "data")
-        if "data" in names
-        else jax.device_put(batch, jax.sharding.NamedSharding(mesh, P()))
-    )
-    return js.make_train_step(loss_fn).lower(jax.tree.map(put, state), batch).compile()
+    batch = js.global_batch(batch, mesh, "data") if "data" in names else jax.device_put(batch, placed(P()))
+    return js.make_train_step(loss_fn).lower(jax.tree.map(put, state), batch).compile(UNOPTIMIZED)
 
 
 def loss_fn(params, batch):
@@ -96,7 +105,7 @@ def loss_fn(params, batch):
 
 @pytest.mark.parametrize("way", ["pmap", "data", "rows", "data x rows"])
 def test_bytes_do_not_depend_on_num_rows(way):
-    small, large = (compiled(way, num_rows).as_text() for num_rows in (LARGE, 2 * LARGE))
+    small, large = (compiled(way, num_rows, "freeze").as_text() for num_rows in (LARGE, 2 * LARGE))
     moved = bytes_moved(small)
     assert moved == bytes_moved(large)
     assert 0 < sum(moved.values()) < 64 * 5 * 4 * 4 * 8  # all of it is less than a few blocks of 320 rows
@@ -136,64 +145,81 @@ PADDED.resize((N, js.padded_rows(V, 4)))
 X = js.from_scipy(PADDED, nse=60)
 
 OPS = {
-    "lookup": lambda p, ids: p["t"][ids],
-    "take": lambda p, ids: jnp.take(p["t"], ids, axis=0),
+    "lookup": lambda t, w, ids: t[ids],
+    "take": lambda t, w, ids: jnp.take(t, ids, axis=0),
     **{
-        combiner: lambda p, ids, combiner=combiner: js.embedding_bag(
-            p["t"], ids, weights=None if combiner == "max" else p["w"], combiner=combiner, padding_idx=3
+        combiner: lambda t, w, ids, combiner=combiner: js.embedding_bag(
+            t, ids, weights=None if combiner == "max" else w, combiner=combiner, padding_idx=3
         )
         for combiner in ("sum", "mean", "sqrtn", "max")
     },
-    "offsets": lambda p, ids: js.embedding_bag(p["t"], FLAT, offsets=OFFSETS, combiner="mean"),
-    "ragged max": lambda p, ids: js.embedding_bag(p["t"], FLAT, offsets=OFFSETS, combiner="max"),
-    "product": lambda p, ids: js.dot(X, p["t"]),
+    "offsets": lambda t, w, ids: js.embedding_bag(t, FLAT, offsets=OFFSETS, combiner="mean"),
+    "ragged max": lambda t, w, ids: js.embedding_bag(t, FLAT, offsets=OFFSETS, combiner="max"),
+    "product": lambda t, w, ids: js.dot(X, t),
 }
+ROWS = {name: js.padded_rows(V, 4) if name == "product" else V for name in OPS}  # a matrix has a column for each row
+WIDTH = {name: D + i for i, name in enumerate(OPS)}  # by which the program's text tells tables apart
+
+
+@functools.cache
+def step_of_all_ops():
+    """One step with a table and weights of its own for each op: parameters and outputs by dense gradients on one
+    device, those of a mesh of data x rows, and the text of its program."""
+    params = {
+        name: {"t": jnp.asarray(RNG.normal(size=(ROWS[name], WIDTH[name])), jnp.float32), "w": SCORES} for name in OPS
+    }
+    outputs = lambda params, ids: {name: op(**params[name], ids=ids) for name, op in OPS.items()}  # noqa: E731
+    shapes = jax.eval_shape(outputs, params, BAGS)
+    cotangents = jax.tree.map(lambda x: jnp.asarray(RNG.normal(size=x.shape), jnp.float32), shapes)
+
+    def loss(params, ids):
+        out = outputs(params, ids)
+        return sum(jnp.sum(out[name] * cotangents[name]) + jnp.sum(out[name] ** 2) for name in OPS), out
+
+    @jax.jit
+    def dense_step(params, ids):
+        grads, out = jax.grad(loss, has_aux=True)(params, ids)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), out
+
+    want = dense_step(params, BAGS)
+    mesh = devices.mesh_of((2, 4), ("data", "rows"))
+    state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=js.lazy_sgd(0.1))
+    state = js.shard_rows(state, mesh, tables=lambda path, _: path.endswith("['t']"), axis="rows")
+    ids = jax.device_put(BAGS, jax.sharding.NamedSharding(mesh, P("data")))
+    program = js.make_train_step(loss, has_aux=True).lower(state, ids).compile(UNOPTIMIZED)
+    state, metrics = program(state, ids)
+    return want, (state.params, metrics["aux"]), program.as_text()
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_ops_over_split_rows(name):
     """Forward and backward, weights included, on a mesh of data x rows."""
-    rows = js.padded_rows(V, 4) if name == "product" else V  # a matrix has as many columns as the table has rows
-    params = {"t": jnp.asarray(RNG.normal(size=(rows, D)), jnp.float32), "w": SCORES}
-    cotangent = jnp.asarray(RNG.normal(size=jax.eval_shape(OPS[name], params, BAGS).shape), jnp.float32)
-
-    def loss(params, ids):
-        out = OPS[name](params, ids)
-        return jnp.sum(out * cotangent) + jnp.sum(out**2), out
-
-    def start():
-        return TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=js.lazy_sgd(0.1))
-
-    step = js.make_train_step(loss, has_aux=True)
-    want, metrics = step(start(), jnp.asarray(BAGS))
-    mesh = devices.mesh_of((2, 4), ("data", "rows"))
-    state = js.shard_rows(start(), mesh, tables=lambda path, _: path.endswith("['t']"), axis="rows")
-    ids = jax.device_put(BAGS, jax.sharding.NamedSharding(mesh, P("data")))
-    text = step.lower(state, ids).compile().as_text()
-    assert "all-gather" not in "".join(line for line in text.splitlines() if f"[{V + 2},{D}]" in line)
-    got, others = step(state, ids)
-    np.testing.assert_allclose(others["aux"], metrics["aux"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(got.params["t"][:rows], want.params["t"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(got.params["w"], want.params["w"], rtol=1e-5, atol=1e-6)
-    assert got.params["t"].shape == (V + 2, D) and not np.asarray(got.params["t"])[rows:].any()
-    assert got.params["t"].sharding.spec == P("rows")
+    (want, want_out), (got, got_out), text = step_of_all_ops()
+    rows, shape = ROWS[name], (V + 2, WIDTH[name])
+    assert "all-gather" not in "".join(line for line in text.splitlines() if f"[{shape[0]},{shape[1]}]" in line)
+    np.testing.assert_allclose(got_out[name], want_out[name], rtol=1e-5, atol=1e-6)
+    table = np.asarray(got[name]["t"])
+    np.testing.assert_allclose(table[:rows], want[name]["t"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[name]["w"], want[name]["w"], rtol=1e-5, atol=1e-6)
+    assert table.shape == shape and not table[rows:].any()
+    assert got[name]["t"].sharding.spec == P("rows")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the pieces
 
 
-def test_flush_of_split_rows_moves_nothing():
+@pytest.mark.parametrize("optimizer", ["sgd, replay", pytest.param("adamw, replay", marks=pytest.mark.slow)])
+def test_flush_of_split_rows_moves_nothing(optimizer):
     mesh = devices.mesh_of((8,), ("rows",))
-    state = js.shard_rows(devices.start("adamw, replay"), mesh, tables="table", axis="rows")
-    step = js.make_train_step(devices.loss_fn)
+    state = js.shard_rows(devices.start(optimizer), mesh, tables="table", axis="rows")
     for batch in devices.stream(3):
-        state, _ = step(state, batch)
+        state, _ = devices.train_step()(state, batch)
     of_mesh, specs = _row_shardings(state.params, state.opt_state)
     assert of_mesh == mesh
     flush = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
     text = jax.jit(flush, donate_argnums=(0, 1)).lower(state.params, state.opt_state).compile().as_text()
-    assert bytes_moved(text) == {} and js.flush(state).params["table"].sharding.spec == P("rows")
+    assert bytes_moved(text) == {}
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -268,6 +294,6 @@ def test_gradients_by_hand_under_shard_map(check_vma):
 
     run = jax.shard_map(mapped, mesh=mesh, in_specs=(P(), P("i")), out_specs=P(), check_vma=check_vma)
     value, grads = jax.jit(run)(params, ids)
-    want = jax.value_and_grad(loss)(params, ids)
+    want = jax.jit(jax.value_and_grad(loss))(params, ids)
     np.testing.assert_allclose(value, want[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads, want[1])

@@ -1,5 +1,7 @@
 """Around Flax: our modules, nnx's optimizer, checkpoints, and a run that is killed and resumed."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import flax.serialization
@@ -22,45 +24,75 @@ IDS = jnp.array([[3, 1, 0], [0, 0, 0], [7, 7, 29]])
 X = js.from_scipy(scipy.sparse.random(5, V, 0.2, "csr", np.float32, rng=np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn", "max"])
+COMBINERS = ["sum", "mean", "sqrtn", "max"]
+
+
+@functools.cache
+def bags():
+    """For each combiner, in one program: what its module makes, and what it should be."""
+
+    def of(combiner):
+        bag = js.nn.EmbeddingBag(V, D, combiner=combiner, padding_idx=0)
+        params = bag.init(jax.random.key(0), IDS)
+        return {
+            "table": params["params"]["embedding"],
+            "out": bag.apply(params, IDS),
+            "flat": bag.apply(params, IDS.ravel(), offsets=jnp.array([0, 3, 6])),
+            "grads": js.grad(lambda p: bag.apply(p, IDS).sum())(params),
+            "want": js.embedding_bag(params["params"]["embedding"], IDS, combiner=combiner, padding_idx=0),
+            "want_table": nn.Embed(V, D).init(jax.random.key(0), IDS)["params"]["embedding"],
+        }
+
+    return jax.jit(lambda: {combiner: of(combiner) for combiner in COMBINERS})()
+
+
+@pytest.mark.parametrize("combiner", COMBINERS)
 def test_embedding_bag_module(combiner):
-    bag = js.nn.EmbeddingBag(V, D, combiner=combiner, padding_idx=0)
-    params = bag.init(jax.random.key(0), IDS)
-    table = params["params"]["embedding"]
-    want = js.embedding_bag(table, IDS, combiner=combiner, padding_idx=0)
-    np.testing.assert_array_equal(bag.apply(params, IDS), want)
-    reference = nn.Embed(V, D).init(jax.random.key(0), IDS)["params"]["embedding"]
-    np.testing.assert_array_equal(table, reference)  # nn.Embed's name, shape and initializer
-    grads = js.grad(lambda p: bag.apply(p, IDS).sum())(params)
-    assert is_row_sparse(grads["params"]["embedding"])
-    flat, offsets = IDS.ravel(), jnp.array([0, 3, 6])
-    np.testing.assert_allclose(bag.apply(params, flat, offsets=offsets), want, rtol=1e-6)
+    got = bags()[combiner]
+    np.testing.assert_array_equal(got["out"], got["want"])
+    np.testing.assert_array_equal(got["table"], got["want_table"])  # nn.Embed's name, shape and initializer
+    assert is_row_sparse(got["grads"]["params"]["embedding"])
+    np.testing.assert_allclose(got["flat"], got["want"], rtol=1e-6)
 
 
 def test_embedding_bag_module_in_bfloat16():
     bag = js.nn.EmbeddingBag(V, D, dtype=jnp.bfloat16)
-    params = bag.init(jax.random.key(0), IDS)
-    assert params["params"]["embedding"].dtype == jnp.float32 and bag.apply(params, IDS).dtype == jnp.bfloat16
-    grads = js.grad(lambda p: bag.apply(p, IDS).sum().astype(jnp.float32))(params)["params"]["embedding"]
+
+    @jax.jit
+    def run():
+        params = bag.init(jax.random.key(0), IDS)
+        grads = js.grad(lambda p: bag.apply(p, IDS).sum().astype(jnp.float32))(params)
+        return params["params"]["embedding"], bag.apply(params, IDS), grads["params"]["embedding"]
+
+    table, out, grads = run()
+    assert table.dtype == jnp.float32 and out.dtype == jnp.bfloat16
     assert is_row_sparse(grads) and grads.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_sparse_dense_is_dense(use_bias):
     layer, reference = js.nn.SparseDense(D, use_bias), nn.Dense(D, use_bias)
-    params = layer.init(jax.random.key(0), X)
+
+    @jax.jit
+    def run(x):
+        params = layer.init(jax.random.key(0), x)
+        dense = x.todense()
+        return {
+            "params": params,
+            "out": (layer.apply(params, x), layer.apply(params, dense)),
+            "grads": js.grad(lambda p: jnp.sum(layer.apply(p, x) ** 2))(params)["params"]["kernel"],
+            "want_params": reference.init(jax.random.key(0), dense),
+            "want": reference.apply(params, dense),
+            "want_grads": jax.grad(lambda p: jnp.sum(layer.apply(p, dense) ** 2))(params)["params"]["kernel"],
+        }
+
     with jax.numpy_rank_promotion("allow"):
-        want_params = reference.init(jax.random.key(0), X.todense())
-        chex.assert_trees_all_equal(params, want_params)
-        want = reference.apply(params, X.todense())
-    np.testing.assert_allclose(layer.apply(params, X), want, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(layer.apply(params, X.todense()), want, rtol=1e-5, atol=1e-6)
-    grads = js.grad(lambda p: jnp.sum(layer.apply(p, X) ** 2))(params)
-    assert is_row_sparse(grads["params"]["kernel"])
-    want_grads = jax.grad(lambda p: jnp.sum(layer.apply(p, X.todense()) ** 2))(params)
-    np.testing.assert_allclose(
-        grads["params"]["kernel"].todense(), want_grads["params"]["kernel"], rtol=1e-4, atol=1e-5
-    )
+        got = run(X)
+    chex.assert_trees_all_equal(got["params"], got["want_params"])
+    for out in got["out"]:
+        np.testing.assert_allclose(out, got["want"], rtol=1e-5, atol=1e-6)
+    assert is_row_sparse(got["grads"])
+    np.testing.assert_allclose(got["grads"].todense(), got["want_grads"], rtol=1e-4, atol=1e-5)
 
 
 class Model(nnx.Module):
@@ -76,7 +108,7 @@ class Model(nnx.Module):
 def test_nnx_optimizer_takes_row_sparse_gradients():
     """Split and merge, dropout included: the module is taken apart outside the loss and put together inside."""
     model = Model(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, js.lazy_adam(0.1), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
     before = np.array(model.embed.embedding[...])
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -84,7 +116,7 @@ def test_nnx_optimizer_takes_row_sparse_gradients():
         model = nnx.merge(graph, params, rest, copy=True)
         return jnp.sum(model(ids) ** 2), nnx.state(model, nnx.Not(nnx.Param))
 
-    (_, rest), grads = js.value_and_grad(loss_fn, has_aux=True)(params, rest, IDS)
+    (_, rest), grads = jax.jit(js.value_and_grad(loss_fn, has_aux=True))(params, rest, IDS)
     assert any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
     optimizer.update(model, grads)
     nnx.update(model, rest)
@@ -99,17 +131,24 @@ def test_nnx_optimizer_takes_row_sparse_gradients():
 # Checkpoints
 
 
-def job():
-    ids = np.random.default_rng(0).zipf(1.3, (50, 3)) % V
-    y = np.random.default_rng(1).normal(size=50).astype(np.float32)
-    params = {"t": jnp.asarray(np.random.default_rng(2).normal(size=(V, D)), jnp.float32), "w": jnp.ones(D)}
+@functools.cache
+def program(process):
+    """The step and the optimizer: each process compiles its own."""
 
     def loss_fn(params, batch):
         return js.weighted_mean((params["t"][batch.x].sum(1) @ params["w"] - batch.y) ** 2, batch.weight)
 
-    batches = js.batches(ids, y, batch_size=8, shuffle=True, seed=3)
     tx = js.lazy_adamw(optax.cosine_decay_schedule(0.1, 40), before=optax.clip_by_global_norm(1.0))
-    return js.make_train_step(loss_fn), TrainState.create(apply_fn=None, params=params, tx=tx), batches
+    return js.make_train_step(loss_fn), tx
+
+
+def job(process=0):
+    ids = np.random.default_rng(0).zipf(1.3, (50, 3)) % V
+    y = np.random.default_rng(1).normal(size=50).astype(np.float32)
+    params = {"t": jnp.asarray(np.random.default_rng(2).normal(size=(V, D)), jnp.float32), "w": jnp.ones(D)}
+    step, tx = program(process)
+    batches = js.batches(ids, y, batch_size=8, shuffle=True, seed=3)
+    return step, TrainState.create(apply_fn=None, params=params, tx=tx), batches
 
 
 def run(step, state, batches, number):
@@ -131,7 +170,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     position = batches.state
     assert position["epoch"] == 1 and position["step"] == 3
     saved = {"params": state.params, "opt_state": state.opt_state, "step": state.step}
-    step, fresh, batches = job()  # a new process
+    step, fresh, batches = job(process=1)
     target = {"params": fresh.params, "opt_state": fresh.opt_state, "step": fresh.step}
     if how == "orbax":
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -147,6 +186,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     assert int(got.step) == 24
 
 
+ADAM = js.lazy_adam(0.1)  # one for all, because it is tried out once for each tree of gradients
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators may fuse it differently")
 @pytest.mark.parametrize("reduce", [jnp.sum, jnp.mean, jnp.max])
 def test_reads_that_are_only_summed_make_no_array_of_them_all(reduce):
@@ -158,22 +200,21 @@ def test_reads_that_are_only_summed_make_no_array_of_them_all(reduce):
             return reduce(nn.Embed(1000, dim)(ids), axis=1)
 
     ids = jnp.zeros((batch_size, length), jnp.int32)
-    params = Bag().init(jax.random.key(0), ids)
-    state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(1e-3))
+    params = {"params": {"Embed_0": {"embedding": jnp.zeros((1000, dim))}}}
+    state = TrainState.create(apply_fn=None, params=params, tx=ADAM)
     text = compiled_text(js.make_train_step(lambda p, ids: jnp.sum(Bag().apply(p, ids) ** 2)), state, ids)
     made = large_arrays(text, batch_size * length * dim)
     assert bool(made) == (reduce is jnp.max) and not any("concatenate" in each for each in made)
 
 
 def test_abstract_init():
-    tx = js.lazy_adam(0.1)
-    big = jax.eval_shape(tx.init, {"t": jax.ShapeDtypeStruct((10**9, 64), jnp.float32)})
+    big = jax.eval_shape(ADAM.init, {"t": jax.ShapeDtypeStruct((10**9, 64), jnp.float32)})
     assert optax.tree_utils.tree_get(big, "mu")["t"].shape == (10**9, 64) and big.scratch["t"].shape == (10**9,)
 
 
 def test_partitioned_linen_parameters():
     """flax gives a box around a parameter, with its axes' names, to every part of the state that is made like it."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(), ("vocab", "embed"))
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("vocab", "embed"))
     model, tx = nn.Embed(V, D, embedding_init=init), js.lazy_adam(0.1, skipped="replay")
 
     def create(key):
@@ -196,15 +237,20 @@ def test_partitioned_linen_parameters():
 def test_partitioned_nnx_parameters(tx):
     mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        init = nnx.with_partitioning(nnx.initializers.normal(), ("x", "y"))
+        init = nnx.with_partitioning(nnx.initializers.ones, ("x", "y"))
         model = nnx.Embed(V, D, embedding_init=init, rngs=nnx.Rngs(0))
         graph, params = nnx.split(model, nnx.Param)
-        state = tx.init(params)
-        state = jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
         before = np.asarray(params["embedding"][...])
-        grads = js.grad(lambda p: jnp.sum(nnx.merge(graph, p)(IDS)))(params)
-        updates, state = tx.update(grads, state, params)
-        new = optax.apply_updates(params, updates)
+
+        @jax.jit
+        def step(params):
+            state = tx.init(params)
+            state = jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
+            grads = js.grad(lambda p: jnp.sum(nnx.merge(graph, p)(IDS)))(params)
+            updates, _ = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates)
+
+        new = step(params)
         changed = np.flatnonzero(np.any(np.asarray(new["embedding"][...]) != before, axis=1))
         assert changed.tolist() == [0, 1, 3, 7, 29]
         nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 LOST = re.compile(r"[Tt]ask 1 heartbeat timeout|[Cc]onnection (reset|closed)")
 
@@ -30,6 +31,7 @@ def run(directory, count, *, die_at=None):
     return [host.returncode for host in hosts], outputs
 
 
+@pytest.mark.slow  # five processes; js.batches(shard=) is in test_batch.py, js.global_batch in test_devices.py
 def test_two_hosts_and_a_lost_one(tmp_path):
     codes, outputs = run(tmp_path / "one", 1)
     assert codes == [0], outputs

@@ -12,6 +12,7 @@ N, V = 21, 10
 IDS = np.random.default_rng(0).integers(0, V, (N, 3))
 Y = np.random.default_rng(1).normal(size=N).astype(np.float32)
 TABLE = jnp.asarray(np.random.default_rng(2).normal(size=V), jnp.float32)
+TX = js.lazy_adagrad(0.5)
 
 
 def apply_fn(params, ids):
@@ -26,8 +27,11 @@ def metric_fn(params, batch):
     return {"mse": loss_fn(params, batch), "bias": js.weighted_mean(apply_fn(params, batch.x) - batch.y, batch.weight)}
 
 
+STEP = js.make_train_step(loss_fn)
+
+
 def new_state():
-    return TrainState.create(apply_fn=None, params={"t": jnp.copy(TABLE)}, tx=js.lazy_adagrad(0.5))
+    return TrainState.create(apply_fn=None, params={"t": jnp.copy(TABLE)}, tx=TX)
 
 
 def test_predict_keeps_order_and_drops_padding():
@@ -63,14 +67,13 @@ def test_evaluate_weighs_examples():
 def test_fit_is_the_loop_one_would_write(capsys):
     batches = js.batches(IDS, Y, batch_size=8, shuffle=True)
     validation = js.batches(IDS, Y, batch_size=8)
-    step = js.make_train_step(loss_fn)
-    state, history = js.fit(step, new_state(), batches, epochs=3, validation=validation, metrics=metric_fn)
+    state, history = js.fit(STEP, new_state(), batches, epochs=3, validation=validation, metrics=metric_fn)
     assert "epoch 3/3" in capsys.readouterr().err
     want, losses = new_state(), []
     again = js.batches(IDS, Y, batch_size=8, shuffle=True)
     for epoch in range(3):
         for batch in again:
-            want, metrics = step(want, batch)
+            want, metrics = STEP(want, batch)
             losses.append(metrics["loss"])
         assert history[epoch]["steps"] == 3 and history[epoch]["seconds"] > 0
         np.testing.assert_allclose(history[epoch]["loss"], np.mean(losses[-3:]), rtol=1e-6)
@@ -82,7 +85,7 @@ def test_fit_is_the_loop_one_would_write(capsys):
 def test_fit_quiet_resumed_and_wrong(capsys):
     batches = js.batches(IDS, Y, batch_size=8)
     batches.state = batches.state | {"step": 2}
-    _, history = js.fit(js.make_train_step(loss_fn), new_state(), batches, progress=False)
+    _, history = js.fit(STEP, new_state(), batches, progress=False)
     assert history[0]["steps"] == 1 and capsys.readouterr().err == ""
     with pytest.raises(ValueError, match=r"'metrics'.*with validation"):
-        js.fit(js.make_train_step(loss_fn), new_state(), batches, validation=batches)
+        js.fit(STEP, new_state(), batches, validation=batches)

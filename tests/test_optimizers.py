@@ -1,5 +1,7 @@
 """The named optimizers against their formulas in NumPy, and accumulation against one big batch."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -29,13 +31,30 @@ def summed(ids, rows):
 
 
 def run(tx, table, steps):
-    table, state = jnp.asarray(table), None
-    state = tx.init(table)
-    for ids, rows in steps:
-        g = js.RowSparse(jnp.asarray(ids, jnp.int32), jnp.asarray(rows), (V, D))
-        updates, state = jax.jit(tx.update)(g, state, table)
-        table = optax.apply_updates(table, updates)
-    return np.asarray(table), state
+    return run_all({"it": tx}, table, steps)["it"]
+
+
+def run_all(txs, table, steps):
+    """{name: (table, state)} after the steps, which are one program for all the optimizers."""
+
+    def step(carry, grads):
+        ids, rows = grads
+        out = {}
+        for name, (table, state) in carry.items():
+            try:
+                updates, new_state = txs[name].update(js.RowSparse(ids, rows, (V, D)), state, table)
+            except Exception as error:
+                error.add_note(f"The optimizer is {name}.")
+                raise
+            out[name] = optax.apply_updates(table, updates), new_state
+        return out, None
+
+    @jax.jit
+    def scan(table, ids, rows):
+        return jax.lax.scan(step, {name: (table, tx.init(table)) for name, tx in txs.items()}, (ids, rows))[0]
+
+    ids, rows = (np.stack(each) for each in zip(*steps, strict=True))
+    return scan(table, ids.astype(np.int32), rows)
 
 
 def test_rowwise_adagrad_is_fbgemms_formula():
@@ -53,7 +72,16 @@ def test_rowwise_adagrad_is_fbgemms_formula():
     np.testing.assert_allclose(sums, s, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.8, 0.1), (50.0, 0.0)])
+REGULARIZERS = [(0.0, 0.0), (0.8, 0.1), (50.0, 0.0)]
+
+
+@functools.cache
+def ftrls():
+    txs = {f"{l1} {l2}": js.lazy_ftrl(0.3, 1.5, l1, l2) for l1, l2 in REGULARIZERS}
+    return run_all(txs, np.zeros((V, D), np.float32), gradients(12))
+
+
+@pytest.mark.parametrize(("l1", "l2"), REGULARIZERS)
 def test_ftrl_is_mcmahans_algorithm(l1, l2):
     lr, beta = 0.3, 1.5
     w, z, n = (np.zeros((V, D)) for _ in range(3))
@@ -66,7 +94,7 @@ def test_ftrl_is_mcmahans_algorithm(l1, l2):
                 n[i, j] += g[i, j] ** 2
                 small = abs(z[i, j]) <= l1
                 w[i, j] = 0 if small else -(z[i, j] - np.sign(z[i, j]) * l1) / ((beta + np.sqrt(n[i, j])) / lr + l2)
-    got, _ = run(js.lazy_ftrl(lr, beta, l1, l2), np.zeros((V, D), np.float32), gradients(12))
+    got, _ = ftrls()[f"{l1} {l2}"]
     np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(got == 0, w == 0)  # exact zeros
     assert {0.0: 0, 50.0: D * 4}.get(l1, (w[[0, 2, 5, 7]] == 0).sum()) == (w[[0, 2, 5, 7]] == 0).sum()
@@ -92,15 +120,28 @@ ALIASES = {
 }
 
 
-@pytest.mark.parametrize("name", ALIASES)
-@pytest.mark.parametrize("before", [None, CLIP])
+# As `before` is the same for all of them, the others with it are slow: each is two optimizers more for lazy to try out.
+BEFORE = [(name, None) for name in ALIASES] + [("adam", CLIP)]
+MORE_BEFORE = [(name, CLIP) for name in ALIASES if name != "adam"]
+
+
+@functools.cache
+def aliases(slow):
+    """What they make of the same gradients, and what the chains do that they stand for."""
+    txs = {}
+    for name, before in MORE_BEFORE if slow else BEFORE:
+        named, inner = ALIASES[name]
+        txs[f"{name} {before}"] = named(before)
+        txs[f"chain of {name} {before}"] = js.lazy(inner if before is None else optax.chain(before, inner))
+    return run_all(txs, np.random.default_rng(1).normal(size=(V, D)).astype(np.float32), gradients())
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), BEFORE + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE_BEFORE]
+)
 def test_aliases(name, before):
-    named, inner = ALIASES[name]
-    chain = inner if before is None else optax.chain(before, inner)
-    table = np.random.default_rng(1).normal(size=(V, D)).astype(np.float32)
-    got, _ = run(named(before), table, gradients())
-    want, _ = run(js.lazy(chain), table, gradients())
-    np.testing.assert_array_equal(got, want)
+    results = aliases((name, before) in MORE_BEFORE)
+    np.testing.assert_array_equal(results[f"{name} {before}"][0], results[f"chain of {name} {before}"][0])
 
 
 @pytest.mark.parametrize("name", ["adagrad", "sgd"])
@@ -108,9 +149,9 @@ def test_where_frozen_and_dense_are_the_same(name):
     """A row without a gradient does not move under Adagrad, nor under plain sgd: lazy is dense optax there."""
     inner = {"adagrad": optax.adagrad(0.1), "sgd": optax.sgd(0.1)}[name]
     table = np.random.default_rng(1).normal(size=(V, D)).astype(np.float32)
-    want, state = jnp.asarray(table), inner.init(jnp.asarray(table))
+    want, state, update = table, inner.init(table), jax.jit(inner.update)
     for ids, rows in gradients():
-        updates, state = inner.update(jnp.asarray(summed(ids, rows)[1], jnp.float32), state, want)
+        updates, state = update(np.float32(summed(ids, rows)[1]), state, want)
         want = optax.apply_updates(want, updates)
     got, _ = run(js.lazy(inner), table, gradients())
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
@@ -158,7 +199,6 @@ def test_accumulation_equals_one_big_batch(inner):
 
 def test_accumulation_of_dense_optax():
     tx = js.accumulate(optax.adam(0.1), 2)
-    params = state = None
     params = jnp.ones(3)
     state = tx.init(params)
     for g in (jnp.array([1.0, 0, 2]), jnp.array([3.0, 2, 0])):

@@ -1,5 +1,7 @@
 """The buffers that a step keeps from call to call: who uses them, and that nobody can tell."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,27 @@ def loss_fn(params, ids):
     return jnp.mean((params["t"][ids] - 1) ** 2)
 
 
+@functools.cache
+def optimizer(skipped):
+    return js.lazy_adam(0.1, skipped=skipped)
+
+
 def start(rows=ROWS, skipped="freeze"):
     params = {"t": jnp.zeros((rows, DIM))}
-    return TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(0.1, skipped=skipped))
+    return TrainState.create(apply_fn=None, params=params, tx=optimizer(skipped))
+
+
+@functools.cache
+def steps():
+    """The step, and the one without buffers."""
+    return js.make_train_step(loss_fn), jax.jit(js.make_train_step(loss_fn, jit=False))
+
+
+@pytest.fixture
+def step():
+    """A step that has kept nothing yet, compiled for the shapes of earlier tests."""
+    steps()[0]._buffers.clear()
+    return steps()[0]
 
 
 def ids(seed, k=K, rows=ROWS):
@@ -31,8 +51,8 @@ def addresses(step):
 
 
 @pytest.mark.parametrize("skipped", ["freeze", "replay"])
-def test_same_numbers_and_the_same_buffers(skipped):
-    step, plain = js.make_train_step(loss_fn), jax.jit(js.make_train_step(loss_fn, jit=False))
+def test_same_numbers_and_the_same_buffers(skipped, step):
+    _, plain = steps()
     one, two = start(skipped=skipped), start(skipped=skipped)
     for i in range(6):
         one, metrics = step(one, ids(i))
@@ -60,14 +80,13 @@ def test_compiled_once(committed, caplog):
     assert len(compiled) == 1
 
 
-def test_small_blocks_are_left_to_xla():
-    step = js.make_train_step(loss_fn)
+def test_small_blocks_are_left_to_xla(step):
     step(start(), ids(0, k=100))
     assert addresses(step) == set()
 
 
-def test_batches_and_states_of_several_shapes():
-    step, plain = js.make_train_step(loss_fn), jax.jit(js.make_train_step(loss_fn, jit=False))
+def test_batches_and_states_of_several_shapes(step):
+    _, plain = steps()
     for k, rows in ((K, ROWS), (2 * K, ROWS), (K, 2 * ROWS), (K, ROWS), (K, K)) * 2:
         (got, _), (want, _) = (f(start(rows), ids(1, k, rows)) for f in (step, plain))
         np.testing.assert_array_equal(got.params["t"], want.params["t"])
@@ -88,8 +107,7 @@ def test_a_failed_call_loses_its_buffers_and_nothing_else():
     assert np.isfinite(metrics["loss"]) and len(addresses(step)) == len(kept)
 
 
-def test_inside_other_transformations():
-    step = js.make_train_step(loss_fn)
+def test_inside_other_transformations(step):
     batches = jnp.stack([ids(0), ids(1)])
     state, metrics = jax.lax.scan(step, start(), batches)
     want = start()
