@@ -1,6 +1,7 @@
 """Whatever JAX does not promise to keep, in one room: all other files see it through here.
 
-`TESTED` are the versions of JAX that the whole test suite was run with. What this room leans on:
+`TESTED` are the versions of JAX that the tests were run with: all of them with the first and the last, a part with the
+one in between. What this room leans on:
 
 * The result of jax.make_jaxpr: `eqns`, `invars`, `outvars`, `constvars`, `consts`, `effects`, `debug_info`, `replace`
   of a program, which since 0.11 holds its own constants; `primitive`, `params`, `invars`, `outvars`, `effects`,
@@ -8,7 +9,7 @@
   `Equation` are what the other rooms see of them.
 * Constants: an array that a traced function closes over is, as an object, among the constants of its program.
 * jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared as an object. Only the
-  new remat of 0.12 (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
+  new remat (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
 * Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
   `jaxpr`, `length`, `reverse`, `unroll`, and `num_consts`, `num_carry` (until 0.10) or `ft_in` (since 0.11); cond
   `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
@@ -36,7 +37,7 @@ TESTED = ("0.10.2", "0.11.2", "0.12.0")
 
 def _unknown(problem: object) -> str:
     versions = f"{', '.join(TESTED[:-1])} and {TESTED[-1]}"
-    return f"jaxsparse cannot work with jax {jax.__version__}, but with jax {versions}: {problem}"
+    return f"jaxsparse cannot work with jax {jax.__version__} (it was tested with {versions}): {problem}"
 
 
 @contextlib.contextmanager

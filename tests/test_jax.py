@@ -22,7 +22,7 @@ from jaxsparse.rows import is_row_sparse
 V, D = 11, 4
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)
 IDS = jnp.array([[3, 1, 3], [0, 10, 7]])
-SAYS = rf"jax {re.escape(jax.__version__)}, but with jax 0\.10\.2, 0\.11\.2 and 0\.12\.0: "
+SAYS = rf"jax {re.escape(jax.__version__)} \(it was tested with 0\.10\.2, 0\.11\.2 and 0\.12\.0\): "
 
 
 def test_no_other_room_knows_jax_from_inside():
