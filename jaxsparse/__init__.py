@@ -19,6 +19,7 @@ from jaxsparse.embedding import embedding_lookup as embedding_lookup
 from jaxsparse.explain import explain as explain  # type: ignore[no-redef]
 from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
 from jaxsparse.grad import value_and_grad as value_and_grad
+from jaxsparse.jit import jit as jit  # type: ignore[no-redef]
 from jaxsparse.lazy import LazyState as LazyState
 from jaxsparse.lazy import lazy as lazy  # type: ignore[no-redef]
 from jaxsparse.losses import inverse_frequency_weights as inverse_frequency_weights
@@ -44,6 +45,7 @@ from jaxsparse.refresh import from_optax_state as from_optax_state
 from jaxsparse.refresh import refresh as refresh  # type: ignore[no-redef]
 from jaxsparse.refresh import to_optax_state as to_optax_state
 from jaxsparse.rows import RowSparse as RowSparse
+from jaxsparse.rowwise import rowwise as rowwise  # type: ignore[no-redef]
 from jaxsparse.train import evaluate as evaluate
 from jaxsparse.train import fit as fit
 from jaxsparse.train import make_train_step as make_train_step

@@ -75,9 +75,10 @@ def _primitive(name: str) -> Any:
 
 
 CALLS = primitives("jit closed_call")
-COND, CONCATENATE, CONVERT, DYNAMIC_SLICE, GATHER, REDUCE_SUM, SCAN, SELECT, SLICE, STOP_GRADIENT = map(
+COND, CONCATENATE, CONVERT, DYNAMIC_SLICE, GATHER, REDUCE_SUM, SCAN, SCATTER_ADD, SELECT, SLICE, STOP_GRADIENT = map(
     _primitive,
-    "cond concatenate convert_element_type dynamic_slice gather reduce_sum scan select_n slice stop_gradient".split(),
+    "cond concatenate convert_element_type dynamic_slice gather reduce_sum scan scatter_add select_n slice "
+    "stop_gradient".split(),
 )
 _REMAT = _primitive("remat")
 _NEW_REMAT = "RematTraced"
@@ -106,6 +107,11 @@ class Equation(NamedTuple):
     inputs: Sequence[Any]  # variables and literals
     outputs: Sequence[Any]  # variables
     jaxpr_eqn: Any  # JAX's own, for this room
+
+    @property
+    def key(self) -> Any:
+        """The same for the same equation whenever its program is looked at."""
+        return self.jaxpr_eqn
 
     def param(self, name: str) -> Any:
         """The parameter of this name; RuntimeError where the equation has none."""
@@ -224,6 +230,35 @@ def remat_of(eqn: Equation) -> Remat:
     return Remat(_program(jaxpr), functools.partial(jax.checkpoint, policy=policy, prevent_cse=cse))
 
 
+class While(NamedTuple):
+    """A while loop: both programs take their own constants, then what is carried."""
+
+    test: Program
+    body: Program
+    num_test: int
+    num_body: int
+
+
+def while_of(eqn: Equation) -> While:
+    """Of a while loop."""
+    programs = (_program(eqn.param(f"{name}_jaxpr")) for name in ("cond", "body"))
+    return While(*programs, eqn.param("cond_nconsts"), eqn.param("body_nconsts"))
+
+
+# of these, jax.extend.core.primitives has some only
+_SUMS = {"psum", "psum_invariant", "pmax", "pmin"}
+_CASTS = {"pvary", "pcast"}
+
+
+def summed_axes(eqn: Equation) -> tuple[Any, ...] | None:
+    """The mapped axes that a sum or maximum over devices is over; none of a cast that says over which axes an array
+    varies; None if it is neither."""
+    name = eqn.primitive.name
+    if name in _CASTS:
+        return ()
+    return tuple(eqn.param("axes")) if name in _SUMS else None
+
+
 def held_programs(eqn: Equation) -> list[Program] | None:
     """The programs in an equation of any kind, known to this library or not; None where there are none. A list without
     any stands for one that cannot be seen. They come without their constants."""
@@ -247,6 +282,69 @@ def evaluate(program: Program, eqn: Equation, values: Sequence[Any]) -> list[Any
         debug_info=program.jaxpr.debug_info.with_unknown_names(),
     )
     return list(eval_jaxpr(jaxpr, (), *by_variable.values()))
+
+
+def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """One equation on values of other shapes, with some of its parameters changed."""
+    with _looking_inside():
+        primitive, context = eqn.primitive, eqn.jaxpr_eqn.ctx.manager
+        params: Any = primitive.get_bind_params(eqn.params | changes)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    with context:
+        out = primitive.bind(*functions, *map(jax.numpy.asarray, values), **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def zeros_like_output(v: Any) -> Any:
+    """Zeros of the shape, dtype and varying axes of a variable."""
+    zeros = jax.numpy.zeros(v.aval.shape, v.aval.dtype)
+    with _looking_inside():
+        return vary(zeros, v.aval.manual_axis_type.varying)
+
+
+class Needed:
+    """fun(*args), a list of arrays, traced without anything that these do not need, what it prints included.
+
+    Attributes:
+      used: which of the args are needed.
+      has_effects: whether something of what is needed has effects on the outside.
+      numbers: for each output a number, equal for outputs that are computed in the same way.
+    """
+
+    def __init__(self, fun: Callable[..., list[Any]], args: Any) -> None:
+        closed = jax.make_jaxpr(fun)(*args)
+        jaxpr = closed.jaxpr
+        needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+        for eqn in reversed(jaxpr.eqns):
+            if needed & set(eqn.outvars):
+                kept.append(eqn)
+                needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+        effects = set().union(*(eqn.effects for eqn in kept))
+        self._jaxpr, self.used = dce_jaxpr(jaxpr.replace(eqns=kept[::-1], effects=effects), [True] * len(jaxpr.outvars))
+        self._consts = closed.consts
+        self.has_effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in self._jaxpr.effects)
+        self.numbers = _value_numbers(self._jaxpr)
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        """The outputs, given those of the args that are used."""
+        return list(eval_jaxpr(self._jaxpr, self._consts, *args))
+
+
+def _value_numbers(jaxpr: Any) -> list[int]:
+    numbers: dict[Any, int] = {}
+    of: dict[Any, int] = {}
+
+    def number(v: Any) -> int:
+        if isinstance(v, Literal):
+            return numbers.setdefault(("literal", str(v.val), str(v.aval)), len(numbers))
+        return of[v] if v in of else of.setdefault(v, numbers.setdefault(v, len(numbers)))
+
+    for eqn in jaxpr.eqns:
+        params = str(sorted((name, str(value)) for name, value in eqn.params.items()))
+        key = (eqn.primitive, params, *map(number, eqn.invars))
+        for i, v in enumerate(eqn.outvars):
+            of[v] = numbers.setdefault((key, i), len(numbers))
+    return [number(v) for v in jaxpr.outvars]
 
 
 def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:
@@ -276,6 +374,36 @@ def is_traced(x: object) -> bool:
 def is_array_or_number(x: object) -> bool:
     """Whether a traced function may return it."""
     return valid_jaxtype(x)
+
+
+def kind_of_array(x: Any) -> tuple[tuple[int, ...], Any, bool]:
+    """What decides which program an array or number needs: shape, dtype, whether its type is weak."""
+    aval: Any = jax.typeof(x)
+    return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """A stand-in that is traced as x is."""
+    shape, dtype, weak = kind_of_array(x)
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether an array is NumPy's, a number, or on one CPU; an abstract one may be."""
+    if not isinstance(x, jax.Array):
+        return True
+    devices = x.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def without_repeats(arrays: Sequence[Any]) -> list[Any]:
+    """The arrays, those being copied that are there already: no buffer can be donated twice."""
+    seen: set[int] = set()
+    out = []
+    for x in arrays:
+        out.append(jax.numpy.copy(x) if isinstance(x, jax.Array) and id(x) in seen else x)
+        seen.add(id(x))
+    return out
 
 
 class ByIdentity:

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._jax import all_gather, vary
+from jaxsparse.by_row import find_row_leaves
 from jaxsparse.grad import Traced
 from jaxsparse.interpret import Block, Interpreter, OverBlocks
 from jaxsparse.lazy import Scratches, named_leaves
 from jaxsparse.reads import Table
 from jaxsparse.replaying import Stamps, View, flush_in_time, map_replaying, replay_states
 from jaxsparse.rows import coalesce_ids, computed_once, copy_rows, scatter_rows, zero_after
-from jaxsparse.rowwise import find_row_leaves
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 

@@ -7,7 +7,7 @@ rows back. Because `inner` sees coalesced blocks, norms, clipping, schedules, ma
 without knowing about sparsity: the norm of the blocks is the norm of the dense gradient. Padding rows are zero in
 gradient, state and parameter.
 
-Which state arrays have one row per table row, and whether `inner` acts by row at all, is found out in `rowwise.py`.
+Which state arrays have one row per table row, and whether `inner` acts by row at all, is found out in `by_row.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse._checks import message
+from jaxsparse.by_row import check_by_row, find_row_leaves
 from jaxsparse.rows import RowSparse, coalesce, gather_rows, is_row_sparse, scatter_rows
-from jaxsparse.rowwise import check_by_row, find_row_leaves
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
@@ -46,7 +46,7 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
 
     Args:
       inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) or
-        draw by shape (noise) raise at the first update, where `inner` is tried on small tables: see `rowwise.py`.
+        draw by shape (noise) raise at the first update, where `inner` is tried on small tables: see `by_row.py`.
 
     Returns:
       A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import is_traced
-from jaxsparse.rowwise import find_row_leaves
+from jaxsparse.by_row import find_row_leaves
 
 # their stubs give a tree definition no methods
 _flatten: Any = jax.tree.flatten

@@ -21,7 +21,8 @@ padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
-from jaxsparse._jax import opaque_dtype
+from jaxsparse._jax import opaque_dtype, vary
 
 
 def _not_a_key(*args: Any) -> Any:
@@ -258,15 +259,23 @@ def copy_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, word) | zero, x.dtype)
 
 
-def computed_once(make: Callable[[], list[jax.Array]], always: jax.Array) -> list[jax.Array]:
-    """make(), computed here and in one piece. `always` is a traced bool that is true; where it is not, zeros.
+def computed_once(
+    make: Callable[[], list[jax.Array]], always: jax.Array, axes: Sequence[Iterable[Any]] = ()
+) -> list[jax.Array]:
+    """make(), computed here and in one piece. `always` is a traced bool that is true; where it is not, zeros. `axes`:
+    the mapped axes that each array varies over, as far as shard_map checks that.
 
     On CPU, XLA takes a gather apart from what is done with its rows if there is more than one use of that, and does it
     over again for each use. It cannot look through a cond.
     """
     if jax.default_backend() != "cpu":
         return make()
-    return jax.lax.cond(always, make, lambda: [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(make)])
+
+    def zeros() -> list[jax.Array]:
+        out = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(make)]
+        return [vary(x, over) for x, over in itertools.zip_longest(out, axes, fillvalue=())]
+
+    return jax.lax.cond(always, make, zeros)
 
 
 def scatter_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
@@ -347,7 +356,7 @@ def coalesce_ids(
     at = jnp.where(in_range(ids, num_rows), ids, num_rows)
     scratch = scratch.at[at].set(position, mode="drop")
     has_won = scratch.at[at].get(mode="fill", fill_value=-1) == position
-    unique, fits = _compact(ids, has_won, num_rows, size)
+    unique, fits = compact(ids, has_won, num_rows, size)
     if jax.default_backend() != "cpu":
         unique = jnp.sort(unique)
     return unique, fits, scatter_rows(scratch, unique, jnp.arange(size, dtype=jnp.int32))
@@ -360,7 +369,7 @@ def positions(ids: jax.Array, scratch: jax.Array, size: int) -> jax.Array:
     return scratch.at[ids].get(mode="fill", fill_value=size, wrap_negative_indices=False)
 
 
-def _compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+def compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
     """The chosen ids in their order, padded to (size,), and whether there was room for them."""
     slot = _running_total(chosen.astype(jnp.int32)) - 1
     padding = num_rows + jnp.arange(size, dtype=jnp.int32)
@@ -383,6 +392,6 @@ def _coalesce_sorted(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Arra
     order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
     ordered = jnp.where(real, ids, num_rows)[order]
     new = (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    unique, fits = _compact(ordered, new, num_rows, size)
+    unique, fits = compact(ordered, new, num_rows, size)
     rank = jnp.zeros_like(order, jnp.int32).at[order].set(_running_total(new.astype(jnp.int32)) - 1)
     return unique, jnp.where(real, rank, size), fits

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxsparse.rowwise import check_by_row, find_row_leaves
+from jaxsparse.by_row import check_by_row, find_row_leaves
 
 
 def assert_rowwise(inner: optax.GradientTransformation, params: Any = None) -> None:

@@ -1,0 +1,397 @@
+"""What equations do with some rows of an array: elementwise, other shapes, sums, products.
+
+A rule is a function of (walk, equation, values) that returns the values of the equation's outputs, or None where it
+cannot be done row by row. Some value is Rows or Same.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _jax
+from jaxsparse._jax import Equation
+from jaxsparse.values import (
+    NOTHING,
+    UNIFORM,
+    UNKNOWN,
+    ZERO,
+    Note,
+    Notes,
+    Rows,
+    Same,
+    Value,
+    Whole,
+    array_of,
+    notes_of,
+)
+
+if TYPE_CHECKING:
+    from jaxsparse.walk import Walk
+
+Values = Sequence[Value]
+Outs = list[Value] | None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# elementwise
+
+ELEMENTWISE = _jax.primitives(
+    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
+    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p "
+    "logistic lt max min mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt "
+    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
+    "tanh xor"
+)
+# zero where the first operand is zero
+_KEEP_ZERO = _jax.primitives(
+    "abs asin asinh atan atanh cbrt ceil convert_element_type copy div erf erf_inv expm1 floor imag integer_pow log1p "
+    "neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
+)
+_ZERO_IF_ANY = _jax.primitives("mul and")
+_ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")
+_ADD = _jax.primitives("add add_jaxvals")
+_SCALE = _jax.primitives("mul div")
+_COMPARE = _jax.primitives("eq ge gt le lt ne")
+(_SELECT,) = _jax.primitives("select_n")
+(_POWER,) = _jax.primitives("integer_pow")
+(BROADCAST,) = _jax.primitives("broadcast_in_dim")
+
+
+def elementwise(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    rows = next((v for v in values if isinstance(v, Rows)), None)
+    return _elementwise_same(walk, eqn, values) if rows is None else _elementwise_rows(walk, eqn, values, rows)
+
+
+def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> Outs:
+    """Blocks of all operands; what has one row for each of a table's has its rows taken."""
+    operands: list[Rows] = []
+    for v, operand in zip(values, eqn.inputs, strict=True):
+        shape = _jax.shape(operand)
+        if isinstance(v, Whole) and (shape == () or shape[like.axis] == 1 != _jax.shape(eqn.outputs[0])[like.axis]):
+            outside = ZERO if _is_zero(v) else UNIFORM  # a scalar, or stretched as one
+            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda v=v: v.array))  # type: ignore[misc]
+            continue
+        block = walk.as_rows(v, like.node, like.axis)
+        if block is None:
+            return None
+        operands.append(block)
+    updated = any(x.updated for x in operands)
+    notes = notes_of(*values)
+    if updated and eqn.primitive in _SCALE and any(note.kind == "whole sum" for note in notes):
+        why = f"an update is scaled by a sum over all rows of a table: {eqn.primitive} at {walk.source}"
+        walk.plan.refused.setdefault(like.node, why)
+    outside = _outside(eqn, [x.outside for x in operands])
+    whole: Callable[[], Any] | None = None
+    if all(x.whole is not None for x in operands):
+        whole = functools.cache(lambda: _jax.bind(eqn, [x.whole() for x in operands])[0])  # type: ignore[misc]
+    if eqn.primitive in _ADD and (added := _added(operands)) is not None:
+        return [added]
+    given = [v for v in values if isinstance(v, Rows)]
+    origin = like.first if all(v is like for v in given) else None
+    (block,) = _jax.bind(eqn, [x.block for x in operands])
+    return [Rows(block, like.node, like.axis, outside, updated, whole, origin=origin)]
+
+
+def _added(operands: Sequence[Rows]) -> Rows | None:
+    """A sum in which one side is a scatter into zeros: scattered into the other side instead, in place."""
+    a, b = operands
+    if b.add_to is None:
+        a, b = b, a
+    if b.add_to is None or a.block.dtype != b.block.dtype or a.block.shape != b.block.shape:
+        return None
+    first, second = a.add_to, b.add_to
+    add_to = None if first is None else lambda block: second(first(block))
+    return Rows(second(a.block), a.node, a.axis, min(a.outside, b.outside), updated=True, add_to=add_to)
+
+
+def _outside(eqn: Equation, outside: Sequence[int]) -> int:
+    zero = [level == ZERO for level in outside]
+    if eqn.primitive in _ZERO_IF_ANY:
+        keeps = any(zero)
+    elif eqn.primitive in _ZERO_IF_ALL:
+        keeps = all(zero)
+    elif eqn.primitive is _SELECT:
+        keeps = all(zero[1:])
+    else:
+        keeps = eqn.primitive in _KEEP_ZERO and zero[0] and not (eqn.primitive is _POWER and eqn.param("y") <= 0)
+    return ZERO if keeps else min(UNIFORM, *outside)
+
+
+def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    like = next(v for v in values if isinstance(v, Same))
+    for v, operand in zip(values, eqn.inputs, strict=True):
+        if (v.axis != like.axis) if isinstance(v, Same) else _jax.shape(operand) != ():
+            return None
+    (row,) = _jax.bind(eqn, [v.row if isinstance(v, Same) else array_of(v) for v in values])  # type: ignore[arg-type]
+    levels = [v.outside if isinstance(v, Same) else ZERO if _is_zero(v) else UNIFORM for v in values]  # type: ignore[union-attr]
+    return [Same(row, like.axis, like.size, _outside(eqn, levels) == ZERO, notes_out(eqn, values))]
+
+
+def _is_zero(v: Value) -> bool:
+    """Whether an array is known to be the number 0, which is not asked of arrays on a device."""
+    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float) and not np.any(v.array)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what arrays were made from
+
+
+def notes_out(eqn: Equation, values: Values) -> Notes:
+    """The notes of an equation's outputs."""
+    notes = notes_of(*values)
+    if not notes:
+        return NOTHING
+    if eqn.primitive in _COMPARE:
+        return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in notes)
+    if eqn.primitive is _REM:
+        return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}
+    if len(values) == 2 and not all(_sums(v) for v in values):
+        # what scales an array, or is added to something, is an update, and no statistic that is kept
+        scales = eqn.primitive in _SCALE and _jax.shape(eqn.outputs[0]) != ()
+        if scales or eqn.primitive in _ADD or eqn.primitive is _SUB:
+            return frozenset(n for n in notes if n.kind != "part sum")
+    return notes
+
+
+def _sums(v: Value) -> bool:
+    return any(n.kind in ("part sum", "whole sum") for n in notes_of(v))
+
+
+(_REM,) = _jax.primitives("rem")
+(_SUB,) = _jax.primitives("sub")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other shapes
+
+
+def moved(eqn: Equation, axis: int, size: int) -> tuple[dict[str, Any], int] | None:
+    """Of an equation with one operand, whose rows along `axis` are replaced by `size` others: the parameters that
+    change, and the axis of the result. None where rows do not stay rows."""
+    before, after = _jax.shape(eqn.inputs[0]), _jax.shape(eqn.outputs[0])
+    primitive, param = eqn.primitive, eqn.param
+
+    def with_size(given: Sequence[Any], i: int) -> tuple[Any, ...]:
+        return (*given[:i], size, *given[i + 1 :])
+
+    if primitive in _REDUCTIONS:
+        return None if axis in param("axes") else ({}, axis - sum(a < axis for a in param("axes")))
+    if primitive is _TRANSPOSE:
+        return {}, tuple(param("permutation")).index(axis)
+    if primitive is BROADCAST:
+        new = int(param("broadcast_dimensions")[axis])
+        return ({"shape": with_size(param("shape"), new)}, new) if after[new] == before[axis] else None
+    if primitive is _SQUEEZE:
+        return {}, axis - sum(a < axis for a in param("dimensions"))
+    if primitive is _RESHAPE:
+        for new, length in enumerate(after):
+            if length == before[axis] and math.prod(after[:new]) == math.prod(before[:axis]):
+                return ({"new_sizes": with_size(param("new_sizes"), new)}, new) if not param("dimensions") else None
+        return None
+    if primitive is _SLICE:
+        start, limit, strides = param("start_indices")[axis], param("limit_indices")[axis], param("strides")
+        all_rows = start == 0 and limit == before[axis] and (strides is None or strides[axis] == 1)
+        return ({"limit_indices": with_size(param("limit_indices"), axis)}, axis) if all_rows else None
+    if primitive is _REV:
+        return None if axis in param("dimensions") else ({}, axis)
+    return None if param("axis") == axis else ({}, axis)  # cumulative
+
+
+_REDUCTIONS = _jax.primitives("argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum")
+_CUMULATIVE = _jax.primitives("cumlogsumexp cummax cummin cumprod cumsum")
+_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE = (
+    p for name in "reshape rev slice squeeze transpose".split() for p in _jax.primitives(name)
+)
+(_CUMLOGSUMEXP,) = _jax.primitives("cumlogsumexp")
+
+
+def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    v = values[0]
+    if len(values) != 1 or isinstance(v, Whole):
+        return None
+    found = moved(eqn, v.axis, 1 if isinstance(v, Same) else v.block.shape[v.axis])
+    if found is None:
+        return over_rows(walk, eqn, v) if isinstance(v, Rows) and eqn.primitive in _REDUCTIONS else None
+    changes, axis = found
+    keeps_zero = eqn.primitive is not _CUMLOGSUMEXP
+    if isinstance(v, Same):
+        (row,) = _jax.bind(eqn, [v.row], **changes)
+        return [Same(row, axis, v.size, v.zero and keeps_zero, v.notes)]
+    (block,) = _jax.bind(eqn, [v.block], **changes)
+    whole = v.whole and functools.cache(lambda: _jax.bind(eqn, [v.whole()])[0])  # type: ignore[misc]
+    outside = v.outside if keeps_zero else min(v.outside, UNIFORM)
+    return [Rows(block, v.node, axis, outside, v.updated, whole, origin=v.first)]
+
+
+def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """Of an array: a Same where it makes equal rows for a table, or equal rows that are only scattered."""
+    (v,) = values
+    if not isinstance(v, Whole):
+        return one_operand(walk, eqn, values)
+    shape, dims = eqn.param("shape"), [int(d) for d in eqn.param("broadcast_dimensions")]
+    given = jnp.shape(v.array)
+    new = [a for a, size in enumerate(shape) if size > 1 and (a not in dims or given[dims.index(a)] == 1)]
+    tall = [a for a in new if shape[a] in walk.plan.heights]
+    if not tall and not walk.planning and len(new) == 1:
+        use = walk.only_use(eqn.outputs[0])
+        if use is not None and use.primitive is _jax.SCATTER_ADD and use.inputs[2] is eqn.outputs[0]:
+            tall = new
+    if not tall:
+        return None
+    axis = tall[0]
+    (row,) = _jax.bind(eqn, [v.array], shape=(*shape[:axis], 1, *shape[axis + 1 :]))
+    return [Same(row, axis, shape[axis], _is_zero(v), v.notes)]
+
+
+def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """pad, split, concatenate, sort, top_k: along another axis than that of the rows."""
+    like = next((v for v in values if isinstance(v, Rows)), None)
+    if like is None:
+        return None
+    axis, primitive = like.axis, eqn.primitive
+    if primitive is _PAD:
+        if like is not values[0] or isinstance(values[1], Rows) or eqn.param("padding_config")[axis] != (0, 0, 0):
+            return None
+        (block,) = _jax.bind(eqn, [like.block, array_of(values[1])])
+        outside = like.outside if _is_zero(values[1]) else min(like.outside, UNIFORM)
+        return [Rows(block, like.node, axis, outside, like.updated)]
+    along = next(eqn.params[name] for name in ("dimension", "axis") if name in eqn.params)
+    stacked = primitive.name == "stack"
+    if along == axis and not stacked:
+        return None
+    operands = [walk.as_rows(v, like.node, axis) for v in values]
+    if any(x is None for x in operands):
+        return None
+    outside = min(x.outside for x in operands if x is not None)
+    outside = min(outside, UNIFORM) if primitive is _TOP_K else outside
+    updated = any(x.updated for x in operands if x is not None)
+    blocks = _jax.bind(eqn, [x.block for x in operands if x is not None])
+    return [Rows(block, like.node, axis + (stacked and along <= axis), outside, updated) for block in blocks]
+
+
+_PAD, _CONCATENATE, _SORT, _TOP_K = (p for name in "pad concatenate sort top_k".split() for p in _jax.primitives(name))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sums and products over rows
+
+
+def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
+    """A reduction over the rows themselves, all of them."""
+    primitive, (out,) = eqn.primitive, eqn.outputs
+    if primitive not in _NEUTRAL:
+        return None
+    num_rows = _jax.shape(eqn.inputs[0])[rows.axis]
+    if rows.outside == ZERO and primitive is _jax.REDUCE_SUM:
+        return [Whole(x) for x in _jax.bind(eqn, [rows.block])]
+    is_real = walk.is_real(rows)
+    if rows.outside >= UNIFORM:  # the last row is padding, and like each of the others
+        row = jax.lax.slice_in_dim(rows.block, rows.block.shape[rows.axis] - 1, None, axis=rows.axis)
+        num_others = num_rows - jnp.sum(is_real)
+        if primitive is _jax.REDUCE_SUM:
+            (inside,), (one,) = _jax.bind(eqn, [jnp.where(is_real, rows.block, 0)]), _jax.bind(eqn, [row])
+            return [Whole((inside + one * num_others.astype(one.dtype)).astype(_jax.dtype(out)))]
+        first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
+        return [Whole(x) for x in _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])]
+    if rows.updated:  # frozen rows get no update
+        source = f"{primitive} at {walk.source}"
+        walk.plan.part_sums.append((rows, source))
+        neutral = jnp.asarray(_NEUTRAL[primitive](rows.block.dtype), rows.block.dtype)
+        notes = NOTHING if jnp.issubdtype(rows.block.dtype, jnp.bool_) else frozenset({Note("part sum", source)})
+        return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
+    if rows.whole is not None:
+        walk.plan.whole_sums[f"{primitive} at {walk.source}"] = None
+        return [Whole(x, frozenset({Note("whole sum", walk.source)})) for x in _jax.bind(eqn, [rows.whole()])]
+    return None
+
+
+def _least(dtype: Any) -> Any:
+    return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
+
+
+def _most(dtype: Any) -> Any:
+    return jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
+
+
+_NEUTRAL: dict[Any, Callable[[Any], Any]] = dict(
+    zip(
+        (p for name in "sum max min and or".split() for p in _jax.primitives(f"reduce_{name}")),
+        (lambda dtype: 0, _least, _most, lambda dtype: True, lambda dtype: False),
+        strict=True,
+    )
+)
+
+
+def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    side = 0 if isinstance(values[0], Rows) else 1
+    rows, other = values[side], values[1 - side]
+    if not isinstance(rows, Rows):
+        return None
+    contracted, batch = eqn.param("dimension_numbers")
+    axis = rows.axis
+
+    def bind(mine: Any, theirs: Any) -> Any:
+        return _jax.bind(eqn, [mine, theirs] if side == 0 else [theirs, mine])[0]
+
+    for pairs in (contracted, batch):
+        if axis not in pairs[side]:
+            continue
+        partner = walk.as_rows(other, rows.node, pairs[1 - side][pairs[side].index(axis)])
+        if partner is None:
+            return None
+        zero = ZERO in (rows.outside, partner.outside)
+        if pairs is batch:
+            outside = ZERO if zero else UNKNOWN
+            updated = rows.updated or partner.updated
+            block = bind(rows.block, partner.block)
+            return [Rows(block, rows.node, batch[side].index(axis), outside, updated)]
+        return [Whole(bind(_with_zeros(walk, rows), _with_zeros(walk, partner)))] if zero else None
+    if isinstance(other, Rows):
+        return None
+    array = array_of(other)
+    free = [a for a in range(rows.block.ndim) if a not in contracted[side] and a not in batch[side]]
+    before = jnp.ndim(array) - len(contracted[0]) - len(batch[0]) if side == 1 else 0
+    out_axis = len(batch[0]) + before + free.index(axis)
+    # without a whole: what sums this over all rows, as a tied softmax does, uses the table as a whole
+    outside = ZERO if rows.outside == ZERO else UNKNOWN
+    return [Rows(bind(rows.block, array), rows.node, out_axis, outside, rows.updated)]
+
+
+def _with_zeros(walk: Walk, rows: Rows) -> Any:
+    """The block, with zeros in its padding rows where they may be anything: 0 times NaN is NaN."""
+    if rows.outside == ZERO:
+        return rows.block
+    return jnp.where(walk.is_real(rows), rows.block, 0)
+
+
+def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """Sums over mapped axes, and casts that say over which of them a value varies."""
+    axes, outs = _jax.summed_axes(eqn), []
+    for v in values:
+        if isinstance(v, Same):
+            outs += [Same(x, v.axis, v.size, v.zero, v.notes) for x in _jax.bind(eqn, [v.row])]
+            continue
+        if isinstance(v, Whole):
+            outs += [Whole(x, v.notes) for x in _jax.bind(eqn, [v.array])]
+            continue
+        whole = None
+        if axes:
+            walk.plan.axes.setdefault(v.node, set()).update(axes)
+        elif v.whole is not None:
+            whole = functools.cache(lambda v=v: _jax.bind(eqn, [v.whole()])[0])
+        (block,) = _jax.bind(eqn, [v.block])
+        outs.append(Rows(block, v.node, v.axis, v.outside, v.updated, whole, origin=v.first))
+    return outs
+
+
+RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
+    **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K, "split", "stack"), several),  # by name: JAX does not list them
+    BROADCAST: broadcast,
+    **dict.fromkeys(_jax.primitives("dot_general"), dot),
+}

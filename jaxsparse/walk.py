@@ -1,0 +1,295 @@
+"""Evaluating a traced train step on some rows of its tables.
+
+`Walk` goes through the step's program, equation by equation, from values to values (`values.py`). What an equation does
+with Rows is a rule of `row_rules`, `row_reads` or `row_regions`; without Rows it is evaluated as it is.
+
+The same walk is made twice. The first time it plans: blocks are stand-ins, and what is found out goes into a `Plan`:
+which arrays share their rows, which row ids are read, and what is not done row by row. The second time the blocks are
+the rows that those ids name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax, row_reads, row_regions, row_rules
+from jaxsparse._jax import Equation, Program
+from jaxsparse.reads import source_line
+from jaxsparse.rows import gather_rows
+from jaxsparse.values import (
+    Rows,
+    Same,
+    Summed,
+    Value,
+    Whole,
+    array_of,
+    notes_of,
+)
+
+# Where an equation is: the equations that it is inside of, and itself.
+Path = tuple[Any, ...]
+
+
+class Space(NamedTuple):
+    """The rows that were chosen for all arrays that share them."""
+
+    ids: jax.Array  # int32 (k,), in order, distinct; the last of them, at least one, are num_rows, num_rows + 1, ...
+    num_rows: int
+    positions: dict[Path, jax.Array]  # where in `ids` the ids of a read are, if that is known already
+
+
+class Read(NamedTuple):
+    """A place where rows are read or, as in the gradient of a read, added."""
+
+    node: int
+    late: bool | None  # reads what the step has updated; None: adds
+    path: Path | None  # None inside of a region, where ids are stacked
+    clipped: bool  # an id out of range reads the first or last row
+    source: str
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a walk finds out.
+
+    Args:
+      heights: the numbers of rows of all tables.
+      loose: scatters that belong to no table.
+      nodes: numbers of scatters, the same in all walks; leaves have their own, smaller ones.
+    """
+
+    heights: frozenset[int]
+    loose: frozenset[Path] = frozenset()
+    nodes: dict[Path, int] = dataclasses.field(default_factory=dict)
+    first_node: int = 0
+    scatters: dict[Path, int] = dataclasses.field(default_factory=dict)  # of this walk
+    not_by_row: dict[int, str] = dataclasses.field(default_factory=dict)  # why nodes cannot be Rows
+    refused: dict[int, str] = dataclasses.field(default_factory=dict)  # the same, of what is updated
+    axes: dict[int, set[Any]] = dataclasses.field(default_factory=dict)  # mapped axes that nodes are summed over
+    whole_sums: dict[str, None] = dataclasses.field(default_factory=dict)
+    made_whole: dict[tuple[int, str], None] = dataclasses.field(default_factory=dict)
+    part_sums: list[tuple[Rows, str]] = dataclasses.field(default_factory=list)  # over rows of what is updated
+    gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
+    read: set[int] = dataclasses.field(default_factory=set)
+    _parent: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def find(self, node: int) -> int:
+        """The one node that stands for all that share its rows."""
+        while (parent := self._parent.get(node, node)) != node:
+            node = parent
+        return node
+
+    def unify(self, a: int, b: int) -> int:
+        a, b = sorted((self.find(a), self.find(b)))  # a leaf rather than a scatter
+        if a != b:
+            self._parent[b] = a
+        return a
+
+    def scatter_at(self, path: Path) -> int:
+        node = self.nodes.setdefault(path, self.first_node + len(self.nodes))
+        self.scatters[path] = node
+        return node
+
+
+class Walk:
+    """One way through a program; see the module's docstring.
+
+    Args:
+      plan: what is found out, or was.
+      spaces: for each class of nodes the rows that were chosen; None while planning.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        spaces: dict[int, Space] | None = None,
+        within: tuple[Equation, ...] = (),
+        depth: int = 0,
+    ) -> None:
+        self.plan, self.spaces, self.within, self.depth = plan, spaces, within, depth
+        self.reads: list[tuple[Read, jax.Array]] = []
+        self._uses: dict[Any, list[Any]] = {}
+
+    @property
+    def planning(self) -> bool:
+        return self.spaces is None
+
+    def run(self, program: Program, values: Sequence[Value]) -> list[Value]:
+        """The values of the outputs, given those of the inputs."""
+        outer, self._uses = self._uses, _uses(program)
+        env: dict[Any, Value] = {v: Whole(c) for v, c in program.constants.items()}
+        env.update(zip(program.inputs, values, strict=True))
+
+        def read(v: Any) -> Value:
+            return Whole(_jax.literal_value(v)) if _jax.is_literal(v) else env[v]
+
+        for eqn in program.equations:
+            self.within += (eqn,)
+            env.update(zip(eqn.outputs, self._step(program, eqn, [read(v) for v in eqn.inputs]), strict=True))
+            self.within = self.within[:-1]
+        self._uses = outer
+        return [read(v) for v in program.outputs]
+
+    def _step(self, program: Program, eqn: Equation, values: list[Value]) -> list[Value]:
+        primitive = eqn.primitive
+        if values and isinstance(values[0], Summed):
+            return [Whole(values[0].total)]
+        if primitive in _INLINED:
+            return self.run(_jax.called(eqn), values)
+        some_rows, all_whole = (any(isinstance(v, Rows) for v in values), all(isinstance(v, Whole) for v in values))
+        if some_rows:
+            self._note_gates(values)
+        region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
+        rule = _RULES.get(primitive, _RULES.get(primitive.name))
+        if region and (not all_whole or self._is_tall(eqn)):
+            outs = region(self, eqn, values)
+        elif _jax.summed_axes(eqn) is not None and not all_whole:
+            outs = row_rules.across_devices(self, eqn, values)
+        elif rule is not None and not all_whole:
+            outs = rule(self, eqn, values)
+        elif primitive is row_rules.BROADCAST:
+            outs = row_rules.broadcast(self, eqn, values)
+        else:
+            outs = None
+        if outs is not None:
+            return outs
+        return self._not_by_row(eqn, values) if some_rows else self._whole(program, eqn, values)
+
+    def _whole(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Value]:
+        """An equation as it is."""
+        outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
+        notes = row_rules.notes_out(eqn, values)
+        made_by = eqn if any(set(jnp.shape(x)) & self.plan.heights for x in outs) else None
+        return [Whole(x, notes, made_by) for x in outs]
+
+    def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
+        """An equation that has no rule: what enters it is no Rows in the next walk."""
+        for v in values:
+            if isinstance(v, Rows):
+                where = self.plan.refused if v.updated else self.plan.not_by_row
+                where.setdefault(v.node, f"{eqn.primitive} at {self.source}")
+        if not self.planning:
+            raise AssertionError(f"a rule is missing in the second walk only: {eqn.primitive} at {self.source}")
+        return [Whole(_jax.zeros_like_output(v)) for v in eqn.outputs]
+
+    def _note_gates(self, values: list[Value]) -> None:
+        """A comparison of a counter that meets rows decides in which steps something happens to them."""
+        node = next(v.node for v in values if isinstance(v, Rows))
+        for note in notes_of(*values):
+            if note.kind == "gate":
+                self.plan.gates.append((node, note.what, self.source))
+
+    def _is_tall(self, eqn: Equation) -> bool:
+        """Whether something inside of an equation has as many rows as a table."""
+        return any(
+            set(_jax.shape(v)) & self.plan.heights or self._is_tall(inner)
+            for program in _jax.held_programs(eqn) or ()
+            for inner in program.equations
+            for v in inner.outputs
+        )
+
+    @property
+    def source(self) -> str:
+        return source_line(self.within)
+
+    @property
+    def path(self) -> Path:
+        return tuple(eqn.key for eqn in self.within)
+
+    def only_use(self, v: Any) -> Equation | None:
+        """The one equation of the program that uses a variable, if there is one and it is no output."""
+        uses = self._uses.get(v, [])
+        return uses[0] if len(uses) == 1 else None
+
+    def inside(self) -> Walk:
+        """For a region's program: its reads are its own, and leave it as outputs."""
+        return Walk(self.plan, self.spaces, self.within, self.depth + 1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the rows of a class
+
+    def ids(self, node: int) -> jax.Array:
+        return jnp.zeros(3, jnp.int32) if self.spaces is None else self.spaces[self.plan.find(node)].ids
+
+    def is_real(self, rows: Rows) -> jax.Array:
+        """Which of the block's rows are no padding, of the block's rank, size 1 but along the rows."""
+        num_rows = 0 if self.spaces is None else self.spaces[self.plan.find(rows.node)].num_rows
+        real = self.ids(rows.node) < num_rows
+        return real.reshape([-1 if axis == rows.axis else 1 for axis in range(rows.block.ndim)])
+
+    def take(self, array: Any, node: int, axis: int) -> jax.Array:
+        """The chosen rows of an array that has one for each of a table's; zeros at the block's end."""
+        return gather_rows(array, self.ids(node)) if axis == 0 else _take(array, self.ids(node), axis)
+
+    def as_rows(self, v: Value, node: int, axis: int) -> Rows | None:
+        """A value with rows along `axis` as Rows of a class; None if its rows are along another axis."""
+        if isinstance(v, Rows):
+            if v.axis != axis:
+                return None
+            self.plan.unify(v.node, node)
+            return v
+        if isinstance(v, Same) and v.axis == axis:
+            block = v.times(self.ids(node).shape[0])
+            return Rows(block, node, axis, v.outside, whole=lambda: array_of(v))
+        array = array_of(v)
+        if isinstance(v, Whole) and v.made_by is not None:
+            self.plan.made_whole[node, f"{v.made_by.primitive} at {source_line((*self.within, v.made_by))}"] = None
+        return Rows(self.take(array, node, axis), node, axis, whole=lambda: array)
+
+    def note_read(self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool) -> jax.Array:
+        """Notes that rows are read or added to, and tells where in the block they are.
+
+        Args:
+          node: whose rows.
+          ids: integers; outside [0, num_rows) they are no row or, `clipped`, the first or last one.
+          late: as in `Read`.
+
+        Returns:
+          int32, the shape of ids; the block's size where there is no row.
+        """
+        self.plan.read.add(node)
+        ids = ids.astype(jnp.int32) if ids.dtype.itemsize <= 4 else _narrow(ids)
+        path = self.path if self.depth == 0 else None
+        if self.spaces is None:
+            self.reads.append((Read(node, late, path, clipped, self.source), ids.reshape(-1)))
+            return ids
+        space = self.spaces[self.plan.find(node)]
+        size = space.ids.shape[0]
+        if path in space.positions:
+            at = space.positions[path].reshape(ids.shape)
+        else:
+            at = jnp.searchsorted(space.ids, ids, method="scan_unrolled").astype(jnp.int32)
+            at = jnp.where((space.ids.at[at].get(mode="clip") == ids) & (ids < num_rows), at, size)
+        if clipped:  # the first and the last row are there if they are wanted
+            last = jnp.sum(space.ids < num_rows, dtype=jnp.int32) - 1
+            at = jnp.where(ids < 0, 0, jnp.where(ids >= num_rows, last, at))
+        return at
+
+
+def _take(array: Any, ids: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(jnp.asarray(array), ids, axis=axis, mode="fill", fill_value=0, unique_indices=True)
+
+
+def _narrow(ids: jax.Array) -> jax.Array:
+    """int64 ids as int32, those that do not fit being no row."""
+    most = jnp.iinfo(jnp.int32).max
+    return jnp.where((ids >= 0) & (ids <= most), ids, -1).astype(jnp.int32)
+
+
+def _uses(program: Program) -> dict[Any, list[Any]]:
+    """The equations that use each variable, None standing for the program's outputs."""
+    uses: dict[Any, list[Any]] = {}
+    for user, operands in [*((e, e.inputs) for e in program.equations), (None, program.outputs)]:
+        for v in operands:
+            if not _jax.is_literal(v):
+                uses.setdefault(v, []).append(user)
+    return uses
+
+
+_INLINED = _jax.CALLS | _jax.primitives("custom_jvp_call custom_vjp_call")
+_RULES = row_rules.RULES | row_reads.RULES
