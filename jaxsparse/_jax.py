@@ -241,8 +241,8 @@ class While(NamedTuple):
 
 def while_of(eqn: Equation) -> While:
     """Of a while loop."""
-    programs = (_program(eqn.param(f"{name}_jaxpr")) for name in ("cond", "body"))
-    return While(*programs, eqn.param("cond_nconsts"), eqn.param("body_nconsts"))
+    test, body = _program(eqn.param("cond_jaxpr")), _program(eqn.param("body_jaxpr"))
+    return While(test, body, eqn.param("cond_nconsts"), eqn.param("body_nconsts"))
 
 
 # of these, jax.extend.core.primitives has some only
@@ -378,7 +378,7 @@ def is_array_or_number(x: object) -> bool:
 
 def kind_of_array(x: Any) -> tuple[tuple[int, ...], Any, bool]:
     """What decides which program an array or number needs: shape, dtype, whether its type is weak."""
-    aval: Any = jax.typeof(x)
+    aval: Any = x.aval if isinstance(x, jax.Array) else jax.typeof(x)
     return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
 
 
@@ -394,6 +394,11 @@ def is_on_host(x: Any) -> bool:
         return True
     devices = x.devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def on_one_device(arrays: Iterable[Any]) -> bool:
+    """Whether no array is spread over several devices, or on another one than the others are."""
+    return len(frozenset().union(*(x.devices() for x in arrays if isinstance(x, jax.Array)))) <= 1
 
 
 def without_repeats(arrays: Sequence[Any]) -> list[Any]:

@@ -90,5 +90,16 @@ def order_batches(tree: Any, ordered: Iterable[Any]) -> Any:
     return jax.tree.map(lambda x: x.with_ordered(next(it)) if _is_batch(x) else x, tree, is_leaf=_is_batch)
 
 
+def without_counts(tree: Any) -> Any:
+    """A pytree whose batches are their arrays only: what else they know is static, and another in each batch."""
+    if not any(_is_batch(x) for x in jax.tree.leaves(tree, is_leaf=_is_batch)):
+        return tree
+
+    def one(x: Any) -> Any:
+        return dataclasses.replace(x, distinct=(None,) * len(x.distinct)) if _is_batch(x) else x
+
+    return jax.tree.map(one, tree, is_leaf=_is_batch)
+
+
 def _is_batch(x: object) -> bool:
     return isinstance(x, Batch)

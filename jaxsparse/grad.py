@@ -23,6 +23,7 @@ from jaxsparse.batch import find_batches
 from jaxsparse.interpret import RowIds, WithDeltas
 from jaxsparse.reads import Columns, Known, Read, Table, find_reads
 from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
+from jaxsparse.tracing import is_tracing
 
 
 def value_and_grad(
@@ -59,6 +60,8 @@ def value_and_grad(
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
+        if is_tracing():  # a step under js.jit or js.rowwise is as a whole evaluated on the rows that it reads
+            return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         traced = trace(fun, argnums, has_aux, args, kwargs)
         sparse = traced.sparse_leaves(tables)
         reads = [r for r in traced.reads if r.leaf in sparse]

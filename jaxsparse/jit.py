@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import _jax
-from jaxsparse.rowwise import announce, choose_rows, evaluate, plan_step, reads_of, rowwise, trace_step
-from jaxsparse.walk import Path, Space
+from jaxsparse.batch import without_counts
+from jaxsparse.host_rows import HostRows
+from jaxsparse.planning import announce, plan_step
+from jaxsparse.rowwise import choose_rows, evaluate, rowwise
+from jaxsparse.tracing import trace_step
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -101,7 +103,8 @@ class JittedStep:
         self, step: Callable[..., Any], donate: tuple[int, ...], static: tuple[int, ...], static_names: tuple[str, ...]
     ) -> None:
         functools.update_wrapper(self, step)
-        self._step, self._donate, self._static, self._static_names = step, donate, *_static(step, static, static_names)
+        self._step, self._donate = step, donate
+        self._static, self._static_names = _static(step, static, static_names)
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,18 +153,21 @@ class JittedStep:
             step, args, kwargs, states = self._dynamic(args, kwargs)
         else:
             step, states = self._step, self._donate
+        args, kwargs = without_counts((args, kwargs))
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
             return leaves, None
         key = (tree, static, tuple(map(_jax.kind_of_array, leaves)))
         program = self._programs.get(key)
         if program is None:
-            abstract = jax.tree.map(_jax.abstract, (args, kwargs))
-            program = self._programs[key] = _Program(step, *abstract, states)
+            abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
+            program = self._programs[key] = _Program(step, abstract[0], abstract[1], states)
         return leaves, program
 
 
-def _static(step: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]) -> Any:
+def _static(
+    step: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Static arguments by position and by name, each also the other way, as in jax.jit."""
     try:
         parameters = list(inspect.signature(step).parameters.values())
@@ -173,8 +179,17 @@ def _static(step: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str
     return tuple(dict.fromkeys((*numbers, *(by_position.index(k) for k in names if k in by_position)))), tuple(both)
 
 
+_LARGE = 1 << 18  # bytes: what is smaller is left to XLA
+_SIZES = 4  # of blocks whose buffers are kept
+
+
 class _Program:
-    """A step for arguments of some structure, shapes and dtypes."""
+    """A step for arguments of some structure, shapes and dtypes.
+
+    The blocks that are written back are outputs, and in the next call their buffers are donated to its blocks. For each
+    call XLA takes one piece of memory for all temporaries; beyond 32 MB the C library gets it from the system and
+    returns it there, with a page fault for every 4 KB, which can cost more than what a step does with it.
+    """
 
     def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...]) -> None:
         traced = trace_step(step, args, kwargs, states)
@@ -189,19 +204,28 @@ class _Program:
         # state first: JAX pairs donated arrays with outputs of their shape in order
         self._order = [traced.places[i] for i in self._donated if i in traced.places]
         self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
-        self._on_host = jax.jit(self._with_rows, donate_argnums=0)
+        self._evaluate = jax.jit(self._on_rows)  # traced once: for the blocks' shapes, and in the program with buffers
+        self._on_host = jax.jit(self._with_buffers, donate_argnums=(0, 1), keep_unused=True)
+        self._with_rows = jax.jit(lambda *args: self._evaluate(*args)[0], donate_argnums=0)
         self._on_device = jax.jit(self._with_ids, donate_argnums=0)
+        self._buffers: dict[Any, list[jax.Array]] = {}
 
-    def _with_rows(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> list[Any]:
-        spaces = self._host.spaces(rows, positions)
-        outs = evaluate(self.planned, self._together(donated, kept), spaces)
-        return [outs[j] for j in self._order]
+    def _on_rows(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> Any:
+        outs, blocks = evaluate(self.planned, self._together(donated, kept), self._host.spaces(rows, positions))
+        return [outs[j] for j in self._order], [x for x in blocks if x.size * x.dtype.itemsize >= _LARGE]
+
+    def _with_buffers(self, donated: list[Any], buffers: list[jax.Array], *args: Any) -> Any:
+        del buffers
+        return self._evaluate(donated, *args)
+
+    def _blocks(self, *args: Any) -> list[jax.ShapeDtypeStruct]:
+        return jax.eval_shape(self._evaluate, *args)[1]
 
     def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:
         leaves = self._together(donated, kept)
         ids = self.planned.ids([leaves[i] for i in self._used])
         spaces = {c: choose_rows(self.planned, c, ids) for c in self.planned.classes}
-        outs = evaluate(self.planned, leaves, spaces)
+        outs, _ = evaluate(self.planned, leaves, spaces)
         return [outs[j] for j in self._order]
 
     def _together(self, donated: list[Any], kept: list[Any]) -> list[Any]:
@@ -213,122 +237,37 @@ class _Program:
 
     def __call__(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]
-        if self._host.sees(used):
-            outs = self._on_host(*self._apart(leaves), *self._host.choose(self._ids(used)))
+        donated, kept = self._apart(leaves)
+        if not self._host.sees(used) or not _jax.on_one_device(leaves):
+            outs = self._on_device(donated, kept)
         else:
-            outs = self._on_device(*self._apart(leaves))
+            rows, positions = self._host.choose(self._ids(used))
+            if all(map(_jax.is_on_host, leaves)) and jax.default_backend() == "cpu":
+                outs = self._in_buffers(donated, kept, rows, positions)
+            else:  # accelerators have allocators of their own that keep memory
+                outs = self._with_rows(donated, kept, rows, positions)
         by_place = dict(zip(self._order, outs, strict=True))
         return self._unflatten([by_place[j] for j in range(len(outs))])
 
+    def _in_buffers(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> list[Any]:
+        sizes = tuple(map(len, rows))
+        buffers = self._buffers.pop(sizes, None)  # not there again if the call fails, which has used them up
+        if buffers is None:
+            buffers = [jnp.zeros(x.shape, x.dtype) for x in self._blocks(donated, kept, rows, positions)]
+            if len(self._buffers) >= _SIZES:
+                self._buffers.pop(next(iter(self._buffers)))
+        outs, self._buffers[sizes] = self._on_host(donated, buffers, kept, rows, positions)
+        return outs
+
     def lower(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]
-        if not self._host.sees(used):
-            return self._on_device.lower(*self._apart(leaves))
+        donated, kept = self._apart(leaves)
+        if not self._host.sees(used) or not _jax.on_one_device(leaves):
+            return self._on_device.lower(donated, kept)
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
         rows = self._host.most(jax.eval_shape(self._ids, used)) if abstract else self._host.choose(self._ids(used))
-        return self._on_host.lower(*self._apart(leaves), *rows)
+        return self._on_host.lower(donated, self._blocks(donated, kept, *rows), kept, *rows)
 
     def cache_size(self) -> int:
-        return self._on_host._cache_size() + self._on_device._cache_size()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class HostRows:
-    """The distinct rows of each class, chosen on the host, and where in them each id is.
-
-    The ids come as one array for each different way in which the step makes some, `numbers`, of each class.
-    """
-
-    def __init__(self, planned: Any) -> None:
-        self._by_class = [(c, num_rows, list(reads_of(planned, c).items())) for c, num_rows in planned.classes.items()]
-        self._numbers = list(planned.ids.numbers)
-        self._paths: list[list[tuple[Path, int]]] = []  # by class: places of reads, with the array that has their ids
-        for c, _, arrays in self._by_class:
-            index = {number: i for i, (number, _) in enumerate(arrays)}
-            self._paths.append(
-                [
-                    (read.path, index[number])
-                    for read, number in zip(planned.reads, self._numbers, strict=True)
-                    if read.path is not None and planned.plan.find(read.node) == c
-                ]
-            )
-        self._can = not planned.plan.axes and not planned.ids.has_effects
-        self._sizes: list[list[int]] = [[] for _ in self._by_class]
-        self._scratch: dict[int, np.ndarray] = {}
-
-    def sees(self, used: list[Any]) -> bool:
-        """Whether ids made of these arrays are to be looked at on the host."""
-        return self._can and all(map(_jax.is_on_host, used))
-
-    def wanted(self, ids: list[Any]) -> list[list[Any]]:
-        """Of the ids of all reads, each different array once, by class."""
-        by_number = dict(zip(self._numbers, ids, strict=True))
-        return [[by_number[number] for number, _ in arrays] for _, _, arrays in self._by_class]
-
-    def choose(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
-        """For each class, its rows: int32 (k,), padded with num_rows, num_rows + 1, ...; and for each array of its ids
-        where they are, k for those that are no row."""
-        rows, positions = [], []
-        for n, ((_, num_rows, arrays), given) in enumerate(zip(self._by_class, ids, strict=True)):
-            parts = [np.asarray(x) for x in given]
-            unique, outside = _distinct(parts, num_rows, [clipped for _, clipped in arrays])
-            size = self._size(n, len(unique), min(sum(x.size for x in parts), num_rows))
-            padded = np.arange(num_rows - len(unique), num_rows - len(unique) + size, dtype=np.int32)
-            padded[: len(unique)] = unique
-            rows.append(padded)
-            scratch = self._scratch.setdefault(num_rows, np.empty(num_rows, np.int32))  # of which few pages are used
-            scratch[unique] = np.arange(len(unique), dtype=np.int32)
-            positions.append([_look_up(scratch, x, size, num_rows if outside else None) for x in parts])
-        return rows, positions
-
-    def _size(self, n: int, distinct: int, most: int) -> int:
-        """How many rows a block gets: so many and one of padding, few sizes in all, of which each is compiled for."""
-        for size in self._sizes[n]:
-            if distinct < size <= 1.25 * distinct + 64:
-                return size
-        grain = max(16, 1 << max(distinct.bit_length() - 4, 0))
-        size = min(-(-(distinct + 1 + grain // 2) // grain) * grain, most + 1)
-        self._sizes[n] = sorted([*self._sizes[n], size])
-        return size
-
-    def most(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
-        """Abstract results of `choose`, where all ids are distinct."""
-        rows = []
-        for (_, num_rows, _), given in zip(self._by_class, ids, strict=True):
-            size = min(sum(x.size for x in given), num_rows) + 1
-            rows.append(jax.ShapeDtypeStruct((size,), jnp.int32))
-        return rows, [[jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in given] for given in ids]
-
-    def spaces(self, rows: list[Any], positions: list[list[Any]]) -> dict[int, Space]:
-        """What `choose` returned, as the step needs it."""
-        out = {}
-        for (c, num_rows, _), ids, places, paths in zip(self._by_class, rows, positions, self._paths, strict=True):
-            out[c] = Space(ids, num_rows, {path: places[i] for path, i in paths})
-        return out
-
-
-def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tuple[np.ndarray, bool]:
-    """The distinct rows that ids name, in order, and whether some ids name none. Where they are `clipped`, an id out of
-    range names the first or last row."""
-    ordered = np.sort(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts]))
-    first, last = np.searchsorted(ordered, [0, num_rows])
-    outside = first > 0 or last < len(ordered)
-    if outside:
-        ends = []
-        for x, is_clipped in zip(parts, clipped, strict=True):
-            if is_clipped:
-                ends += [0] * bool(np.any(x < 0))
-                ends += [num_rows - 1] * bool(np.any((x >= num_rows) & (x != np.iinfo(np.int32).max)))
-        ordered = np.sort(np.concatenate([ordered[first:last], np.array(ends, np.int32)]))
-    new = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
-    return ordered[new], outside
-
-
-def _look_up(scratch: np.ndarray, ids: np.ndarray, size: int, num_rows: int | None) -> np.ndarray:
-    if num_rows is None:
-        return scratch[ids]
-    inside = (ids >= 0) & (ids < num_rows)
-    return np.where(inside, scratch[np.where(inside, ids, 0)], np.int32(size))
+        programs: list[Any] = [self._on_host, self._with_rows, self._on_device]
+        return sum(program._cache_size() for program in programs)

@@ -88,7 +88,7 @@ def _whole_rows(window: Any, rows_axis: Any, table_ndim: int, ids_ndim: int) -> 
 
 def _summed_along(walk: Walk, eqn: Equation) -> int | None:
     """The axis over which the sum is taken that is all that becomes of an equation's output."""
-    use = walk.only_use(eqn.outputs[0])
+    use, _ = walk.only_use(eqn.outputs[0]) or (None, 0)
     if use is None or use.primitive is not _jax.REDUCE_SUM or len(use.param("axes")) != 1:
         return None
     return int(use.param("axes")[0])
@@ -102,16 +102,20 @@ def _sum_of_rows(block: jax.Array, place: jax.Array, along: int, fill: Any) -> j
         return block.at[place].get(mode="fill", fill_value=fill)
 
     def one_by_one() -> jax.Array:
-        if len(turns) > _UNROLL:
-            return jax.lax.fori_loop(1, len(turns), lambda i, total: total + read(turns[i]), read(turns[0]))
-        total = read(turns[0])
-        for place in turns[1:]:
-            total = total + read(place)
-        return total
+        return _repeat(len(turns) - 1, lambda i, total: total + read(turns[i + 1]), read(turns[0]))
 
     if not len(turns):
         return jnp.sum(read(turns), axis=0)
     return jax.lax.platform_dependent(cpu=one_by_one, default=lambda: jnp.sum(read(place), axis=along))
+
+
+def _repeat(many: int, turn: Callable[[Any, Any], Any], start: Any) -> Any:
+    """fori_loop from 0, written out while that is not too long to compile: XLA puts more together then."""
+    if many > _UNROLL:
+        return jax.lax.fori_loop(0, many, turn, start)
+    for i in range(many):
+        start = turn(i, start)
+    return start
 
 
 _UNROLL = 64
@@ -180,10 +184,10 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         def one_by_one() -> jax.Array:
             turns, row = jnp.moveaxis(place, updates.axis, 0), jnp.squeeze(updates.row, updates.axis).astype(wide)
 
-            def add(i: jax.Array, sums: jax.Array) -> jax.Array:
+            def add(i: Any, sums: jax.Array) -> jax.Array:
                 return sums.at[turns[i]].add(row, mode="drop")
 
-            return jax.lax.fori_loop(0, len(turns), add, _jax.vary(block.astype(wide), _jax.varying_axes(row)))
+            return _repeat(len(turns), add, _jax.vary(block.astype(wide), _jax.varying_axes(row)))
 
         out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
         return out.astype(block.dtype)

@@ -1,7 +1,6 @@
-"""What equations do with some rows of an array: elementwise, other shapes, sums, products.
+"""What equations do with some rows of an array that are not elementwise: other shapes, sums, products.
 
-A rule is a function of (walk, equation, values) that returns the values of the equation's outputs, or None where it
-cannot be done row by row. Some value is Rows or Same.
+Rules are as in `row_elementwise`.
 """
 
 from __future__ import annotations
@@ -13,23 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
+from jaxsparse.row_elementwise import ELEMENTWISE, elementwise, is_zero
 from jaxsparse.values import (
     NOTHING,
     UNIFORM,
     UNKNOWN,
     ZERO,
     Note,
-    Notes,
     Rows,
     Same,
     Value,
     Whole,
     array_of,
-    notes_of,
 )
 
 if TYPE_CHECKING:
@@ -38,133 +35,7 @@ if TYPE_CHECKING:
 Values = Sequence[Value]
 Outs = list[Value] | None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# elementwise
-
-ELEMENTWISE = _jax.primitives(
-    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
-    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p "
-    "logistic lt max min mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt "
-    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
-    "tanh xor"
-)
-# zero where the first operand is zero
-_KEEP_ZERO = _jax.primitives(
-    "abs asin asinh atan atanh cbrt ceil convert_element_type copy div erf erf_inv expm1 floor imag integer_pow log1p "
-    "neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
-)
-_ZERO_IF_ANY = _jax.primitives("mul and")
-_ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")
-_ADD = _jax.primitives("add add_jaxvals")
-_SCALE = _jax.primitives("mul div")
-_COMPARE = _jax.primitives("eq ge gt le lt ne")
-(_SELECT,) = _jax.primitives("select_n")
-(_POWER,) = _jax.primitives("integer_pow")
 (BROADCAST,) = _jax.primitives("broadcast_in_dim")
-
-
-def elementwise(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    rows = next((v for v in values if isinstance(v, Rows)), None)
-    return _elementwise_same(walk, eqn, values) if rows is None else _elementwise_rows(walk, eqn, values, rows)
-
-
-def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> Outs:
-    """Blocks of all operands; what has one row for each of a table's has its rows taken."""
-    operands: list[Rows] = []
-    for v, operand in zip(values, eqn.inputs, strict=True):
-        shape = _jax.shape(operand)
-        if isinstance(v, Whole) and (shape == () or shape[like.axis] == 1 != _jax.shape(eqn.outputs[0])[like.axis]):
-            outside = ZERO if _is_zero(v) else UNIFORM  # a scalar, or stretched as one
-            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda v=v: v.array))  # type: ignore[misc]
-            continue
-        block = walk.as_rows(v, like.node, like.axis)
-        if block is None:
-            return None
-        operands.append(block)
-    updated = any(x.updated for x in operands)
-    notes = notes_of(*values)
-    if updated and eqn.primitive in _SCALE and any(note.kind == "whole sum" for note in notes):
-        why = f"an update is scaled by a sum over all rows of a table: {eqn.primitive} at {walk.source}"
-        walk.plan.refused.setdefault(like.node, why)
-    outside = _outside(eqn, [x.outside for x in operands])
-    whole: Callable[[], Any] | None = None
-    if all(x.whole is not None for x in operands):
-        whole = functools.cache(lambda: _jax.bind(eqn, [x.whole() for x in operands])[0])  # type: ignore[misc]
-    if eqn.primitive in _ADD and (added := _added(operands)) is not None:
-        return [added]
-    given = [v for v in values if isinstance(v, Rows)]
-    origin = like.first if all(v is like for v in given) else None
-    (block,) = _jax.bind(eqn, [x.block for x in operands])
-    return [Rows(block, like.node, like.axis, outside, updated, whole, origin=origin)]
-
-
-def _added(operands: Sequence[Rows]) -> Rows | None:
-    """A sum in which one side is a scatter into zeros: scattered into the other side instead, in place."""
-    a, b = operands
-    if b.add_to is None:
-        a, b = b, a
-    if b.add_to is None or a.block.dtype != b.block.dtype or a.block.shape != b.block.shape:
-        return None
-    first, second = a.add_to, b.add_to
-    add_to = None if first is None else lambda block: second(first(block))
-    return Rows(second(a.block), a.node, a.axis, min(a.outside, b.outside), updated=True, add_to=add_to)
-
-
-def _outside(eqn: Equation, outside: Sequence[int]) -> int:
-    zero = [level == ZERO for level in outside]
-    if eqn.primitive in _ZERO_IF_ANY:
-        keeps = any(zero)
-    elif eqn.primitive in _ZERO_IF_ALL:
-        keeps = all(zero)
-    elif eqn.primitive is _SELECT:
-        keeps = all(zero[1:])
-    else:
-        keeps = eqn.primitive in _KEEP_ZERO and zero[0] and not (eqn.primitive is _POWER and eqn.param("y") <= 0)
-    return ZERO if keeps else min(UNIFORM, *outside)
-
-
-def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    like = next(v for v in values if isinstance(v, Same))
-    for v, operand in zip(values, eqn.inputs, strict=True):
-        if (v.axis != like.axis) if isinstance(v, Same) else _jax.shape(operand) != ():
-            return None
-    (row,) = _jax.bind(eqn, [v.row if isinstance(v, Same) else array_of(v) for v in values])  # type: ignore[arg-type]
-    levels = [v.outside if isinstance(v, Same) else ZERO if _is_zero(v) else UNIFORM for v in values]  # type: ignore[union-attr]
-    return [Same(row, like.axis, like.size, _outside(eqn, levels) == ZERO, notes_out(eqn, values))]
-
-
-def _is_zero(v: Value) -> bool:
-    """Whether an array is known to be the number 0, which is not asked of arrays on a device."""
-    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float) and not np.any(v.array)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what arrays were made from
-
-
-def notes_out(eqn: Equation, values: Values) -> Notes:
-    """The notes of an equation's outputs."""
-    notes = notes_of(*values)
-    if not notes:
-        return NOTHING
-    if eqn.primitive in _COMPARE:
-        return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in notes)
-    if eqn.primitive is _REM:
-        return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}
-    if len(values) == 2 and not all(_sums(v) for v in values):
-        # what scales an array, or is added to something, is an update, and no statistic that is kept
-        scales = eqn.primitive in _SCALE and _jax.shape(eqn.outputs[0]) != ()
-        if scales or eqn.primitive in _ADD or eqn.primitive is _SUB:
-            return frozenset(n for n in notes if n.kind != "part sum")
-    return notes
-
-
-def _sums(v: Value) -> bool:
-    return any(n.kind in ("part sum", "whole sum") for n in notes_of(v))
-
-
-(_REM,) = _jax.primitives("rem")
-(_SUB,) = _jax.primitives("sub")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # other shapes
@@ -238,14 +109,14 @@ def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
     new = [a for a, size in enumerate(shape) if size > 1 and (a not in dims or given[dims.index(a)] == 1)]
     tall = [a for a in new if shape[a] in walk.plan.heights]
     if not tall and not walk.planning and len(new) == 1:
-        use = walk.only_use(eqn.outputs[0])
-        if use is not None and use.primitive is _jax.SCATTER_ADD and use.inputs[2] is eqn.outputs[0]:
+        use, operand = walk.only_use(eqn.outputs[0]) or (None, 0)
+        if use is not None and use.primitive is _jax.SCATTER_ADD and operand == 2:
             tall = new
     if not tall:
         return None
     axis = tall[0]
     (row,) = _jax.bind(eqn, [v.array], shape=(*shape[:axis], 1, *shape[axis + 1 :]))
-    return [Same(row, axis, shape[axis], _is_zero(v), v.notes)]
+    return [Same(row, axis, shape[axis], is_zero(v), v.notes)]
 
 
 def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
@@ -258,7 +129,7 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if like is not values[0] or isinstance(values[1], Rows) or eqn.param("padding_config")[axis] != (0, 0, 0):
             return None
         (block,) = _jax.bind(eqn, [like.block, array_of(values[1])])
-        outside = like.outside if _is_zero(values[1]) else min(like.outside, UNIFORM)
+        outside = like.outside if is_zero(values[1]) else min(like.outside, UNIFORM)
         return [Rows(block, like.node, axis, outside, like.updated)]
     along = next(eqn.params[name] for name in ("dimension", "axis") if name in eqn.params)
     stacked = primitive.name == "stack"
@@ -370,7 +241,8 @@ def _with_zeros(walk: Walk, rows: Rows) -> Any:
 
 def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
     """Sums over mapped axes, and casts that say over which of them a value varies."""
-    axes, outs = _jax.summed_axes(eqn), []
+    axes = _jax.summed_axes(eqn)
+    outs: list[Value] = []
     for v in values:
         if isinstance(v, Same):
             outs += [Same(x, v.axis, v.size, v.zero, v.notes) for x in _jax.bind(eqn, [v.row])]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import _jax, row_reads, row_regions, row_rules
+from jaxsparse import _jax, row_elementwise, row_reads, row_regions, row_rules
 from jaxsparse._jax import Equation, Program
 from jaxsparse.reads import source_line
 from jaxsparse.rows import gather_rows
@@ -113,7 +113,7 @@ class Walk:
     ) -> None:
         self.plan, self.spaces, self.within, self.depth = plan, spaces, within, depth
         self.reads: list[tuple[Read, jax.Array]] = []
-        self._uses: dict[Any, list[Any]] = {}
+        self._frames: list[_Frame] = []  # of the programs that call each other, the innermost last
 
     @property
     def planning(self) -> bool:
@@ -121,7 +121,7 @@ class Walk:
 
     def run(self, program: Program, values: Sequence[Value]) -> list[Value]:
         """The values of the outputs, given those of the inputs."""
-        outer, self._uses = self._uses, _uses(program)
+        self._frames.append(_Frame(program, self.within[-1:], _uses(program)))
         env: dict[Any, Value] = {v: Whole(c) for v, c in program.constants.items()}
         env.update(zip(program.inputs, values, strict=True))
 
@@ -132,7 +132,7 @@ class Walk:
             self.within += (eqn,)
             env.update(zip(eqn.outputs, self._step(program, eqn, [read(v) for v in eqn.inputs]), strict=True))
             self.within = self.within[:-1]
-        self._uses = outer
+        self._frames.pop()
         return [read(v) for v in program.outputs]
 
     def _step(self, program: Program, eqn: Equation, values: list[Value]) -> list[Value]:
@@ -163,9 +163,11 @@ class Walk:
     def _whole(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Value]:
         """An equation as it is."""
         outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
-        notes = row_rules.notes_out(eqn, values)
-        made_by = eqn if any(set(jnp.shape(x)) & self.plan.heights for x in outs) else None
-        return [Whole(x, notes, made_by) for x in outs]
+        notes = row_elementwise.notes_out(eqn, values)
+        tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
+        # XLA makes a view of given rows from those that are taken
+        view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
+        return [Whole(x, notes, eqn if tall and not view else None) for x in outs]
 
     def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
         """An equation that has no rule: what enters it is no Rows in the next walk."""
@@ -201,10 +203,10 @@ class Walk:
     def path(self) -> Path:
         return tuple(eqn.key for eqn in self.within)
 
-    def only_use(self, v: Any) -> Equation | None:
-        """The one equation of the program that uses a variable, if there is one and it is no output."""
-        uses = self._uses.get(v, [])
-        return uses[0] if len(uses) == 1 else None
+    def only_use(self, v: Any) -> tuple[Equation, int] | None:
+        """The one equation that uses a variable of the program, and the operand that it is there; through calls, in
+        and out. None if there are several, or it leaves the outermost program."""
+        return _only_use(self._frames, v)
 
     def inside(self) -> Walk:
         """For a region's program: its reads are its own, and leave it as outputs."""
@@ -281,15 +283,40 @@ def _narrow(ids: jax.Array) -> jax.Array:
     return jnp.where((ids >= 0) & (ids <= most), ids, -1).astype(jnp.int32)
 
 
-def _uses(program: Program) -> dict[Any, list[Any]]:
-    """The equations that use each variable, None standing for the program's outputs."""
-    uses: dict[Any, list[Any]] = {}
-    for user, operands in [*((e, e.inputs) for e in program.equations), (None, program.outputs)]:
-        for v in operands:
+# The uses of a variable: an equation, None standing for the program's outputs, and which operand or output it is.
+_Uses = dict[Any, list[tuple[Equation | None, int]]]
+
+
+class _Frame(NamedTuple):
+    program: Program
+    caller: Sequence[Equation]  # one, or none of the outermost program
+    uses: _Uses
+
+
+def _uses(program: Program) -> _Uses:
+    uses: _Uses = {}
+    users: list[tuple[Equation | None, Sequence[Any]]] = [(eqn, eqn.inputs) for eqn in program.equations]
+    for user, operands in [*users, (None, program.outputs)]:
+        for i, v in enumerate(operands):
             if not _jax.is_literal(v):
-                uses.setdefault(v, []).append(user)
+                uses.setdefault(v, []).append((user, i))
     return uses
 
 
+def _only_use(frames: Sequence[_Frame], v: Any) -> tuple[Equation, int] | None:
+    uses = frames[-1].uses.get(v, [])
+    if len(uses) != 1:
+        return None
+    user, i = uses[0]
+    if user is None:
+        called = frames[-1].caller and len(frames) > 1
+        return _only_use(frames[:-1], frames[-1].caller[0].outputs[i]) if called else None
+    if user.primitive in _INLINED:
+        inner = _jax.called(user)
+        return _only_use([*frames, _Frame(inner, [user], _uses(inner))], inner.inputs[i])
+    return user, i
+
+
 _INLINED = _jax.CALLS | _jax.primitives("custom_jvp_call custom_vjp_call")
+_VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
 _RULES = row_rules.RULES | row_reads.RULES

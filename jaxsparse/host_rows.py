@@ -1,0 +1,113 @@
+"""The rows that a step reads, chosen on the host before it runs: with NumPy, which sorts much faster than XLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _jax
+from jaxsparse.planning import Planned
+from jaxsparse.rowwise import reads_of
+from jaxsparse.walk import Path, Space
+
+
+class HostRows:
+    """The distinct rows of each class, chosen on the host, and where in them each id is.
+
+    The ids come as one array for each different way in which the step makes some, `numbers`, of each class.
+    """
+
+    def __init__(self, planned: Planned) -> None:
+        self._by_class = [(c, num_rows, list(reads_of(planned, c).items())) for c, num_rows in planned.classes.items()]
+        self._numbers = list(planned.ids.numbers)
+        self._paths: list[list[tuple[Path, int]]] = []  # by class: places of reads, with the array that has their ids
+        for c, _, arrays in self._by_class:
+            index = {number: i for i, (number, _) in enumerate(arrays)}
+            self._paths.append(
+                [
+                    (read.path, index[number])
+                    for read, number in zip(planned.reads, self._numbers, strict=True)
+                    if read.path is not None and planned.plan.find(read.node) == c
+                ]
+            )
+        self._can = not planned.plan.axes and not planned.ids.has_effects
+        self._sizes: list[list[int]] = [[] for _ in self._by_class]
+        self._scratch: dict[int, np.ndarray] = {}
+
+    def sees(self, used: list[Any]) -> bool:
+        """Whether ids made of these arrays are to be looked at on the host."""
+        return self._can and all(map(_jax.is_on_host, used))
+
+    def wanted(self, ids: list[Any]) -> list[list[Any]]:
+        """Of the ids of all reads, each different array once, by class."""
+        by_number = dict(zip(self._numbers, ids, strict=True))
+        return [[by_number[number] for number, _ in arrays] for _, _, arrays in self._by_class]
+
+    def choose(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+        """For each class, its rows: int32 (k,), padded with num_rows, num_rows + 1, ...; and for each array of its ids
+        where they are, k for those that are no row."""
+        rows, positions = [], []
+        for n, ((_, num_rows, arrays), given) in enumerate(zip(self._by_class, ids, strict=True)):
+            parts = [np.asarray(x) for x in given]
+            unique, outside = _distinct(parts, num_rows, [clipped for _, clipped in arrays])
+            size = self._size(n, len(unique), min(sum(x.size for x in parts), num_rows))
+            padded = np.arange(num_rows - len(unique), num_rows - len(unique) + size, dtype=np.int32)
+            padded[: len(unique)] = unique
+            rows.append(padded)
+            scratch = self._scratch.setdefault(num_rows, np.empty(num_rows, np.int32))  # of which few pages are used
+            scratch[unique] = np.arange(len(unique), dtype=np.int32)
+            positions.append([_look_up(scratch, x, size, num_rows if outside else None) for x in parts])
+        return rows, positions
+
+    def _size(self, n: int, distinct: int, most: int) -> int:
+        """How many rows a block gets: so many and one of padding, few sizes in all, of which each is compiled for."""
+        for size in self._sizes[n]:
+            if distinct < size <= 1.25 * distinct + 64:
+                return size
+        grain = max(16, 1 << max(distinct.bit_length() - 4, 0))
+        size = min(-(-(distinct + 1 + grain // 2) // grain) * grain, most + 1)
+        self._sizes[n] = sorted([*self._sizes[n], size])
+        return size
+
+    def most(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+        """Abstract results of `choose`, where all ids are distinct."""
+        rows = []
+        for (_, num_rows, _), given in zip(self._by_class, ids, strict=True):
+            size = min(sum(x.size for x in given), num_rows) + 1
+            rows.append(jax.ShapeDtypeStruct((size,), jnp.int32))
+        return rows, [[jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in given] for given in ids]
+
+    def spaces(self, rows: list[Any], positions: list[list[Any]]) -> dict[int, Space]:
+        """What `choose` returned, as the step needs it."""
+        out = {}
+        for (c, num_rows, _), ids, places, paths in zip(self._by_class, rows, positions, self._paths, strict=True):
+            out[c] = Space(ids, num_rows, {path: places[i] for path, i in paths})
+        return out
+
+
+def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tuple[np.ndarray, bool]:
+    """The distinct rows that ids name, in order, and whether some ids name none. Where they are `clipped`, an id out of
+    range names the first or last row."""
+    ordered = np.sort(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts]))
+    first, last = np.searchsorted(ordered, [0, num_rows])
+    outside = first > 0 or last < len(ordered)
+    if outside:
+        ends = []
+        for x, is_clipped in zip(parts, clipped, strict=True):
+            if is_clipped:
+                ends += [0] * bool(np.any(x < 0))
+                ends += [num_rows - 1] * bool(np.any((x >= num_rows) & (x != np.iinfo(np.int32).max)))
+        ordered = np.sort(np.concatenate([ordered[first:last], np.array(ends, np.int32)]))
+    new = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new], outside
+
+
+def _look_up(scratch: np.ndarray, ids: np.ndarray, size: int, num_rows: int | None) -> np.ndarray:
+    if num_rows is None:
+        return scratch[ids]
+    inside = (ids >= 0) & (ids < num_rows)
+    return np.where(inside, scratch[np.where(inside, ids, 0)], np.int32(size))

@@ -1,0 +1,162 @@
+"""What elementwise equations do with some rows of an array, and what arrays are noted to be made from.
+
+A rule is a function of (walk, equation, values) that returns the values of the equation's outputs, or None where it
+cannot be done row by row. Some value is Rows or Same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsparse import _jax
+from jaxsparse._jax import Equation
+from jaxsparse.values import (
+    NOTHING,
+    UNIFORM,
+    ZERO,
+    Note,
+    Notes,
+    Rows,
+    Same,
+    Value,
+    Whole,
+    array_of,
+    notes_of,
+)
+
+if TYPE_CHECKING:
+    from jaxsparse.walk import Walk
+
+Values = Sequence[Value]
+Outs = list[Value] | None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# elementwise
+
+ELEMENTWISE = _jax.primitives(
+    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
+    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p "
+    "logistic lt max min mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt "
+    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
+    "tanh xor"
+)
+# zero where the first operand is zero
+_KEEP_ZERO = _jax.primitives(
+    "abs asin asinh atan atanh cbrt ceil convert_element_type copy div erf erf_inv expm1 floor imag integer_pow log1p "
+    "neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
+)
+_ZERO_IF_ANY = _jax.primitives("mul and")
+_ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")
+_ADD = _jax.primitives("add add_jaxvals")
+_SCALE = _jax.primitives("mul div")
+_COMPARE = _jax.primitives("eq ge gt le lt ne")
+(_SELECT,) = _jax.primitives("select_n")
+(_POWER,) = _jax.primitives("integer_pow")
+
+
+def elementwise(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    rows = next((v for v in values if isinstance(v, Rows)), None)
+    return _elementwise_same(walk, eqn, values) if rows is None else _elementwise_rows(walk, eqn, values, rows)
+
+
+def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> Outs:
+    """Blocks of all operands; what has one row for each of a table's has its rows taken."""
+    operands: list[Rows] = []
+    for v, operand in zip(values, eqn.inputs, strict=True):
+        shape = _jax.shape(operand)
+        if isinstance(v, Whole) and (shape == () or shape[like.axis] == 1 != _jax.shape(eqn.outputs[0])[like.axis]):
+            outside = ZERO if is_zero(v) else UNIFORM  # a scalar, or stretched as one
+            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda v=v: v.array))  # type: ignore[misc]
+            continue
+        block = walk.as_rows(v, like.node, like.axis)
+        if block is None:
+            return None
+        operands.append(block)
+    updated = any(x.updated for x in operands)
+    notes = notes_of(*values)
+    if updated and eqn.primitive in _SCALE and any(note.kind == "whole sum" for note in notes):
+        why = f"an update is scaled by a sum over all rows of a table: {eqn.primitive} at {walk.source}"
+        walk.plan.refused.setdefault(like.node, why)
+    outside = _outside(eqn, [x.outside for x in operands])
+    whole: Callable[[], Any] | None = None
+    if all(x.whole is not None for x in operands):
+        whole = functools.cache(lambda: _jax.bind(eqn, [x.whole() for x in operands])[0])  # type: ignore[misc]
+    if eqn.primitive in _ADD and (added := _added(operands)) is not None:
+        return [added]
+    given = [v for v in values if isinstance(v, Rows)]
+    origin = like.first if all(v is like for v in given) else None
+    (block,) = _jax.bind(eqn, [x.block for x in operands])
+    return [Rows(block, like.node, like.axis, outside, updated, whole, origin=origin)]
+
+
+def _added(operands: Sequence[Rows]) -> Rows | None:
+    """A sum in which one side is a scatter into zeros: scattered into the other side instead, in place."""
+    a, b = operands
+    if b.add_to is None:
+        a, b = b, a
+    if b.add_to is None or a.block.dtype != b.block.dtype or a.block.shape != b.block.shape:
+        return None
+    first, second = a.add_to, b.add_to
+    add_to = None if first is None else lambda block: second(first(block))
+    return Rows(second(a.block), a.node, a.axis, min(a.outside, b.outside), updated=True, add_to=add_to)
+
+
+def _outside(eqn: Equation, outside: Sequence[int]) -> int:
+    zero = [level == ZERO for level in outside]
+    if eqn.primitive in _ZERO_IF_ANY:
+        keeps = any(zero)
+    elif eqn.primitive in _ZERO_IF_ALL:
+        keeps = all(zero)
+    elif eqn.primitive is _SELECT:
+        keeps = all(zero[1:])
+    else:
+        keeps = eqn.primitive in _KEEP_ZERO and zero[0] and not (eqn.primitive is _POWER and eqn.param("y") <= 0)
+    return ZERO if keeps else min(UNIFORM, *outside)
+
+
+def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    like = next(v for v in values if isinstance(v, Same))
+    for v, operand in zip(values, eqn.inputs, strict=True):
+        if (v.axis != like.axis) if isinstance(v, Same) else _jax.shape(operand) != ():
+            return None
+    (row,) = _jax.bind(eqn, [v.row if isinstance(v, Same) else array_of(v) for v in values])  # type: ignore[arg-type]
+    levels = [v.outside if isinstance(v, Same) else ZERO if is_zero(v) else UNIFORM for v in values]  # type: ignore[union-attr]
+    return [Same(row, like.axis, like.size, _outside(eqn, levels) == ZERO, notes_out(eqn, values))]
+
+
+def is_zero(v: Value) -> bool:
+    """Whether an array is known to be the number 0, which is not asked of arrays on a device."""
+    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float) and not np.any(v.array)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what arrays were made from
+
+
+def notes_out(eqn: Equation, values: Values) -> Notes:
+    """The notes of an equation's outputs."""
+    notes = notes_of(*values)
+    if not notes:
+        return NOTHING
+    if eqn.primitive in _COMPARE:
+        return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in notes)
+    if eqn.primitive is _REM:
+        return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}
+    if len(values) == 2 and not all(_sums(v) for v in values):
+        # what scales an array, or is added to something, is an update, and no statistic that is kept
+        scales = eqn.primitive in _SCALE and _jax.shape(eqn.outputs[0]) != ()
+        if scales or eqn.primitive in _ADD or eqn.primitive is _SUB:
+            return frozenset(n for n in notes if n.kind != "part sum")
+    return notes
+
+
+def _sums(v: Value) -> bool:
+    return any(n.kind in ("part sum", "whole sum") for n in notes_of(v))
+
+
+(_REM,) = _jax.primitives("rem")
+(_SUB,) = _jax.primitives("sub")

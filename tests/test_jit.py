@@ -1,0 +1,258 @@
+"""js.jit beyond what js.rowwise does: ids on the host, few sizes of blocks, donation, static arguments, nesting."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxsparse as js
+from jaxsparse.host_rows import _distinct, _look_up
+from tests.stepwise import (
+    P0,
+    STEP,
+    D,
+    V,
+    batch,
+    both_tables,
+    compare,
+    copied,
+    create,
+    draw_ids,
+    normal,
+    of_loss,
+    put_back,
+)
+
+ADAM = optax.adam(0.1)
+
+
+class Embed(nn.Module):
+    """As in the README: nn.Embed, a stock TrainState, a stock optimizer."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Dense(1)(nn.Embed(V, D)(ids).mean(1))[:, 0]
+
+
+def test_a_linen_model_with_a_stock_state():
+    model = Embed()
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 30)))
+    ids = draw_ids(12, 4)
+    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), ids), tx=tx)
+
+    def train_step(state, ids, y):
+        def loss_fn(params):
+            return jnp.mean((state.apply_fn(params, ids) - y) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    sparse, dense = js.jit(train_step), jax.jit(train_step)
+    wanted, state = copied(state), copied(state)
+    for _ in range(20):
+        ids, y = draw_ids(12, 4), normal(12)
+        (state, loss), (new, want) = sparse(state, ids, y), dense(wanted, ids, y)
+        wanted = put_back(new, wanted, {"embedding": ids})
+        np.testing.assert_allclose(loss, want, rtol=1e-4)
+    compare("linen", state, wanted, 1e-4)
+
+
+def test_plain_optax_takes_over_and_hands_back():
+    """The state is optax's own."""
+    tx = optax.adamw(0.1)
+    sparse, dense = js.jit(STEP), jax.jit(STEP)
+    state, wanted = copied(create(tx)), create(tx)
+    for step in (dense, sparse, dense, sparse):
+        arrays = batch()
+        before = copied(state)
+        assert jax.tree.structure(state) == jax.tree.structure(wanted)
+        state, _ = step(state, *arrays)
+        new, _ = dense(wanted, *arrays)
+        wanted = new if step is dense else put_back(new, wanted, both_tables(*arrays))
+        del before
+    compare("handed over", state, wanted, 1e-4)
+
+
+def test_an_epoch_of_shuffled_batches_compiles_few_programs():
+    step = js.jit(STEP)
+    rng = np.random.default_rng(0)
+    state = copied(create(ADAM, {"t": jnp.zeros((5000, D)), "b": jnp.zeros(5000), "w": P0["w"]}))
+    for _ in range(40):
+        ids = (rng.zipf(1.3, (64, 20)) % 5000).astype(np.int32)
+        state, _ = step(state, ids, rng.normal(size=64).astype(np.float32))
+    assert step._cache_size() <= 3
+
+
+def test_arrays_of_every_kind():
+    """NumPy's, JAX's, lists of js.batches, int64, on another CPU device: the same step."""
+    wanted, _ = js.jit(STEP)(copied(create(ADAM)), *batch())
+    ids, y = draw_ids(12, 4), normal(12)
+    start = copied(create(ADAM))
+    wanted, _ = js.jit(STEP)(copied(start), ids, y)
+    step = js.jit(STEP)
+    compare("NumPy", step(copied(start), np.asarray(ids), np.asarray(y))[0], wanted, 0)
+    compare("int64", step(copied(start), np.asarray(ids, np.int64), np.asarray(y))[0], wanted, 0)
+    there = jax.devices()[3]
+    state, _ = step(jax.device_put(copied(start), there), jax.device_put(ids, there), jax.device_put(y, there))
+    assert all(x.devices() == {there} for x in jax.tree.leaves(state))
+    compare("another device", state, wanted, 0)
+    state, _ = step(jax.device_put(copied(start), there), np.asarray(ids), np.asarray(y))
+    compare("state elsewhere", state, wanted, 0)
+
+
+def test_batches_of_js_batches_are_their_arrays():
+    ids = np.asarray(draw_ids(40, 4))
+    step = js.jit(of_loss(lambda p, b: js.weighted_mean((p["t"][b.x].sum((1, 2)) - b.y) ** 2, b.weight)))
+    dense = jax.jit(of_loss(lambda p, b: js.weighted_mean((p["t"][b.x].sum((1, 2)) - b.y) ** 2, b.weight)))
+    state, wanted = copied(create(ADAM)), create(ADAM)
+    for one in js.batches(ids, np.arange(40.0), batch_size=16, shuffle=True):
+        state, _ = step(state, one)
+        new, _ = dense(wanted, one)
+        wanted = put_back(new, wanted, {"t": one.x})
+    compare("batches", state.params["t"], wanted.params["t"], 1e-4)
+    assert len(step._programs) == 1
+
+
+class Pair(NamedTuple):
+    params: dict
+    slots: tuple
+
+
+STATES = {
+    "a tuple": lambda p, o: (p, o),
+    "a NamedTuple": Pair,
+    "a dict with None": lambda p, o: {"params": p, "slots": o, "nothing": None},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("with_loss", [True, False], ids=["with a loss", "alone"])
+def test_states(name, with_loss):
+    def step(state, ids, y):
+        p, o = (state["params"], state["slots"]) if isinstance(state, dict) else state
+        loss, g = jax.value_and_grad(lambda p: jnp.mean(p["t"][ids].sum((1, 2)) * y))(p)
+        u, o = ADAM.update(g, o, p)
+        new = STATES[name](optax.apply_updates(p, u), o)
+        return (new, loss) if with_loss else new
+
+    arrays = batch()
+    start = STATES[name](P0, ADAM.init(P0))
+    got, want = js.jit(step)(copied(start), *arrays), jax.jit(step)(start, *arrays)
+    compare(name, got, want, 1e-6)  # from zero slots, rows that are not read do not move in either
+
+
+def test_several_arguments_are_state():
+    @functools.partial(js.jit, donate_argnums=(1, 2))
+    def step(ids, params, slots, *, scale):
+        g = jax.grad(lambda p: scale * jnp.sum(p["t"][ids] ** 2))(params)
+        u, slots = ADAM.update(g, slots, params)
+        return {"scale": scale}, optax.apply_updates(params, u), slots
+
+    params, slots = copied(P0), copied(ADAM.init(P0))
+    ids = draw_ids(5)
+    extra, new, _ = step(ids, params, slots, scale=2.0)
+    moved = np.flatnonzero(np.any(np.asarray(new["t"] != P0["t"]), axis=1))
+    assert moved.tolist() == sorted(set(np.asarray(ids).tolist())) and extra["scale"] == 2.0
+    assert params["t"].is_deleted() and jax.tree.leaves(slots)[1].is_deleted()
+
+
+def test_static_arguments():
+    traced = []
+
+    @functools.partial(js.jit, static_argnames=("double", "power"), static_argnums=3)
+    def step(state, ids, double, name, power=2):
+        traced.append((double, name, power))
+        loss = lambda t: jnp.sum(t[ids] ** power) * (2 if double else 1)  # noqa: E731
+        value, g = jax.value_and_grad(loss)(state["t"])
+        return {"t": state["t"] - 0.1 * g}, value
+
+    table = {"t": jnp.full((5, 1), 2.0)}
+    one = float(step(copied(table), jnp.array([1, 1]), False, "a")[1])
+    two = float(step(copied(table), jnp.array([1, 1]), double=True, name="a", power=3)[1])
+    assert (one, two) == (8.0, 32.0)
+    assert float(step(copied(table), jnp.array([1, 3]), False, "a")[1]) == 8.0
+    assert len(set(traced)) == 2 and len(traced) == 2
+
+
+def test_one_buffer_at_several_places_of_the_state():
+    """As optax.contrib's schedule_free and others start: no buffer can be donated twice."""
+    state = copied(create(optax.contrib.schedule_free_adamw(0.1)))
+    state = state.replace(opt_state=state.opt_state._replace(z=state.params))
+    new, _ = js.jit(STEP)(state, *batch())
+    assert np.all(np.isfinite(np.asarray(new.params["t"])))
+
+
+def test_inside_other_transformations():
+    arrays = batch()
+    wanted, _ = js.jit(STEP)(copied(create(ADAM)), *arrays)
+    inside, _ = jax.jit(js.jit(STEP))(create(ADAM), *arrays)
+    compare("jax.jit", inside, wanted, 1e-6)
+    scanned, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: js.jit(STEP)(s, *arrays), s, None, length=1))(create(ADAM))
+    compare("jax.lax.scan", scanned, wanted, 1e-6)
+
+
+def test_counters_and_random_keys_of_the_state():
+    """The ids of a step may be drawn: the state holds a key, which is split, and negatives are rows that it reads."""
+
+    def step(state, ids):
+        key, now = jax.random.split(state["key"])
+        drawn = jax.random.randint(now, (6,), 0, V)
+
+        def loss(t):
+            return jnp.sum(t[ids] * t[drawn[: ids.shape[0]]]) + jnp.sum(t[drawn] ** 2)
+
+        value, g = jax.value_and_grad(loss)(state["t"])
+        return {"t": state["t"] - 0.1 * g, "key": key, "n": state["n"] + 1}, (value, drawn)
+
+    sparse, dense = js.jit(step), jax.jit(step)
+    state = {"t": jnp.array(P0["t"]), "key": jax.random.key(0), "n": 0}
+    wanted = {"t": P0["t"], "key": jax.random.key(0), "n": 0}
+    for n in range(3):
+        ids = draw_ids(5)
+        state, (value, drawn) = sparse(state, ids)
+        wanted, (want, wanted_drawn) = dense(wanted, ids)
+        np.testing.assert_array_equal(drawn, wanted_drawn)
+        np.testing.assert_allclose(value, want, rtol=1e-4)
+        np.testing.assert_allclose(state["t"], wanted["t"], rtol=1e-4, atol=1e-5)
+        assert int(state["n"]) == n + 1
+
+
+def test_lower_tells_what_runs():
+    state = create(ADAM)
+    ids, y = batch()
+    step = js.jit(STEP)
+    assert "scatter" in step.lower(state, ids, y).as_text()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (state, ids, y))
+    memory = step.lower(*abstract).compile().memory_analysis()
+    assert memory.alias_size_in_bytes > 3 * V * D * 4
+    assert step.__name__ == STEP.__name__
+
+
+@given(
+    hnp.arrays(np.int32, 30, elements=st.integers(-8, 17)),
+    hnp.arrays(np.int32, 7, elements=st.integers(-8, 17)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_rows_that_the_host_chooses(a, b, clip_a, clip_b):
+    num_rows = 10
+    unique, outside = _distinct([a, b], num_rows, [clip_a, clip_b])
+    named = [
+        np.clip(x, 0, num_rows - 1) if clip else x[(x >= 0) & (x < num_rows)] for x, clip in ((a, clip_a), (b, clip_b))
+    ]
+    np.testing.assert_array_equal(unique, np.unique(np.concatenate(named)))
+    assert outside == bool(np.any((a < 0) | (a >= num_rows)) or np.any((b < 0) | (b >= num_rows)))
+    scratch = np.full(num_rows, -1, np.int32)
+    scratch[unique] = np.arange(len(unique))
+    at = _look_up(scratch, a, 99, num_rows if outside else None)
+    for i, place in zip(a.tolist(), at.tolist(), strict=True):
+        assert unique[place] == i if 0 <= i < num_rows else place == 99
