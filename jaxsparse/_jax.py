@@ -336,15 +336,33 @@ def _value_numbers(jaxpr: Any) -> list[int]:
 
     def number(v: Any) -> int:
         if isinstance(v, Literal):
-            return numbers.setdefault(("literal", str(v.val), str(v.aval)), len(numbers))
+            key: Any = ("literal", repr(v.val), str(v.aval)) if shape(v) == () else object()
+            return numbers.setdefault(key, len(numbers))
         return of[v] if v in of else of.setdefault(v, numbers.setdefault(v, len(numbers)))
 
     for eqn in jaxpr.eqns:
-        params = str(sorted((name, str(value)) for name, value in eqn.params.items()))
-        key = (eqn.primitive, params, *map(number, eqn.invars))
+        key = (eqn.primitive, _description(eqn.params), *map(number, eqn.invars))
         for i, v in enumerate(eqn.outvars):
             of[v] = numbers.setdefault((key, i), len(numbers))
     return [number(v) for v in jaxpr.outvars]
+
+
+def _description(x: Any) -> Any:
+    """Equal for parameters that mean the same, and for no others: programs with constants equal nothing."""
+    if isinstance(x, dict):
+        return tuple((name, _description(value)) for name, value in sorted(x.items()))
+    if isinstance(x, list | tuple):
+        return type(x).__name__, tuple(map(_description, x))
+    jaxpr = getattr(x, "jaxpr", x)
+    if hasattr(jaxpr, "eqns"):
+        if getattr(x, "consts", ()) or jaxpr.constvars or getattr(jaxpr, "consts", ()):
+            return object()
+        return str(jaxpr), tuple(_description(eqn.params) for eqn in jaxpr.eqns)
+    try:
+        hash(x)
+    except TypeError:
+        return object()
+    return x
 
 
 def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:

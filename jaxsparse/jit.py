@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,6 +114,9 @@ class JittedStep:
             step, args, kwargs, states = self._dynamic(args, kwargs)
             return rowwise(step, state_argnums=states)(*args, **kwargs)
         return program(leaves)
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        return self if owner is None else types.MethodType(self, owner)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program that a call with these arguments, or ones of these shapes, runs, as of a jitted function. Of

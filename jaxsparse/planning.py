@@ -19,7 +19,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._jax import Program
 from jaxsparse.tracing import TracedStep
-from jaxsparse.values import Note, RefusedError, Rows, Whole, notes_of
+from jaxsparse.values import Note, RefusedError, Rows, Value, Whole, notes_of
 from jaxsparse.walk import Plan, Read, Walk
 
 
@@ -37,6 +37,7 @@ class Planned:
       reads: the reads, in order.
       ids: evaluates the ids of the reads; its first inputs are the leaves of the arguments.
       dense: the tables that are not row-sparse, with the reason.
+      whole_outputs: outputs that are whole tables, and not where these stood.
     """
 
     traced: TracedStep
@@ -46,6 +47,7 @@ class Planned:
     reads: list[Read]
     ids: _jax.Needed
     dense: dict[int, str]
+    whole_outputs: list[int]
 
 
 def plan_step(traced: TracedStep, leaves: Sequence[Any]) -> Planned:
@@ -71,9 +73,9 @@ def plan_step(traced: TracedStep, leaves: Sequence[Any]) -> Planned:
         walked.reads,
         walked.ids,
         {i: why for i, why in settled.banned.items() if i in tables},
+        [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}],
     )
     _check_reads(planned)
-    walked.forget()
     return planned
 
 
@@ -111,7 +113,7 @@ def _settle(
         grown = set()
         for i in can - set(banned):
             out = walked.outs[places[i]]
-            if isinstance(out, Rows) and find(out.node) in with_table:
+            if isinstance(out, Rows) and out.axis == 0 and find(out.node) in with_table:
                 grown.add(i)
         new = (chosen | grown) - set(banned)
         loose_now: frozenset[Any] = frozenset()
@@ -156,18 +158,29 @@ class _Walked:
                 Whole(x, _notes_of_leaf(i, x, places)) if s is None else rows_of_leaf(s, i, x)
                 for i, (x, s) in enumerate(zip(leaves, stand_ins, strict=True))
             ]
-            self.outs = walk.run(program, values)
-            self.inputs = values
+            outs = walk.run(program, values)
+            for i, place in places.items():  # what stands at a leaf's place has its rows
+                v = outs[place]
+                if i in chosen and isinstance(v, Rows):
+                    plan.unify(i, v.node)
+                    if v.axis != 0:
+                        plan.not_by_row.setdefault(i, "it is returned with its rows along another axis")
+            kept = [v.first for v in (outs[place] for place in places.values()) if isinstance(v, Rows)]
+            self.kept_sums = [source for rows, source in plan.part_sums if any(rows.first is other for other in kept)]
+            plan.part_sums.clear()
+            self.outs = [_without_arrays(v) for v in outs]
             self.reads = [read for read, _ in walk.reads]
             return [ids for _, ids in walk.reads]
 
         self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins))
         self.needs_rows = any(self.ids.used[len(leaves) :])
 
-    def forget(self) -> None:
-        """What belonged to the trace."""
-        self.plan.part_sums.clear()
-        del self.outs, self.inputs
+
+def _without_arrays(v: Value) -> Value:
+    """What is known of a value, for after the trace."""
+    if isinstance(v, Rows):
+        return Rows(None, v.node, v.axis, v.outside, v.updated, None if v.whole is None else lambda walk: None)
+    return Whole(None, notes_of(v))
 
 
 def _stand_in(x: Any) -> jax.Array:
@@ -176,7 +189,7 @@ def _stand_in(x: Any) -> jax.Array:
 
 def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array) -> Rows:
     """Some rows of a leaf of the state."""
-    return Rows(block, i, whole=lambda: leaf)
+    return Rows(block, i, whole=lambda walk: leaf)
 
 
 def _notes_of_leaf(i: int, x: Any, places: dict[int, int]) -> frozenset[Note]:
@@ -193,17 +206,15 @@ def _check(walked: _Walked, traced: TracedStep, tables: set[int], chosen: set[in
         if find(node) in classes:
             raise refused(why, across)
     for i in tables:  # a gradient that went through what is not by row would reach its table as a whole array
-        if lost and not any(find(n) == find(i) for n in plan.scatters.values()):
-            raise refused(next(iter(lost.values())), across)
-    kept = [walked.outs[place] for place in places.values()]
-    kept_rows = [v.first for v in kept if isinstance(v, Rows)]
-    for v in kept:
-        for note in sorted(notes_of(v)):
+        missing = [*lost.values(), *plan.whole_scatters]
+        if missing and not any(find(n) == find(i) for n in plan.scatters.values()):
+            raise refused(missing[0], across)
+    for place in places.values():
+        for note in sorted(notes_of(walked.outs[place])):
             if note.kind == "part sum":
                 raise refused(f"state made of a sum over the rows of an update: {note.what}", across)
-    for rows, source in plan.part_sums:
-        if any(rows.first is other for other in kept_rows):
-            raise refused(f"a sum over all rows of what is kept in the state: {source}", across)
+    for source in walked.kept_sums:
+        raise refused(f"a sum over all rows of what is kept in the state: {source}", across)
     cyclic = {i for i, place in places.items() if Note("remainder", i) in notes_of(walked.outs[place])}
     for node, counter, source in plan.gates:
         if counter in cyclic and find(node) in classes:
@@ -234,17 +245,16 @@ _ANNOUNCED: set[str] = set()
 
 def announce(planned: Planned) -> None:
     """Warns of what costs as much as a table, once for each line."""
-    find, paths = planned.plan.find, planned.traced.paths
-    said = [
-        f"{paths[i]} is dense, with its slots: {why or 'it is not read by rows'}." for i, why in planned.dense.items()
-    ]
+    find, traced = planned.plan.find, planned.traced
+    said = [f"{traced.paths[i]} is dense, with its slots: {why}." for i, why in planned.dense.items()]
     said += [f"{source} is over all rows of a table, which this step computes." for source in planned.plan.whole_sums]
     for node, source in planned.plan.made_whole:
         if find(node) in planned.classes:
             said.append(f"{source} makes an array with a row for each of a table's, of which few are used.")
+    said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
     if not planned.leaves:
-        said.append("No array of the state is read by rows in this step: it costs what it does under jax.jit.")
-    for line in said:
+        said.append("no array of the state is read by rows: the step costs what it does under jax.jit.")
+    for line in (f"{traced.name}: {line}" for line in said):
         if line not in _ANNOUNCED:
             _ANNOUNCED.add(line)
             warnings.warn(line, stacklevel=3)

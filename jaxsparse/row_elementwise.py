@@ -6,10 +6,10 @@ cannot be done row by row. Some value is Rows or Same.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _jax
@@ -17,6 +17,7 @@ from jaxsparse._jax import Equation
 from jaxsparse.values import (
     NOTHING,
     UNIFORM,
+    UNKNOWN,
     ZERO,
     Note,
     Notes,
@@ -70,7 +71,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
         shape = _jax.shape(operand)
         if isinstance(v, Whole) and (shape == () or shape[like.axis] == 1 != _jax.shape(eqn.outputs[0])[like.axis]):
             outside = ZERO if is_zero(v) else UNIFORM  # a scalar, or stretched as one
-            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda v=v: v.array))  # type: ignore[misc]
+            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda walk, v=v: v.array))  # type: ignore[misc]
             continue
         block = walk.as_rows(v, like.node, like.axis)
         if block is None:
@@ -82,15 +83,17 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
         why = f"an update is scaled by a sum over all rows of a table: {eqn.primitive} at {walk.source}"
         walk.plan.refused.setdefault(like.node, why)
     outside = _outside(eqn, [x.outside for x in operands])
-    whole: Callable[[], Any] | None = None
+    whole: Callable[[Any], Any] | None = None
     if all(x.whole is not None for x in operands):
-        whole = functools.cache(lambda: _jax.bind(eqn, [x.whole() for x in operands])[0])  # type: ignore[misc]
+        whole = lambda walk: _jax.bind(eqn, [walk.whole(x) for x in operands])[0]  # noqa: E731
     if eqn.primitive in _ADD and (added := _added(operands)) is not None:
         return [added]
     given = [v for v in values if isinstance(v, Rows)]
     origin = like.first if all(v is like for v in given) else None
-    (block,) = _jax.bind(eqn, [x.block for x in operands])
-    return [Rows(block, like.node, like.axis, outside, updated, whole, origin=origin)]
+    (out,) = _jax.bind(eqn, [x.block for x in operands])
+    if outside == ZERO and any(x.outside == UNKNOWN for x in operands) and jnp.issubdtype(out.dtype, jnp.inexact):
+        out = jnp.where(walk.is_real(like), out, 0)  # what is unknown may be infinite, and 0 times that is NaN
+    return [Rows(out, like.node, like.axis, outside, updated, whole, origin=origin)]
 
 
 def _added(operands: Sequence[Rows]) -> Rows | None:
@@ -144,6 +147,8 @@ def notes_out(eqn: Equation, values: Values) -> Notes:
         return NOTHING
     if eqn.primitive in _COMPARE:
         return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in notes)
+    if eqn.primitive is _SELECT and _jax.shape(eqn.outputs[0]) == ():
+        return _notes_of_choice(values)
     if eqn.primitive is _REM:
         return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}
     if len(values) == 2 and not all(_sums(v) for v in values):
@@ -152,6 +157,15 @@ def notes_out(eqn: Equation, values: Values) -> Notes:
         if scales or eqn.primitive in _ADD or eqn.primitive is _SUB:
             return frozenset(n for n in notes if n.kind != "part sum")
     return notes
+
+
+def _notes_of_choice(values: Values) -> Notes:
+    """Of a choice between numbers. Where one is 0, what is chosen by a counter turns something off, or starts again."""
+    gates = frozenset(n for n in notes_of(values[0]) if n.kind == "gate")
+    others = notes_of(*values) - gates | notes_of(*values[1:])
+    if not any(is_zero(v) for v in values[1:]):
+        return others
+    return others | gates | {Note("remainder", n.what) for n in gates}
 
 
 def _sums(v: Value) -> bool:

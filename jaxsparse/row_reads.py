@@ -53,8 +53,10 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     ids, mode = at[..., component], eqn.param("mode")
     place = walk.note_read(rows.node, ids, num_rows, rows.updated, mode in _CLIPPED)
     if walk.planning and rows.whole is not None:  # other ids may be made of these rows
-        return [Whole(x) for x in _jax.bind(eqn, [rows.whole(), at])]
+        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows), at])]
     at = at.astype(jnp.int32)
+    if mode in _CLIPPED:
+        at = _clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
     fill = _nothing(rows.block.dtype) if fill is None else fill
     if not walk.planning and _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim):
@@ -70,6 +72,16 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         indices_are_sorted=False,
     )
     return [Whole(x) for x in outs]
+
+
+def _clip_others(
+    at: jax.Array, component: int, axes: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
+) -> jax.Array:
+    """Indices whose other components are moved into the array, as XLA does it."""
+    for i, axis in enumerate(axes):
+        if i != component:
+            at = at.at[..., i].set(jnp.clip(at[..., i], 0, shape[axis] - sizes[axis]))
+    return at
 
 
 def _nothing(dtype: Any) -> Any:
@@ -133,7 +145,7 @@ def dynamic_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return [Rows(block, rows.node, axis, rows.outside, rows.updated)]
     place = walk.note_read(rows.node, _from(arrays[axis], many, num_rows), num_rows, rows.updated, clipped=False)
     if walk.planning and rows.whole is not None:
-        return [Whole(x) for x in _jax.bind(eqn, [rows.whole(), *arrays])]
+        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows), *arrays])]
     read = jnp.take(rows.block, place, axis=axis, mode="fill")
     arrays[axis] = jnp.zeros_like(arrays[axis])
     return [Whole(x) for x in _jax.bind(eqn, [read, *arrays])]
@@ -151,7 +163,11 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, index, updates = values
     if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (index, updates)):
         return None
-    axis, shape, numbers = into.axis, _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
+    shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
+    if isinstance(into, Same) and into.zero and into.axis not in numbers.scatter_dims_to_operand_dims:
+        tall = [a for a in numbers.scatter_dims_to_operand_dims if shape[a] in walk.plan.heights]
+        into = into.along(tall[0]) if tall else into
+    axis = into.axis
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
     if axis not in numbers.inserted_window_dims:
@@ -162,6 +178,13 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             return None
     component = tuple(numbers.scatter_dims_to_operand_dims).index(axis)
     at = array_of(index)
+    clipped = eqn.param("mode") == Mode.CLIP
+    if clipped:
+        window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
+        sizes = [1] * len(shape)
+        for a, dim in zip(window, numbers.update_window_dims, strict=True):
+            sizes[a] = _jax.shape(eqn.inputs[2])[dim]
+        at = _clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
     adds = eqn.primitive is _jax.SCATTER_ADD
     repeated = (
         isinstance(updates, Same)
@@ -192,7 +215,6 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
         return out.astype(block.dtype)
 
-    clipped = eqn.param("mode") == Mode.CLIP
     return _changed(walk, into, at[..., component], shape[axis], put, adds=adds, clipped=clipped)
 
 
@@ -242,9 +264,8 @@ def _is_narrow(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
-RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
-    _jax.GATHER: gather,
-    _jax.DYNAMIC_SLICE: dynamic_slice,
+CHANGES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(_jax.primitives("scatter scatter_add scatter_max scatter_min scatter_mul"), scatter),
     **dict.fromkeys(_jax.primitives("dynamic_update_slice"), dynamic_update_slice),
 }
+RULES = {_jax.GATHER: gather, _jax.DYNAMIC_SLICE: dynamic_slice} | CHANGES

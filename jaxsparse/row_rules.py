@@ -5,7 +5,6 @@ Rules are as in `row_elementwise`.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,7 +93,7 @@ def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
         (row,) = _jax.bind(eqn, [v.row], **changes)
         return [Same(row, axis, v.size, v.zero and keeps_zero, v.notes)]
     (block,) = _jax.bind(eqn, [v.block], **changes)
-    whole = v.whole and functools.cache(lambda: _jax.bind(eqn, [v.whole()])[0])  # type: ignore[misc]
+    whole = v.whole and (lambda walk: _jax.bind(eqn, [walk.whole(v)])[0])
     outside = v.outside if keeps_zero else min(v.outside, UNIFORM)
     return [Rows(block, v.node, axis, outside, v.updated, whole, origin=v.first)]
 
@@ -176,7 +175,7 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
         return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
     if rows.whole is not None:
         walk.plan.whole_sums[f"{primitive} at {walk.source}"] = None
-        return [Whole(x, frozenset({Note("whole sum", walk.source)})) for x in _jax.bind(eqn, [rows.whole()])]
+        return [Whole(x, frozenset({Note("whole sum", walk.source)})) for x in _jax.bind(eqn, [walk.whole(rows)])]
     return None
 
 
@@ -254,7 +253,7 @@ def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if axes:
             walk.plan.axes.setdefault(v.node, set()).update(axes)
         elif v.whole is not None:
-            whole = functools.cache(lambda v=v: _jax.bind(eqn, [v.whole()])[0])
+            whole = lambda walk, v=v: _jax.bind(eqn, [walk.whole(v)])[0]  # noqa: E731
         (block,) = _jax.bind(eqn, [v.block])
         outs.append(Rows(block, v.node, v.axis, v.outside, v.updated, whole, origin=v.first))
     return outs

@@ -252,7 +252,8 @@ def copy_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     which is two to three times as fast. So every word is or-ed with n (n + 1) % 2, which XLA does not know to be 0.
     """
     rows = gather_rows(x, ids)
-    if jax.default_backend() != "cpu" or rows.dtype.itemsize not in (2, 4, 8):
+    simple = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+    if jax.default_backend() != "cpu" or not simple or rows.dtype.itemsize not in (2, 4, 8):
         return rows
     word = jnp.dtype(f"int{8 * rows.dtype.itemsize}")
     zero = (ids * (ids + 1) & 1).astype(word).reshape(ids.shape + (1,) * (rows.ndim - 1))

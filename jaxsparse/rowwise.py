@@ -117,7 +117,7 @@ def evaluate(planned: Planned, leaves: Sequence[Any], spaces: dict[int, Space]) 
     outs = walk.run(planned.traced.program, values)
     leaf_at = {place: i for i, place in places.items() if i in planned.leaves}
     results = [
-        None if j in leaf_at else v.whole() if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
+        None if j in leaf_at else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
         for j, v in enumerate(outs)
     ]
     # written after everything that is read from the tables has been read

@@ -22,6 +22,7 @@ class TracedStep:
       places: for a leaf of the state, by its number, the number of the output that it becomes.
       donated: the leaves of all arguments that are given as state.
       paths: of these.
+      name: of the step, for messages.
     """
 
     program: Program
@@ -29,6 +30,7 @@ class TracedStep:
     places: dict[int, int]
     donated: set[int]
     paths: dict[int, str]
+    name: str
     unflatten: Callable[[list[Any]], Any]
     again: Callable[[list[Any]], Program]  # traced at other shapes
 
@@ -60,44 +62,54 @@ def trace_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: 
             out = step(*args, **kwargs)
         finally:
             _TRACING.reset(token)
-        out_leaves, out_tree[:] = jax.tree.flatten(out)[0], [jax.tree.structure(out)]
-        out_tree.append(out)
+        out_leaves, tree_of_out = jax.tree.flatten(out)
+        out_tree[:] = [tree_of_out]
         return out_leaves
 
     program = _jax.trace(flat_step, *leaves)
-    structure, out = out_tree
-    out = jax.tree.unflatten(structure, range(structure.num_leaves))
+    (structure,) = out_tree
     starts = [len(jax.tree.leaves(args[:n])) for n in range(len(args))]
     with_paths = jax.tree_util.tree_flatten_with_path(args)[0]
-    donated = [i for n in numbers for i in range(starts[n], starts[n] + len(jax.tree.leaves(args[n])))]
-    places: dict[int, int] = {}
-    for n, found in _states_in(out, {n: args[n] for n in numbers}).items():
-        places.update((starts[n] + i, place) for i, place in enumerate(jax.tree.leaves(found)))
+    leaves_of = {n: range(starts[n], starts[n] + len(jax.tree.leaves(args[n]))) for n in numbers}
+    found = _states_in(
+        jax.tree.unflatten(structure, range(structure.num_leaves)), {n: args[n] for n in numbers}, program
+    )
+    places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
+    donated = [i for n in numbers for i in leaves_of[n]]
     return TracedStep(
         program,
         leaves,
         places,
         set(donated),
         {i: jax.tree_util.keystr(with_paths[i][0][1:]) for i in donated},
+        getattr(step, "__qualname__", type(step).__name__),
         lambda outs: jax.tree.unflatten(structure, outs),
         lambda leaves: _jax.trace(flat_step, *leaves),
     )
 
 
-def _states_in(out: Any, states: dict[int, Any]) -> dict[int, Any]:
-    """The parts of a step's output that are the new states, by the argument's number."""
+def _states_in(out: Any, states: dict[int, Any], program: Program) -> dict[int, Any]:
+    """The parts of a step's output that are the new states, by the argument's number. `out` has the outputs' numbers
+    for leaves. Of several parts with a state's structure it is the first whose arrays are like the state's."""
     structure: Any = jax.tree.structure
-    wanted = {n: structure(state) for n, state in states.items()}
-    if len(states) == 1 and [structure(out)] == list(wanted.values()):
-        return dict.fromkeys(states, out)
-    parts = list(out) if isinstance(out, tuple) else [out]
+
+    def kinds(state: Any) -> list[Any]:
+        return [_jax.kind_of_array(x)[:2] for x in jax.tree.leaves(state)]
+
+    def is_like(part: Any, state: Any) -> bool:
+        outs = [program.outputs[j] for j in jax.tree.leaves(part)]
+        return [(_jax.shape(v), _jax.dtype(v)) for v in outs] == kinds(state)
+
+    parts = [out] if len(states) == 1 and structure(out) == structure(next(iter(states.values()))) else out
+    parts = list(parts) if isinstance(parts, tuple | list) else [parts]
     found = {}
-    for n, tree in wanted.items():
-        at = next((i for i, part in enumerate(parts) if structure(part) == tree), None)
+    for n, state in states.items():
+        same = [i for i, part in enumerate(parts) if structure(part) == structure(state)]
+        at = next((i for i in same if is_like(parts[i], state)), next(iter(same), None))
         if at is not None:
             found[n], parts = parts[at], parts[at + 1 :]
     if not found:
         must = "one that returns its new state, or a tuple with it, in the structure that it was given"
         do = "Name the arguments that are state with donate_argnums (js.jit) or state_argnums (js.rowwise)."
-        raise TypeError(message("rowwise", "step", must, f"no output like {list(wanted.values())}", do))
+        raise TypeError(message("rowwise", "step", must, f"no output like {list(map(structure, states.values()))}", do))
     return found

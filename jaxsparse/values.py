@@ -60,7 +60,7 @@ class Rows:
     axis: int = 0
     outside: int = UNKNOWN
     updated: bool = False
-    whole: Callable[[], Any] | None = None
+    whole: Callable[[Any], Any] | None = None  # of a walk, which remembers
     add_to: Callable[[Any], Any] | None = None
     origin: Rows | None = None
 
@@ -92,6 +92,14 @@ class Same:
         shape = list(jnp.shape(self.row))
         shape[self.axis] = size
         return jnp.broadcast_to(self.row, tuple(shape))
+
+    def along(self, axis: int) -> Same:
+        """Of zeros: the same, as equal rows along another axis."""
+        if axis == self.axis:
+            return self
+        shape = list(jnp.shape(self.row))
+        shape[self.axis], size, shape[axis] = self.size, shape[axis], 1
+        return Same(jnp.zeros(shape, self.row.dtype), axis, size, self.zero, self.notes)
 
     @property
     def outside(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _jax, row_elementwise, row_reads, row_regions, row_rules
 from jaxsparse._jax import Equation, Program
@@ -74,6 +75,7 @@ class Plan:
     whole_sums: dict[str, None] = dataclasses.field(default_factory=dict)
     made_whole: dict[tuple[int, str], None] = dataclasses.field(default_factory=dict)
     part_sums: list[tuple[Rows, str]] = dataclasses.field(default_factory=list)  # over rows of what is updated
+    whole_scatters: dict[str, None] = dataclasses.field(default_factory=dict)  # into as many rows as a table has
     gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
     read: set[int] = dataclasses.field(default_factory=set)
     _parent: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -113,6 +115,7 @@ class Walk:
     ) -> None:
         self.plan, self.spaces, self.within, self.depth = plan, spaces, within, depth
         self.reads: list[tuple[Read, jax.Array]] = []
+        self._wholes: dict[Any, Any] = {}
         self._frames: list[_Frame] = []  # of the programs that call each other, the innermost last
 
     @property
@@ -137,12 +140,13 @@ class Walk:
 
     def _step(self, program: Program, eqn: Equation, values: list[Value]) -> list[Value]:
         primitive = eqn.primitive
-        if values and isinstance(values[0], Summed):
-            return [Whole(values[0].total)]
         if primitive in _INLINED:
             return self.run(_jax.called(eqn), values)
+        if any(isinstance(v, Summed) for v in values):
+            assert primitive is _jax.REDUCE_SUM, "the one use that was found is a sum"
+            return [Whole(values[0].total)]
         some_rows, all_whole = (any(isinstance(v, Rows) for v in values), all(isinstance(v, Whole) for v in values))
-        if some_rows:
+        if some_rows and primitive not in row_reads.RULES:
             self._note_gates(values)
         region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
         rule = _RULES.get(primitive, _RULES.get(primitive.name))
@@ -162,9 +166,13 @@ class Walk:
 
     def _whole(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Value]:
         """An equation as it is."""
+        if eqn.primitive is _jax.CONVERT and _jax.shape(eqn.outputs[0]) == () and row_elementwise.is_zero(values[0]):
+            return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]  # which is still known to be 0
         outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
         notes = row_elementwise.notes_out(eqn, values)
         tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
+        if tall and eqn.primitive in row_reads.CHANGES and self.path not in self.plan.loose:
+            self.plan.whole_scatters[f"{eqn.primitive} at {self.source}"] = None
         # XLA makes a view of given rows from those that are taken
         view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
         return [Whole(x, notes, eqn if tall and not view else None) for x in outs]
@@ -218,6 +226,13 @@ class Walk:
     def ids(self, node: int) -> jax.Array:
         return jnp.zeros(3, jnp.int32) if self.spaces is None else self.spaces[self.plan.find(node)].ids
 
+    def whole(self, rows: Rows) -> Any:
+        """The array itself, of which only state is made; computed once in each region."""
+        assert rows.whole is not None, "what is not made of state alone has no other rows"
+        if rows.whole not in self._wholes:
+            self._wholes[rows.whole] = rows.whole(self)
+        return self._wholes[rows.whole]
+
     def is_real(self, rows: Rows) -> jax.Array:
         """Which of the block's rows are no padding, of the block's rank, size 1 but along the rows."""
         num_rows = 0 if self.spaces is None else self.spaces[self.plan.find(rows.node)].num_rows
@@ -235,13 +250,14 @@ class Walk:
                 return None
             self.plan.unify(v.node, node)
             return v
-        if isinstance(v, Same) and v.axis == axis:
+        if isinstance(v, Same) and (v.axis == axis or v.zero):
+            v = v.along(axis)
             block = v.times(self.ids(node).shape[0])
-            return Rows(block, node, axis, v.outside, whole=lambda: array_of(v))
+            return Rows(block, node, axis, v.outside, whole=lambda walk: array_of(v))
         array = array_of(v)
         if isinstance(v, Whole) and v.made_by is not None:
             self.plan.made_whole[node, f"{v.made_by.primitive} at {source_line((*self.within, v.made_by))}"] = None
-        return Rows(self.take(array, node, axis), node, axis, whole=lambda: array)
+        return Rows(self.take(array, node, axis), node, axis, whole=lambda walk: array)
 
     def note_read(self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool) -> jax.Array:
         """Notes that rows are read or added to, and tells where in the block they are.
@@ -258,7 +274,8 @@ class Walk:
         ids = ids.astype(jnp.int32) if ids.dtype.itemsize <= 4 else _narrow(ids)
         path = self.path if self.depth == 0 else None
         if self.spaces is None:
-            self.reads.append((Read(node, late, path, clipped, self.source), ids.reshape(-1)))
+            inside = jnp.clip(ids, -1, num_rows) if clipped else ids  # none is taken for the id of nobody
+            self.reads.append((Read(node, late, path, clipped, self.source), inside.reshape(-1)))
             return ids
         space = self.spaces[self.plan.find(node)]
         size = space.ids.shape[0]

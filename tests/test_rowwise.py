@@ -373,7 +373,7 @@ def test_a_table_that_is_used_as_a_whole_is_dense_and_announced(tied):
 
 def test_a_step_without_tables_says_so():
     step = js.jit(of_loss(lambda p, x: jnp.mean((x @ p["w"]) ** 2)))
-    with pytest.warns(UserWarning, match="No array of the state is read by rows"):
+    with pytest.warns(UserWarning, match="no array of the state is read by rows"):
         step(copied(create(optax.sgd(0.1), {"w": normal(D, 3)})), normal(4, D))
 
 
