@@ -39,16 +39,16 @@ Outs = list[Value] | None
 # elementwise
 
 ELEMENTWISE = _jax.primitives(
-    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
-    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p "
-    "logistic lt max min mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt "
+    "abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh cbrt ceil clamp complex conj convert_element_type "
+    "copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma "
+    "log log1p logistic lt max min mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt "
     "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
     "tanh xor"
 )
 # zero where the first operand is zero
 _KEEP_ZERO = _jax.primitives(
-    "abs asin asinh atan atanh cbrt ceil convert_element_type copy div erf erf_inv expm1 floor imag integer_pow log1p "
-    "neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
+    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy div erf erf_inv expm1 floor imag integer_pow "
+    "log1p neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
 )
 _ZERO_IF_ANY = _jax.primitives("mul and")
 _ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")

@@ -1,5 +1,6 @@
 """A stock train step on the rows that it reads: every optax transformation, every way to read, every way to refuse."""
 
+import functools
 import warnings
 
 import jax
@@ -764,3 +765,187 @@ def test_a_scan_of_steps_makes_nothing_of_the_tables_size():
     ids, y = jax.ShapeDtypeStruct((3, 12, 4), jnp.int32), jax.ShapeDtypeStruct((3, 12), jnp.float32)
     program = jax.jit(many, donate_argnums=0).lower(state, ids, y).compile()
     assert not large_arrays(program.as_text(), NUM_ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a review by someone else found
+
+
+def sgd(loss):
+    def step(state, *batch):
+        value, grads = jax.value_and_grad(loss)(state, *batch)
+        return jax.tree.map(lambda x, g: x - 0.1 * g, state, grads), value
+
+    return step
+
+
+pooled = jax.jit(lambda x: x.mean(1))
+scaled = jax.jit(lambda x, s: jnp.tanh(x.sum(1)) * s)
+doubled = jax.custom_jvp(lambda x: x.sum(1) * 2)
+doubled.defjvp(lambda x, t: (doubled(x[0]), t[0].sum(1) * 2))
+FORWARD, BACKWARD = (jnp.arange(V) * 2) % V, jnp.arange(V)[::-1]
+
+
+def permuted(order, ids):
+    return jax.lax.map(jax.jit(lambda i: order[i]), ids)
+
+
+COLUMNS = jnp.array([1, -100, 0, D + 3] * 3)
+FOUND = {
+    "a sum in a jit": lambda p, i, y: pooled(p["t"][i]).sum(),
+    "a sum in a jit of two": lambda p, i, y: scaled(p["t"][i], 2.0).sum(),
+    "a sum in a custom_jvp": lambda p, i, y: doubled(p["t"][i]).sum(),
+    "columns out of range": lambda p, i, y: jnp.sum(p["t"][i[:, 0], COLUMNS] ** 2),
+    "columns of a dynamic_slice": lambda p, i, y: jnp.sum(
+        jax.vmap(lambda j: jax.lax.dynamic_slice(p["t"], (j, D - 1), (1, 2)))(i[:, 0]) ** 2
+    ),
+    "the largest id, clipped": lambda p, i, y: jnp.sum(p["t"].at[i.at[0, 0].set(2**31 - 1)].get(mode="clip")),
+}
+
+
+def test_reads_of_the_review():
+    def touched(name):
+        def of(ids, y):
+            del y
+            ids = np.array(ids)
+            if "largest" in name:
+                ids[0, 0] = V - 1
+            return {"t": ids[:, 0] if "columns" in name else ids}
+
+        return of
+
+    cases = {name: Case(sgd(loss), {"t": P0["t"]}, touched(name)) for name, loss in FOUND.items()}
+    check(cases)
+
+
+def test_ids_that_look_alike_are_not_the_same():
+    def loss(p, ids, y):
+        return jnp.sum(p["t"][permuted(FORWARD, ids)]) + jnp.sum(p["t"][permuted(BACKWARD, ids)] ** 2) * y[0]
+
+    def touched(ids, y):
+        return {"t": np.r_[np.ravel(FORWARD[ids]), np.ravel(BACKWARD[ids])]}
+
+    check({"permuted": Case(sgd(loss), {"t": P0["t"]}, touched)})
+
+
+def test_padding_is_no_row():
+    """Rows of what is not known outside of a block are zeros at its end: 0 / 0 there is no NaN in a norm."""
+
+    def step(state, ids, y):
+        g = jax.grad(lambda t: jnp.sum(t[ids] ** 2))(state["t"])
+        g = g / state["t count"][:, None]
+        norm = jnp.sqrt(jnp.sum(g**2))
+        finite = jnp.all(jnp.isfinite(g))
+        return {"t": state["t"] - finite * 0.1 * g / jnp.maximum(1, norm), "t count": state["t count"]}, norm
+
+    check({"counts": Case(step, {"t": P0["t"], "t count": jnp.arange(1.0, V + 1)}, lambda ids, y: {"t": ids})})
+
+
+def test_a_square_table_read_by_columns():
+    tx, table = optax.adam(0.1), normal(V, V)
+
+    def step(state, ids, y):
+        value, g = jax.value_and_grad(lambda t: jnp.sum(t.T[:, ids] ** 2))(state["t"])
+        updates, slots = tx.update(g, state["t slots"], state["t"])
+        return {"t": optax.apply_updates(state["t"], updates), "t slots": slots}, value
+
+    start = {"t": table, "t slots": tx.init(table)}
+    check({"square": Case(step, start, lambda ids, y: {"t": ids, "t slots": ids}, tol=1e-4)})
+
+
+def test_the_state_among_outputs_that_look_like_it():
+    def step(state, ids, y):
+        value, g = jax.value_and_grad(lambda t: jnp.sum(t[ids] ** 2))(state["t"])
+        return {"t": value, "n": state["n"]}, {"t": state["t"] - 0.1 * g, "n": state["n"] + 1}
+
+    ids, y = batch()
+    metrics, state = js.jit(step)({"t": jnp.array(P0["t"]), "n": 0}, ids, y)
+    want_metrics, want = jax.jit(step)({"t": P0["t"], "n": 0}, ids, y)
+    compare("metrics", metrics, want_metrics, 1e-5)
+    compare("state", state, want, 1e-5)
+
+
+def test_a_whole_array_in_two_branches():
+    def step(t, ids, y):
+        twice = t * 2
+        norm = jax.lax.cond(y[0] > 0, lambda: jnp.sum(twice) * 1e-3, lambda: jnp.sum(twice) * 2e-3)
+        value, g = jax.value_and_grad(lambda t: jnp.sum(t[ids] ** 2))(t)
+        return t - 0.1 * g, (value, norm)
+
+    ids, y = batch()
+    with pytest.warns(UserWarning, match="is over all rows of a table"):
+        got = js.jit(step)(jnp.array(P0["t"]), ids, y)
+    compare("branches", got, jax.jit(step)(P0["t"], ids, y), 1e-5)
+
+
+def test_copies_into_the_state():
+    def step(state, ids, y):
+        value, g = jax.value_and_grad(lambda t: jnp.sum(t[ids] ** 2))(state["t"])
+        new = state["t"] - 0.1 * g
+        return {"t": new, "t target": new}, value
+
+    start = {"t": P0["t"], "t target": P0["t"] * 0}
+    check({"target": Case(step, start, lambda ids, y: {"t": ids, "t target": ids})})
+
+
+def test_an_output_that_copies_a_table_is_announced():
+    def step(t, ids, y):
+        return t - 0.1 * jax.grad(lambda t: jnp.sum(t[ids] ** 2))(t), t
+
+    with pytest.warns(UserWarning, match="output 1 is a copy of a whole table"):
+        _, old = js.jit(step)(jnp.array(P0["t"]), *batch())
+    np.testing.assert_array_equal(old, P0["t"])
+
+
+COUNTERS = {
+    "a pointer": (lambda n: (n + 1) % 5, lambda n, g: g, True),
+    "a cyclic rate": (lambda n: (n + 1) % 100, lambda n, g: jnp.where(n < 10, 0.1, 0.01) * g, True),
+    "a warm start": (lambda n: jnp.where(n < 9, n + 1, 9), lambda n, g: jnp.where(n < 9, g, 2 * g), True),
+    "off in some steps": (lambda n: (n + 1) % 3, lambda n, g: jnp.where(n == 0, 1.0, 0.0) * g, False),
+    "every third step": (lambda n: jnp.where(n == 2, 0, n + 1), lambda n, g: jnp.where(n == 2, g, 0), False),
+}
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+def test_counters(name):
+    count, change, is_right = COUNTERS[name]
+    data = jnp.arange(15).reshape(5, 3)
+
+    def step(state, ids, y):
+        rows = data[state["n"]] if name == "a pointer" else ids
+        value, g = jax.value_and_grad(lambda t: jnp.sum(t[rows] ** 2))(state["t"])
+        return {"t": state["t"] - 0.1 * change(state["n"], g), "n": count(state["n"])}, value
+
+    state = {"t": P0["t"], "n": jnp.int32(1)}
+    if is_right:
+        got, want = js.jit(step)(copied(state), *batch()), jax.jit(step)(state, *batch())
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+    else:
+        with pytest.raises(ValueError, match="a counter that goes round"):
+            js.jit(step).lower(state, *batch())
+
+
+def test_complex_tables():
+    def step(t, ids, y):
+        value, g = jax.value_and_grad(lambda t: jnp.sum(jnp.abs(t[ids]) ** 2))(t)
+        return t - 0.1 * jnp.conj(g), value
+
+    table, arrays = P0["t"] + 1j, batch()
+    compare("complex", js.jit(step)(jnp.array(table), *arrays)[0].real, jax.jit(step)(table, *arrays)[0].real, 1e-5)
+
+
+def test_nothing_leaks():
+    with jax.checking_leaks():
+        js.jit(STEP)(copied(create(optax.adam(0.1))), *batch())
+
+
+def test_a_method():
+    class Trainer:
+        scale = 0.5
+
+        @functools.partial(js.jit, static_argnums=0, donate_argnums=1)
+        def step(self, t, ids):
+            return t - self.scale * jax.grad(lambda t: jnp.sum(t[ids]))(t)
+
+    new = Trainer().step(jnp.zeros((V, D)), jnp.array([3]))
+    np.testing.assert_array_equal(np.flatnonzero(np.asarray(new)[:, 0]), [3])
