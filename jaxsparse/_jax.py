@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -309,6 +310,7 @@ class Needed:
       used: which of the args are needed.
       has_effects: whether something of what is needed has effects on the outside.
       numbers: for each output a number, equal for outputs that are computed in the same way.
+      sizes: of the outputs.
     """
 
     def __init__(self, fun: Callable[..., list[Any]], args: Any) -> None:
@@ -324,6 +326,7 @@ class Needed:
         self._consts = closed.consts
         self.has_effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in self._jaxpr.effects)
         self.numbers = _value_numbers(self._jaxpr)
+        self.sizes = [math.prod(shape(v)) for v in self._jaxpr.outvars]
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The outputs, given those of the args that are used."""

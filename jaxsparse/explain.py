@@ -1,4 +1,4 @@
-"""`explain`: which parameters a loss reads by rows, and what makes the others dense.
+"""`explain`: which parameters a loss or a step reads by rows, and what makes the others dense.
 
 Frameworks have fallen back to dense gradients in silence for years. Here the choice is made by looking at the program,
 and this is the look: nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA
@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import _jax
 from jaxsparse.grad import Tables, trace
+from jaxsparse.jit import JittedStep
 from jaxsparse.reads import DenseUse, Read
 from jaxsparse.rows import gather_rows, scatter_rows
 
@@ -36,6 +38,7 @@ class Parameter:
       distinct: a bound on how many of them are distinct, where js.batches counted them; or None.
       reads: the source lines that read rows.
       cause: for a dense gradient, the primitive that uses the whole parameter, or why there is none; "" if row-sparse.
+        For an array of a step's state that has a row for each of a table's, whose.
       source: the source line of `cause`.
       advice: "" or what would be faster.
     """
@@ -51,7 +54,9 @@ class Parameter:
     advice: str
 
     def __str__(self) -> str:
-        if self.row_sparse:
+        if self.row_sparse and not self.reads:
+            line = f"row-sparse: {self.cause or 'it would be read, by a batch with ids'}"
+        elif self.row_sparse:
             many = f"{len(self.reads)} reads" if len(self.reads) > 1 else "1 read"
             bound = "" if self.distinct is None else f" (at most {self.distinct:,} distinct)"
             where = ", ".join(dict.fromkeys(self.reads))
@@ -85,19 +90,26 @@ def explain(
 ) -> Callable[..., Explanation]:
     """A function that says which gradients of `fun` are row-sparse, and why the others are dense.
 
-    Args and errors are those of `js.value_and_grad`.
+    Args and errors are those of `js.value_and_grad`. A step that `js.jit` has made is explained too: which arrays of
+    its state it reads by rows, and which, as an optimizer's slots, have a row for each of theirs; the other arguments
+    have no meaning then.
 
     Returns:
       A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
 
     Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
       >>> params = {"table": jnp.ones((5000, 2)), "w": jnp.ones(2)}
       >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
       >>> said = js.explain(loss)(params, jnp.array([3, 0, 3]))
       >>> said["['table']"].row_sparse, said["['table']"].rows_read, said["['w']"].cause
       (True, 3, 'dot_general')
+      >>> step = js.jit(lambda p, ids: p - 0.1 * jax.grad(lambda p: jnp.sum(p[ids]))(p))
+      >>> js.explain(step)(jnp.ones((5000, 2)), jnp.array([3, 0, 3]))[""].rows_read
+      3
     """
+    if isinstance(fun, JittedStep):
+        return functools.partial(_explain_step, fun)
 
     def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
         traced = trace(fun, argnums, has_aux, args, kwargs)
@@ -122,6 +134,31 @@ def explain(
         return Explanation(out)
 
     return explain_fun
+
+
+def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
+    planned = step.plan(*args, **kwargs)
+    find, traced = planned.plan.find, planned.traced
+    out = {}
+    for i in sorted(traced.places):
+        path, shape, c = traced.paths[i], _jax.shape(traced.program.inputs[i]), planned.leaves.get(i)
+        of_class = [(r, n) for r, n in zip(planned.reads, planned.ids.sizes, strict=True) if find(r.node) == c]
+        reads = [(r, n) for r, n in of_class if r.node == i and r.late is not None]
+        table = next((traced.paths[r.node] for r, _ in of_class if r.node in planned.leaves), "")
+        left_alone = "Rows that are not read are left alone."
+        cause = planned.dense.get(i, "not read by rows")
+        out[path] = Parameter(
+            path=path,
+            row_sparse=c is not None,
+            num_rows=shape[0] if shape else 0,
+            rows_read=sum(n for _, n in reads),
+            distinct=None,
+            reads=tuple(r.source for r, _ in reads),
+            cause=(f"by the rows of {table}" if table and not reads else "") if c is not None else cause,
+            source="",
+            advice=left_alone if c is not None else "",
+        )
+    return Explanation(out)
 
 
 @functools.cache

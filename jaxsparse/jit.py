@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse.batch import without_counts
 from jaxsparse.host_rows import HostRows
-from jaxsparse.planning import announce, plan_step
+from jaxsparse.planning import Planned, announce, plan_step
 from jaxsparse.rowwise import choose_rows, evaluate, rowwise
 from jaxsparse.tracing import trace_step
 
@@ -126,6 +126,12 @@ class JittedStep:
             step, args, kwargs, states = self._dynamic(args, kwargs)
             return jax.jit(rowwise(step, state_argnums=states), donate_argnums=states).lower(*args, **kwargs)
         return program.lower(leaves)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Planned:
+        """What is known of the step for arguments of these shapes, before it runs: for `js.explain`."""
+        _, program = self._program(args, kwargs)
+        assert program is not None, "not inside of another trace"
+        return program.planned
 
     def _cache_size(self) -> int:
         """How many programs were compiled."""

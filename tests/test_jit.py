@@ -256,3 +256,19 @@ def test_rows_that_the_host_chooses(a, b, clip_a, clip_b):
     at = _look_up(scratch, a, 99, num_rows if outside else None)
     for i, place in zip(a.tolist(), at.tolist(), strict=True):
         assert unique[place] == i if 0 <= i < num_rows else place == 99
+
+
+def test_explain_a_step():
+    state = create(optax.adam(0.1))
+    said = js.explain(js.jit(STEP))(state, *batch())
+    lines = str(said).splitlines()
+    assert said[".params['t']"].rows_read == 48 and said[".params['b']"].rows_read == 12
+    assert ".params['t']  row-sparse: 1 read of 48 of 57 rows at" in lines[2]
+    assert (
+        ".opt_state[0].mu['t']  row-sparse: by the rows of .params['t']. Rows that are not read are left alone."
+        in lines
+    )
+    assert ".opt_state[0].mu['w']  dense: not read by rows" in lines
+    assert len(lines) == len(jax.tree.leaves(state))
+    empty = js.explain(js.jit(of_loss(lambda p, ids: jnp.sum(p["t"][ids]))))(state, jnp.zeros(0, jnp.int32))
+    assert empty[".params['t']"].row_sparse and empty[".params['t']"].rows_read == 0

@@ -39,7 +39,8 @@ def rowwise(step):
     return jax.jit(js.rowwise(step), donate_argnums=0)
 
 
-EVERY_ROAD = pytest.mark.parametrize("transform", [js.jit, rowwise], ids=["js.jit", "js.rowwise"])
+ROADS = [pytest.param(js.jit, id="js.jit"), pytest.param(rowwise, id="js.rowwise", marks=pytest.mark.slow)]
+EVERY_ROAD = pytest.mark.parametrize("transform", ROADS)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # optimizers

@@ -20,6 +20,7 @@ TARGETS = (  # what, the name of its figure, what it has to be
     ("bag, Adam, 1e7: dense optax / jaxsparse", "bag/adam/1e7 optax", ">=", 100),
     ("bag, Adam: 1e7 / 1e5, the first rows of both", "size/1e7-first jaxsparse", "<=", 1.15),
     ("bag, Adam: 1e7 / 1e5, rows all over it, / that of C", "size/1e7-spread over C", "<=", 1.15),
+    ("bag, Adam, 1e6: stock step under js.jit, arrays / jaxsparse", "bag/adam/1e6 js.jit", "<=", 1.15),
     ("unmodified nn.Embed / embedding_bag", "unmodified/adam linen", "<=", 2),
     ("uniform ids, Adam, 1e6: fastest peer / jaxsparse", "uniform/adam fastest", ">=", 1.2),
     ("bag, Adam, 1e6: jaxsparse / C", "bag/adam/1e6 over C", "<=", 2),

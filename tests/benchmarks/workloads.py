@@ -17,7 +17,7 @@ RATES = {"adagrad": 1e-2, "rowwise_adagrad": 1e-2, "sgd": 1.0, "ftrl": 1.0}
 EPS = 1e-15  # of the Adagrads, beside the root; their accumulators start at 0
 FTRL = {"beta": 1.0, "l1": 1e-5}
 
-OURS = ("jaxsparse", "linen", "counted", "arrays")
+OURS = ("jaxsparse", "js.jit", "linen", "counted", "arrays")
 ADAM_PEERS = ("torch", "tensorflow", "optax")
 PEERS = ("torch", "fbgemm", "tensorflow", "optax")
 
@@ -70,7 +70,9 @@ def cases() -> list[Case]:
             "adam_replay": (*ADAM_PEERS, "limit"),
         }
         peers = of_adam | {"adagrad": PEERS, "rowwise_adagrad": ("fbgemm",), "sgd": PEERS}
-        bags += [Case(f"bag/{optimizer}/1e{e}", 10**e, optimizer, peers=p) for optimizer, p in peers.items()]
+        for optimizer, p in peers.items():
+            stock = ("js.jit",) * (e == 6 and optimizer != "adam_replay")
+            bags.append(Case(f"bag/{optimizer}/1e{e}", 10**e, optimizer, peers=(*p, *stock)))
     ctr = {"num_rows": 2**22, "model": "fields", "dim": 16, "batch": 8192, "length": 26, "ids": "fields"}
     linear = {"num_rows": 10**6, "model": "linear", "batch": 1024, "length": 100, "ids": "fields"}
     return [
