@@ -27,6 +27,7 @@ import numpy as np
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
 from jaxsparse._jax import vary, varying_axes
 from jaxsparse.rows import gather_rows, in_range, row_ids
+from jaxsparse.tracing import is_tracing
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
 _UNROLL = 64  # past this many ids a bag, one gather and a sum: unrolling would cost compile time
@@ -250,11 +251,12 @@ def _combine(total: Any, count: Any, weights: Any, kept: jax.Array, combiner: st
 
 
 def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """sum over l of weights[:, l] * table[ids[:, l]], ids being in range or num_rows. (B, L) -> (B, ...), at least
-    float32.
+    """sum over l of weights[:, l] * table[ids[:, l]], ids in range or num_rows. (B, L) -> (B, ...), at least float32.
 
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
+    if is_tracing() and weights is None:  # js.jit makes it L gathers
+        return jnp.sum(gather_rows(table, ids).astype(_wide(table)), axis=1)
     return _PADDED_SUM(table, ids, weights)
 
 

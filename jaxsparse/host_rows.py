@@ -54,8 +54,9 @@ class HostRows:
             parts = [np.asarray(x) for x in given]
             unique, outside = _distinct(parts, num_rows, [clipped for _, clipped in arrays])
             size = self._size(n, len(unique), min(sum(x.size for x in parts), num_rows))
-            padded = np.arange(num_rows - len(unique), num_rows - len(unique) + size, dtype=np.int32)
+            padded = np.empty(size, np.int32)
             padded[: len(unique)] = unique
+            padded[len(unique) :] = np.arange(num_rows, num_rows + size - len(unique), dtype=np.int32)
             rows.append(padded)
             scratch = self._scratch.setdefault(num_rows, np.empty(num_rows, np.int32))  # of which few pages are used
             scratch[unique] = np.arange(len(unique), dtype=np.int32)

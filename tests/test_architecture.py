@@ -10,10 +10,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_jax", "_checks", "rows"},
+    {"_jax", "_checks", "rows", "tracing"},
     {"ops", "embedding", "collectives", "batch", "features", "pipeline"},
     {"reads", "values", "walk", "row_elementwise", "row_rules", "row_reads", "row_regions"}
-    | {"tracing", "planning", "rowwise", "host_rows", "jit"},
+    | {"planning", "rowwise", "host_rows", "jit"},
     {"grad", "interpret", "explain", "by_row", "accumulate", "lazy", "optimizers", "losses", "nn", "testing"}
     | {"catch_up", "replaying", "blocks", "refresh", "adagrad", "parallel", "workspace"},
     {"train"},
