@@ -13,9 +13,14 @@ one in between. What this room leans on:
 * Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
   `jaxpr`, `length`, `reverse`, `unroll`, and `num_consts`, `num_carry` (until 0.10) or `ft_in` (since 0.11); cond
   `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
-  convert_element_type `new_dtype`; reduce_sum `axes`. Of any other equation, jax.extend.core.jaxprs_in_params tells
-  which programs it holds.
-* jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it.
+  convert_element_type `new_dtype`; reduce_sum `axes`; while `cond_jaxpr`, `body_jaxpr`, `cond_nconsts`,
+  `body_nconsts`; scatter, broadcast_in_dim, reshape, slice, pad, transpose, squeeze, rev, dot_general, concatenate,
+  sort, split, stack and top_k what they are called with in jax.lax; psum, pmax, pmin and psum_invariant `axes`. Of any
+  other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
+* Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack.
+* jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it;
+  `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters.
+* `effects` of a program, among which NamedAxisEffect says that it uses a mapped axis; `weak_type` of an array's type.
 * jax.extend.random.define_prng_impl makes a dtype that arithmetic refuses.
 * jax.core.Tracer, jax.extend.core.valid_jaxtype, and `manual_axis_type.varying` of jax.typeof with jax.lax.pcast.
 

@@ -45,6 +45,10 @@ def jit(
     **What changes.** Rows that a batch does not read are left alone, bit for bit, in parameter and slots, as torch's
     SparseAdam leaves them: no momentum, no decay. Otherwise the result is that of jax.jit.
 
+    Norms of gradients and updates are over the rows that are read; so are those of the gradient of a penalty on a whole
+    table. Row ids are known before the step runs: what they are made of is computed twice, and if that is the state,
+    the host waits for the step before.
+
     **What costs as much as a table** all the same is warned of, once for each line: a table that is used as a whole
     (a tied softmax) is dense with its slots, exactly as under jax.jit; noise drawn in a table's shape; a norm of a
     whole parameter.
