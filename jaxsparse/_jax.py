@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 TESTED = ("0.10.2", "0.11.2", "0.12.0")
 
@@ -344,8 +345,7 @@ def _value_numbers(jaxpr: Any) -> list[int]:
 
     def number(v: Any) -> int:
         if isinstance(v, Literal):
-            key: Any = ("literal", repr(v.val), str(v.aval)) if shape(v) == () else object()
-            return numbers.setdefault(key, len(numbers))
+            return numbers.setdefault(_description_of_literal(v), len(numbers))
         return of[v] if v in of else of.setdefault(v, numbers.setdefault(v, len(numbers)))
 
     for eqn in jaxpr.eqns:
@@ -365,12 +365,19 @@ def _description(x: Any) -> Any:
     if hasattr(jaxpr, "eqns"):
         if getattr(x, "consts", ()) or jaxpr.constvars or getattr(jaxpr, "consts", ()):
             return object()
-        return str(jaxpr), tuple(_description(eqn.params) for eqn in jaxpr.eqns)
+        literals = [v for operands in (*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars) for v in operands]
+        literals = [_description_of_literal(v) for v in literals if isinstance(v, Literal)]
+        return str(jaxpr), tuple(literals), tuple(_description(eqn.params) for eqn in jaxpr.eqns)
     try:
         hash(x)
     except TypeError:
         return object()
     return x
+
+
+def _description_of_literal(v: Any) -> Any:
+    """Its bits: JAX prints a few of its digits."""
+    return "literal", str(v.aval), np.asarray(v.val).tobytes()
 
 
 def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:
@@ -412,6 +419,21 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """A stand-in that is traced as x is."""
     shape, dtype, weak = kind_of_array(x)
     return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
+
+
+def settings() -> tuple[Any, ...]:
+    """What JAX traces by, beside the arguments."""
+    return tuple(getattr(jax.config, name) for name in _SETTINGS)
+
+
+_SETTINGS = [f"jax_{name}" for name in "enable_x64 threefry_partitionable default_matmul_precision".split()]
+_SETTINGS += [f"jax_{name}" for name in "default_prng_impl numpy_dtype_promotion numpy_rank_promotion".split()]
+
+
+def placement(arrays: Iterable[Any]) -> frozenset[Any]:
+    """The devices of arrays, and whether they are bound to them."""
+    found = (x for x in arrays if isinstance(x, jax.Array))
+    return frozenset((device, getattr(x, "committed", False)) for x in found for device in x.devices())
 
 
 def is_on_host(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class HostRows:
         self._can = not planned.plan.axes and not planned.ids.has_effects
         self._sizes: list[list[int]] = [[] for _ in self._by_class]
         self._scratch: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()  # of scratch and sizes: steps may be called from several threads
 
     def sees(self, used: list[Any]) -> bool:
         """Whether ids made of these arrays are to be looked at on the host."""
@@ -49,6 +51,10 @@ class HostRows:
     def choose(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
         """For each class, its rows: int32 (k,), padded with num_rows, num_rows + 1, ...; and for each array of its ids
         where they are, k for those that are no row."""
+        with self._lock:
+            return self._choose(ids)
+
+    def _choose(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
         rows, positions = [], []
         for n, ((_, num_rows, arrays), given) in enumerate(zip(self._by_class, ids, strict=True)):
             parts = [np.asarray(x) for x in given]

@@ -122,6 +122,9 @@ class JittedStep:
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else types.MethodType(self, owner)
 
+    def __deepcopy__(self, memo: Any) -> JittedStep:
+        return JittedStep(self._step, self._donate, self._static, self._static_names)
+
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program that a call with these arguments, or ones of these shapes, runs, as of a jitted function. Of
         abstract arguments it is the largest one, where all ids are distinct."""
@@ -171,7 +174,7 @@ class JittedStep:
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
             return leaves, None
-        key = (tree, static, tuple(map(_jax.kind_of_array, leaves)))
+        key = (tree, static, tuple(map(_jax.kind_of_array, leaves)), _jax.settings())
         program = self._programs.get(key)
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
@@ -257,20 +260,22 @@ class _Program:
         else:
             rows, positions = self._host.choose(self._ids(used))
             if all(map(_jax.is_on_host, leaves)) and jax.default_backend() == "cpu":
-                outs = self._in_buffers(donated, kept, rows, positions)
+                outs = self._in_buffers(_jax.placement(leaves), donated, kept, rows, positions)
             else:  # accelerators have allocators of their own that keep memory
                 outs = self._with_rows(donated, kept, rows, positions)
         by_place = dict(zip(self._order, outs, strict=True))
         return self._unflatten([by_place[j] for j in range(len(outs))])
 
-    def _in_buffers(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> list[Any]:
-        sizes = tuple(map(len, rows))
-        buffers = self._buffers.pop(sizes, None)  # not there again if the call fails, which has used them up
+    def _in_buffers(
+        self, place: Any, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]
+    ) -> Any:
+        key = place, tuple(map(len, rows))
+        buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
         if buffers is None:
             buffers = [jnp.zeros(x.shape, x.dtype) for x in self._blocks(donated, kept, rows, positions)]
             if len(self._buffers) >= _SIZES:
-                self._buffers.pop(next(iter(self._buffers)))
-        outs, self._buffers[sizes] = self._on_host(donated, buffers, kept, rows, positions)
+                self._buffers.pop(next(iter(self._buffers)), None)
+        outs, self._buffers[key] = self._on_host(donated, buffers, kept, rows, positions)
         return outs
 
     def lower(self, leaves: list[Any]) -> Any:

@@ -251,6 +251,8 @@ def announce(planned: Planned) -> None:
     for node, source in planned.plan.made_whole:
         if find(node) in planned.classes:
             said.append(f"{source} makes an array with a row for each of a table's, of which few are used.")
+    for source in planned.plan.part_sources:
+        said.append(f"{source} is over the rows that are read: those that are left alone count nothing in it.")
     said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
     if not planned.leaves:
         said.append("no array of the state is read by rows: the step costs what it does under jax.jit.")

@@ -6,6 +6,7 @@ cannot be done row by row. Some value is Rows or Same.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,8 @@ ELEMENTWISE = _jax.primitives(
 )
 # zero where the first operand is zero
 _KEEP_ZERO = _jax.primitives(
-    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy div erf erf_inv expm1 floor imag integer_pow "
-    "log1p neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
+    "abs asin asinh atan atanh bitcast_convert_type cbrt ceil conj convert_element_type copy div erf erf_inv expm1 "
+    "floor imag integer_pow log1p neg real reduce_precision rem round sign sin sinh sqrt square stop_gradient tan tanh"
 )
 _ZERO_IF_ANY = _jax.primitives("mul and")
 _ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")
@@ -121,6 +122,19 @@ def _outside(eqn: Equation, outside: Sequence[int]) -> int:
     return ZERO if keeps else min(UNIFORM, *outside)
 
 
+def bitcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """To a type of the same width it is elementwise."""
+    return elementwise(walk, eqn, values) if _jax.shape(eqn.inputs[0]) == _jax.shape(eqn.outputs[0]) else None
+
+
+def barrier(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """optimization_barrier: of each operand itself."""
+    del walk
+    field = {Rows: "block", Same: "row", Whole: "array"}
+    outs = _jax.bind(eqn, [getattr(v, field[type(v)]) for v in values])
+    return [dataclasses.replace(v, **{field[type(v)]: x}) for v, x in zip(values, outs, strict=True)]
+
+
 def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
     like = next(v for v in values if isinstance(v, Same))
     for v, operand in zip(values, eqn.inputs, strict=True):
@@ -131,9 +145,13 @@ def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
     return [Same(row, like.axis, like.size, _outside(eqn, levels) == ZERO, notes_out(eqn, values))]
 
 
+def _is_number(v: Value) -> bool:
+    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float)
+
+
 def is_zero(v: Value) -> bool:
     """Whether an array is known to be the number 0, which is not asked of arrays on a device."""
-    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float) and not np.any(v.array)
+    return _is_number(v) and not np.any(v.array)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,16 +163,19 @@ def notes_out(eqn: Equation, values: Values) -> Notes:
     notes = notes_of(*values)
     if not notes:
         return NOTHING
-    if eqn.primitive in _COMPARE:
-        return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in notes)
+    is_bool = jnp.issubdtype(_jax.dtype(eqn.outputs[0]), jnp.bool_)
+    if eqn.primitive in _COMPARE or (eqn.primitive is _jax.CONVERT and is_bool):  # a choice is no statistic
+        kept = (n for n in notes if n.kind != "part sum")
+        return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in kept)
     if eqn.primitive is _SELECT and _jax.shape(eqn.outputs[0]) == ():
         return _notes_of_choice(values)
     if eqn.primitive is _REM:
         return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}
     if len(values) == 2 and not all(_sums(v) for v in values):
-        # what scales an array, or is added to something, is an update, and no statistic that is kept
-        scales = eqn.primitive in _SCALE and _jax.shape(eqn.outputs[0]) != ()
-        if scales or eqn.primitive in _ADD or eqn.primitive is _SUB:
+        # what scales something, or is added to an array, is an update, and no statistic that is kept
+        is_array, by_number = _jax.shape(eqn.outputs[0]) != (), any(map(_is_number, values))
+        scales = eqn.primitive in _SCALE and (is_array or not by_number)
+        if scales or (is_array and (eqn.primitive in _ADD or eqn.primitive is _SUB)):
             return frozenset(n for n in notes if n.kind != "part sum")
     return notes
 

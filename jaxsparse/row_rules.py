@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
-from jaxsparse.row_elementwise import ELEMENTWISE, elementwise, is_zero
+from jaxsparse.row_elementwise import ELEMENTWISE, barrier, bitcast, elementwise, is_zero
 from jaxsparse.values import (
     NOTHING,
     UNIFORM,
@@ -170,6 +170,8 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
     if rows.updated:  # frozen rows get no update
         source = f"{primitive} at {walk.source}"
         walk.plan.part_sums.append((rows, source))
+        if not jnp.issubdtype(rows.block.dtype, jnp.bool_):
+            walk.plan.part_sources[source] = None
         neutral = jnp.asarray(_NEUTRAL[primitive](rows.block.dtype), rows.block.dtype)
         notes = NOTHING if jnp.issubdtype(rows.block.dtype, jnp.bool_) else frozenset({Note("part sum", source)})
         return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
@@ -261,6 +263,8 @@ def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
+    **dict.fromkeys(_jax.primitives("bitcast_convert_type"), bitcast),
+    "optimization_barrier": barrier,
     **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
     **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K, "split", "stack"), several),  # by name: JAX does not list them
     BROADCAST: broadcast,

@@ -74,6 +74,7 @@ class Plan:
     axes: dict[int, set[Any]] = dataclasses.field(default_factory=dict)  # mapped axes that nodes are summed over
     whole_sums: dict[str, None] = dataclasses.field(default_factory=dict)
     made_whole: dict[tuple[int, str], None] = dataclasses.field(default_factory=dict)
+    part_sources: dict[str, None] = dataclasses.field(default_factory=dict)
     part_sums: list[tuple[Rows, str]] = dataclasses.field(default_factory=list)  # over rows of what is updated
     whole_scatters: dict[str, None] = dataclasses.field(default_factory=dict)  # into as many rows as a table has
     gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
@@ -147,7 +148,7 @@ class Walk:
             return [Whole(values[0].total)]
         some_rows, all_whole = (any(isinstance(v, Rows) for v in values), all(isinstance(v, Whole) for v in values))
         if some_rows and primitive not in row_reads.RULES:
-            self._note_gates(values)
+            self._note_gates(eqn, values)
         region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
         rule = _RULES.get(primitive, _RULES.get(primitive.name))
         if region and (not all_whole or self._is_tall(eqn)):
@@ -187,11 +188,13 @@ class Walk:
             raise AssertionError(f"a rule is missing in the second walk only: {eqn.primitive} at {self.source}")
         return [Whole(_jax.zeros_like_output(v)) for v in eqn.outputs]
 
-    def _note_gates(self, values: list[Value]) -> None:
-        """A comparison of a counter that meets rows decides in which steps something happens to them."""
+    def _note_gates(self, eqn: Equation, values: list[Value]) -> None:
+        """A comparison of a counter that meets rows decides in which steps something happens to them; so does a counter
+        that chooses among them."""
         node = next(v.node for v in values if isinstance(v, Rows))
+        chooses = eqn.primitive is _jax.COND or eqn.primitive is _jax.SELECT
         for note in notes_of(*values):
-            if note.kind == "gate":
+            if note.kind == "gate" or (chooses and note in notes_of(values[0])):
                 self.plan.gates.append((node, note.what, self.source))
 
     def _is_tall(self, eqn: Equation) -> bool:
@@ -241,7 +244,7 @@ class Walk:
 
     def take(self, array: Any, node: int, axis: int) -> jax.Array:
         """The chosen rows of an array that has one for each of a table's; zeros at the block's end."""
-        return gather_rows(array, self.ids(node)) if axis == 0 else _take(array, self.ids(node), axis)
+        return gather_rows(jnp.asarray(array), self.ids(node)) if axis == 0 else _take(array, self.ids(node), axis)
 
     def as_rows(self, v: Value, node: int, axis: int) -> Rows | None:
         """A value with rows along `axis` as Rows of a class; None if its rows are along another axis."""
@@ -271,7 +274,7 @@ class Walk:
           int32, the shape of ids; the block's size where there is no row.
         """
         self.plan.read.add(node)
-        ids = ids.astype(jnp.int32) if ids.dtype.itemsize <= 4 else _narrow(ids)
+        ids = _int32(ids, num_rows)
         path = self.path if self.depth == 0 else None
         if self.spaces is None:
             inside = jnp.clip(ids, -1, num_rows) if clipped else ids  # none is taken for the id of nobody
@@ -294,10 +297,13 @@ def _take(array: Any, ids: jax.Array, axis: int) -> jax.Array:
     return jnp.take(jnp.asarray(array), ids, axis=axis, mode="fill", fill_value=0, unique_indices=True)
 
 
-def _narrow(ids: jax.Array) -> jax.Array:
-    """int64 ids as int32, those that do not fit being no row."""
-    most = jnp.iinfo(jnp.int32).max
-    return jnp.where((ids >= 0) & (ids <= most), ids, -1).astype(jnp.int32)
+def _int32(ids: jax.Array, num_rows: int) -> jax.Array:
+    """ids as int32: what does not fit is as far outside of the rows as num_rows or -1."""
+    if ids.dtype.itemsize >= 4 and ids.dtype != jnp.int32:
+        ids = jnp.where(ids > num_rows, jnp.asarray(num_rows, ids.dtype), ids)
+        if jnp.issubdtype(ids.dtype, jnp.signedinteger):
+            ids = jnp.where(ids < -1, jnp.asarray(-1, ids.dtype), ids)
+    return ids.astype(jnp.int32)
 
 
 # The uses of a variable: an equation, None standing for the program's outputs, and which operand or output it is.

@@ -1,5 +1,7 @@
 """js.jit beyond what js.rowwise does: ids on the host, few sizes of blocks, donation, static arguments, nesting."""
 
+import concurrent.futures
+import copy
 import functools
 from typing import NamedTuple
 
@@ -272,3 +274,49 @@ def test_explain_a_step():
     assert len(lines) == len(jax.tree.leaves(state))
     empty = js.explain(js.jit(of_loss(lambda p, ids: jnp.sum(p["t"][ids]))))(state, jnp.zeros(0, jnp.int32))
     assert empty[".params['t']"].row_sparse and empty[".params['t']"].rows_read == 0
+
+
+def test_several_threads():
+    """Each with a state of its own, as under jax.jit."""
+    step, rows = js.jit(STEP), {"t": jnp.zeros((3000, D)), "b": jnp.zeros(3000), "w": P0["w"]}
+    rng = np.random.default_rng(0)
+    batches = [[(rng.integers(0, 3000, (400, 5)), rng.normal(size=400)) for _ in range(6)] for _ in range(3)]
+
+    def train(arrays):
+        state = copied(create(ADAM, rows))
+        for ids, y in arrays:
+            state, _ = step(state, ids.astype(np.int32), y.astype(np.float32))
+        return state
+
+    wanted = [train(arrays) for arrays in batches]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for state, want in zip(pool.map(train, batches), wanted, strict=True):
+            compare("thread", state, want, 1e-6)
+
+
+def test_the_same_step_on_one_device_after_another():
+    rows = {"t": jnp.zeros((9000, D)), "b": jnp.zeros(9000), "w": P0["w"]}
+    step = js.jit(STEP)
+    for device in (jax.devices()[1], jax.devices()[0], None):
+        state = copied(create(ADAM, rows))
+        arrays = draw_ids(1200, 4), normal(1200)
+        if device is not None:
+            state, arrays = jax.device_put(state, device), jax.device_put(arrays, device)
+        state, _ = step(state, *arrays)
+        assert state.params["t"].devices() == {device or jax.devices()[0]}
+
+
+def test_settings_of_jax_are_those_of_the_call():
+    step = js.jit(lambda t, ids: (t - jax.grad(lambda t: jnp.sum(t[ids]))(t), jnp.arange(3)))
+    ids = jnp.array([1])
+    assert step(jnp.zeros((V, D)), ids)[1].dtype == jnp.int32
+    with jax.enable_x64(True):
+        assert step(jnp.zeros((V, D), jnp.float32), ids)[1].dtype == jnp.int64
+
+
+def test_a_copy_of_a_step():
+    step = js.jit(STEP)
+    step(copied(create(ADAM)), *batch())
+    again = copy.deepcopy(step)
+    assert again._cache_size() == 0
+    again(copied(create(ADAM)), *batch())

@@ -117,15 +117,15 @@ def after(first, second):
 
 
 def test_norms_of_updates_are_those_of_the_rows_that_move():
-    check(
-        {
-            "clip after adam": after(optax.adam(0.1), optax.clip_by_global_norm(0.05)),
-            "clip inside apply_if_finite": after(
-                optax.adam(0.1), optax.apply_if_finite(optax.clip_by_global_norm(0.05), 3)
-            ),
-            "clip_by_block_rms after adam": after(optax.adam(0.1), optax.clip_by_block_rms(0.01)),
-        }
-    )
+    cases = {
+        "clip after adam": after(optax.adam(0.1), optax.clip_by_global_norm(0.05)),
+        "clip inside apply_if_finite": after(
+            optax.adam(0.1), optax.apply_if_finite(optax.clip_by_global_norm(0.05), 3)
+        ),
+        "clip_by_block_rms after adam": after(optax.adam(0.1), optax.clip_by_block_rms(0.01)),
+    }
+    with pytest.warns(UserWarning, match="is over the rows that are read"):
+        check(cases)
 
 
 MIX = normal(D, D)
@@ -903,6 +903,7 @@ COUNTERS = {
     "a cyclic rate": (lambda n: (n + 1) % 100, lambda n, g: jnp.where(n < 10, 0.1, 0.01) * g, True),
     "a warm start": (lambda n: jnp.where(n < 9, n + 1, 9), lambda n, g: jnp.where(n < 9, g, 2 * g), True),
     "off in some steps": (lambda n: (n + 1) % 3, lambda n, g: jnp.where(n == 0, 1.0, 0.0) * g, False),
+    "one of two": (lambda n: (n + 1) % 2, lambda n, g: jax.lax.switch(n % 2, [lambda: g, lambda: 0 * g]), False),
     "every third step": (lambda n: jnp.where(n == 2, 0, n + 1), lambda n, g: jnp.where(n == 2, g, 0), False),
 }
 
@@ -924,6 +925,74 @@ def test_counters(name):
     else:
         with pytest.raises(ValueError, match="a counter that goes round"):
             js.jit(step).lower(state, *batch())
+
+
+def test_sums_of_slots_are_announced_or_refused():
+    """What frozen rows would add to a sum over all rows is not in it."""
+
+    def step(state, ids, y, keep):
+        g = jax.grad(lambda t: jnp.sum(t[ids] ** 2))(state["t"])
+        m = 0.9 * state["m"] + 0.1 * g
+        inner = jnp.sum(m * state["t"])
+        return {"t": state["t"] - 0.1 * m, "m": m, "d": state["d"] + (inner if keep else 0)}, inner
+
+    state = {"t": P0["t"], "m": P0["t"], "d": jnp.float32(0)}
+    with pytest.warns(UserWarning, match="is over the rows that are read"):
+        js.jit(lambda *args: step(*args, keep=False)).lower(state, *batch())
+    with pytest.raises(ValueError, match="state made of a sum over the rows of an update"):
+        js.jit(lambda *args: step(*args, keep=True)).lower(state, *batch())
+
+
+def test_a_number_that_is_updated_beside_a_clipped_table():
+    def loss(p, ids, y):
+        return loss_fn(p, ids, y) + p["z"] ** 2
+
+    tx = optax.chain(optax.adam(0.1), optax.clip_by_global_norm(0.05))
+    state = copied(create(tx, {**P0, "z": jnp.float32(1)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        new, _ = js.jit(of_loss(loss))(state, *batch())
+    assert 0 < 1 - float(new.params["z"]) < 0.1
+
+
+def test_numpy_arrays_with_a_row_for_each_of_a_tables():
+    mask = np.asarray(KEEP)
+    loss = lambda p, ids, y: jnp.sum(p["t"][ids] ** 2)  # noqa: E731
+
+    def step(state, ids, y):
+        value, g = jax.value_and_grad(loss)(state, ids, y)
+        return {"t": state["t"] - 0.1 * g["t"] * mask}, value
+
+    check({"mask": Case(step, {"t": P0["t"]}, only_t)})
+
+
+def test_ids_made_with_numbers_that_print_alike():
+    x = jnp.array([1e5, 7e5, 3e6, 9e6])
+    near = [0.00012345611, 0.00012345689]
+
+    def made(scale):
+        return jnp.floor(x * scale * 1e3).astype(jnp.int32) % V
+
+    def loss(p, ids, y):
+        return jnp.sum(p["t"][made(near[0])] ** 2) + jnp.sum(p["t"][made(near[1])] ** 3)
+
+    assert np.any(np.asarray(made(near[0]) != made(near[1])))
+    check({"near": Case(sgd(loss), {"t": P0["t"]}, lambda ids, y: {"t": np.r_[made(near[0]), made(near[1])]})})
+
+
+def test_unsigned_ids_out_of_range():
+    loss = lambda p, ids, y: jnp.sum(jnp.take(p["t"], ids, axis=0, mode="clip") ** 3)  # noqa: E731
+    state, _ = js.jit(sgd(loss))({"t": jnp.array(P0["t"])}, np.array([4_000_000_000], np.uint32), 0.0)
+    moved = np.flatnonzero(np.any(np.asarray(state["t"] != P0["t"]), axis=1))
+    assert moved.tolist() == [V - 1]
+
+
+def test_barriers_and_bits():
+    def rounded(u):
+        bits = jax.lax.bitcast_convert_type(u, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        return jax.lax.optimization_barrier((jax.lax.bitcast_convert_type(bits, jnp.float32), 0))[0]
+
+    check({"rounded": Case(STEP, create(on_updates(rounded)), tol=1e-2)})
 
 
 def test_complex_tables():
