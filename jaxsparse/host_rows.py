@@ -34,7 +34,7 @@ class HostRows:
                     if read.path is not None and planned.plan.find(read.node) == c
                 ]
             )
-        self._can = not planned.plan.axes and not planned.ids.has_effects
+        self._can = not planned.plan.axes
         self._sizes: list[list[int]] = [[] for _ in self._by_class]
         self._scratch: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()  # of scratch and sizes: steps may be called from several threads

@@ -230,8 +230,10 @@ def _check(walked: _Walked, traced: TracedStep, tables: set[int], chosen: set[in
 
 
 def _check_reads(planned: Planned) -> None:
-    """Rows that are read after an update must have been read before it as well: others are another step's."""
+    """Ids must be known before the step; what is read after an update must have been read before it as well."""
     find = planned.plan.find
+    if planned.ids.has_effects:  # it would happen twice
+        raise refused("row ids that come from a callback or print", "Draw them before the step, and pass them in.")
     reads = list(zip(planned.reads, planned.ids.numbers, strict=True))
     early = {(find(r.node), number) for r, number in reads if r.late is False}
     for read, number in reads:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.planning import Planned, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.planning import Planned, announce, plan_step, rows_of_leaf
 from jaxsparse.rows import compact, computed_once, copy_rows, scatter_rows, zero_after
 from jaxsparse.tracing import trace_step
 from jaxsparse.values import Rows, Whole, array_of
@@ -64,8 +64,6 @@ def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0)
         traced = trace_step(step, args, kwargs, state_argnums)
         planned = plan_step(traced, traced.leaves)
         announce(planned)
-        if planned.ids.has_effects:
-            raise refused("row ids that come from a callback or print", "Draw them before the step, and pass them in.")
         ids = planned.ids([x for x, used in zip(traced.leaves, planned.ids.used, strict=False) if used])
         spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
         return traced.unflatten(evaluate(planned, traced.leaves, spaces)[0])

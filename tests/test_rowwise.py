@@ -638,6 +638,8 @@ def test_ids_from_a_callback_are_refused():
 
     with pytest.raises(ValueError, match="row ids that come from a callback"):
         jax.make_jaxpr(js.rowwise(of_loss(loss)))(create(optax.sgd(0.1)), 1.0)
+    with pytest.raises(ValueError, match="row ids that come from a callback"):
+        js.jit(of_loss(loss)).lower(create(optax.sgd(0.1)), 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
