@@ -5,18 +5,29 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 CELLS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_cells_run(capsys):
-    assert len(CELLS) >= 3
+def run(cells):
     namespace: dict = {}
     with jax.numpy_rank_promotion("allow"):  # flax's layers promote
-        for number, cell in enumerate(CELLS):
+        for number, cell in enumerate(cells):
             exec(compile(cell, f"README.md, cell {number}", "exec"), namespace)
+    return namespace
+
+
+def test_the_first_cell_runs():
+    assert np.isfinite(run(CELLS[:1])["loss"])
+
+
+@pytest.mark.slow
+def test_the_cells_run(capsys):
+    assert len(CELLS) >= 3
+    namespace = run(CELLS)
     capsys.readouterr()
     assert np.isfinite(namespace["loss"])
     grads = namespace["grads"]

@@ -16,6 +16,7 @@ import jaxsparse as js
 from tests.hlo import large_arrays
 from tests.stepwise import (
     P0,
+    QUICK,
     STEP,
     Case,
     D,
@@ -36,7 +37,7 @@ from tests.stepwise import (
 
 
 def rowwise(step):
-    return jax.jit(js.rowwise(step), donate_argnums=0)
+    return jax.jit(js.rowwise(step), donate_argnums=0, compiler_options=QUICK)
 
 
 ROADS = [pytest.param(js.jit, id="js.jit"), pytest.param(rowwise, id="js.rowwise", marks=pytest.mark.slow)]
