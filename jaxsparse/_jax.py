@@ -381,19 +381,9 @@ def _description_of_literal(v: Any) -> Any:
 
 
 def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:
-    """fun(*args), a list of arrays, without anything that these do not need, what it prints included; and which of the
-    args they need."""
-    closed = jax.make_jaxpr(fun)(*args)
-    jaxpr = closed.jaxpr
-    needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
-    for eqn in reversed(jaxpr.eqns):
-        if needed & set(eqn.outvars):
-            kept.append(eqn)
-            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
-    effects = set().union(*(eqn.effects for eqn in kept))
-    jaxpr, used = dce_jaxpr(jaxpr.replace(eqns=kept[::-1], effects=effects), [True] * len(jaxpr.outvars))
-    inputs = [x for x, is_used in zip(args, used, strict=True) if is_used]
-    return list(eval_jaxpr(jaxpr, closed.consts, *inputs)), list(used)
+    """fun(*args), a list of arrays, without anything that these do not need; and which of the args they need."""
+    needed = Needed(fun, args)
+    return needed([x for x, is_used in zip(args, needed.used, strict=True) if is_used]), list(needed.used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
