@@ -12,6 +12,7 @@ import numpy as np
 from jaxsparse import _jax
 from jaxsparse.planning import Planned
 from jaxsparse.rowwise import reads_of
+from jaxsparse.values import NOBODY
 from jaxsparse.walk import Path, Space
 
 
@@ -106,7 +107,7 @@ def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tu
         for x, is_clipped in zip(parts, clipped, strict=True):
             if is_clipped:
                 ends += [0] * bool(np.any(x < 0))
-                ends += [num_rows - 1] * bool(np.any((x >= num_rows) & (x != np.iinfo(np.int32).max)))
+                ends += [num_rows - 1] * bool(np.any((x >= num_rows) & (x != NOBODY)))
         ordered = np.sort(np.concatenate([ordered[first:last], np.array(ends, np.int32)]))
     new = np.ones(len(ordered), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])

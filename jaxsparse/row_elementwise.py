@@ -56,7 +56,6 @@ _ZERO_IF_ALL = _jax.primitives("add add_jaxvals max min or sub xor")
 _ADD = _jax.primitives("add add_jaxvals")
 _SCALE = _jax.primitives("mul div")
 _COMPARE = _jax.primitives("eq ge gt le lt ne")
-(_SELECT,) = _jax.primitives("select_n")
 (_POWER,) = _jax.primitives("integer_pow")
 
 
@@ -115,7 +114,7 @@ def _outside(eqn: Equation, outside: Sequence[int]) -> int:
         keeps = any(zero)
     elif eqn.primitive in _ZERO_IF_ALL:
         keeps = all(zero)
-    elif eqn.primitive is _SELECT:
+    elif eqn.primitive is _jax.SELECT:
         keeps = all(zero[1:])
     else:
         keeps = eqn.primitive in _KEEP_ZERO and zero[0] and not (eqn.primitive is _POWER and eqn.param("y") <= 0)
@@ -167,7 +166,7 @@ def notes_out(eqn: Equation, values: Values) -> Notes:
     if eqn.primitive in _COMPARE or (eqn.primitive is _jax.CONVERT and is_bool):  # a choice is no statistic
         kept = (n for n in notes if n.kind != "part sum")
         return frozenset(Note("gate", n.what) if n.kind in ("counter", "remainder") else n for n in kept)
-    if eqn.primitive is _SELECT and _jax.shape(eqn.outputs[0]) == ():
+    if eqn.primitive is _jax.SELECT and _jax.shape(eqn.outputs[0]) == ():
         return _notes_of_choice(values)
     if eqn.primitive is _REM:
         return notes | {Note("remainder", n.what) for n in notes_of(values[0]) if n.kind == "counter"}

@@ -41,9 +41,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if axis not in numbers.start_index_map:  # all rows, of some columns
         if sizes[axis] != num_rows:
             return None
-        kept = [
-            a for a in range(len(shape)) if a not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        ]
+        kept = _axes_left(shape, numbers.collapsed_slice_dims, numbers.operand_batching_dims)
         sizes = _replaced(sizes, axis, rows.block.shape[axis])
         (block,) = _jax.bind(eqn, [rows.block, at], slice_sizes=sizes)
         return [Rows(block, rows.node, numbers.offset_dims[kept.index(axis)], UNKNOWN, rows.updated)]

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
-from jaxsparse.values import Rows, Same, Value, Whole, array_of, notes_of
+from jaxsparse.values import NOBODY, Rows, Same, Value, Whole, array_of, notes_of
 
 if TYPE_CHECKING:
     from jaxsparse.walk import Walk
 
 Values = Sequence[Value]
 Outs = list[Value] | None
-NOBODY = jnp.iinfo(jnp.int32).max  # the id of what a branch that is not taken would have read
 
 
 def _inside(walk: Walk, program: Program, values: Values) -> tuple[list[Value], list[Any], list[jax.Array]]:

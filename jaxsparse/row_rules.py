@@ -219,7 +219,7 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if pairs is batch:
             outside = ZERO if zero else UNKNOWN
             updated = rows.updated or partner.updated
-            block = bind(rows.block, partner.block)
+            block = bind(*(_with_zeros(walk, x) if zero else x.block for x in (rows, partner)))
             return [Rows(block, rows.node, batch[side].index(axis), outside, updated)]
         return [Whole(bind(_with_zeros(walk, rows), _with_zeros(walk, partner)))] if zero else None
     if isinstance(other, Rows):

@@ -21,7 +21,7 @@ from jaxsparse import _jax
 from jaxsparse.planning import Planned, announce, plan_step, rows_of_leaf
 from jaxsparse.rows import compact, computed_once, copy_rows, scatter_rows, zero_after
 from jaxsparse.tracing import trace_step
-from jaxsparse.values import Rows, Whole, array_of
+from jaxsparse.values import NOBODY, Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk
 
 
@@ -86,7 +86,7 @@ def choose_rows(planned: Planned, c: int, ids: list[jax.Array]) -> Space:
     by_number = dict(zip(planned.ids.numbers, ids, strict=True))
     for number, clipped in reads_of(planned, c).items():
         x = by_number[number]
-        nobody = x == jnp.iinfo(jnp.int32).max
+        nobody = x == NOBODY
         inside = jnp.clip(x, 0, num_rows - 1) if clipped else x
         parts.append(jnp.where(nobody | (inside < 0) | (inside >= num_rows), num_rows, inside))
     everything = jnp.concatenate([jnp.zeros(0, jnp.int32), *parts])

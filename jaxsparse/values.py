@@ -18,6 +18,9 @@ import jax.numpy as jnp
 UNKNOWN, UNIFORM, ZERO = range(3)
 
 
+NOBODY = 2**31 - 1  # the id of what a branch that is not taken would have read
+
+
 class Note(NamedTuple):
     """Something that an array was made from, which decides what it may be used for.
 

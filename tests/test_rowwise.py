@@ -842,6 +842,15 @@ def test_padding_is_no_row():
         finite = jnp.all(jnp.isfinite(g))
         return {"t": state["t"] - finite * 0.1 * g / jnp.maximum(1, norm), "t count": state["t count"]}, norm
 
+    def by_products(state, ids, y):
+        g = jax.grad(lambda t: jnp.sum(t[ids] ** 2))(state["t"])
+        total = state["t acc"] + jnp.sum(g**2, 1)
+        share = jnp.einsum("vd,v->vd", g, jax.lax.rsqrt(total))
+        norm = jnp.sqrt(jnp.sum(share**2))
+        return {"t": state["t"] - 0.1 * share / jnp.maximum(1, norm), "t acc": total}, norm
+
+    start = {"t": P0["t"], "t acc": jnp.ones(V)}
+    check({"products": Case(by_products, start, lambda ids, y: {"t": ids, "t acc": ids})})
     check({"counts": Case(step, {"t": P0["t"], "t count": jnp.arange(1.0, V + 1)}, lambda ids, y: {"t": ids})})
 
 
