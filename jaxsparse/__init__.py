@@ -7,7 +7,6 @@ gradients), `lazy` (any optax optimizer on them), `train` (the step that ties th
 
 from jaxsparse import nn as nn
 from jaxsparse import testing as testing
-from jaxsparse.accumulate import accumulate as accumulate  # type: ignore[no-redef]
 from jaxsparse.adagrad import lazy_adagrad as lazy_adagrad
 from jaxsparse.adagrad import lazy_ftrl as lazy_ftrl
 from jaxsparse.adagrad import lazy_rowwise_adagrad as lazy_rowwise_adagrad
@@ -20,7 +19,6 @@ from jaxsparse.explain import explain as explain  # type: ignore[no-redef]
 from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
 from jaxsparse.grad import value_and_grad as value_and_grad
 from jaxsparse.jit import jit as jit  # type: ignore[no-redef]
-from jaxsparse.lazy import LazyState as LazyState
 from jaxsparse.lazy import lazy as lazy  # type: ignore[no-redef]
 from jaxsparse.losses import inverse_frequency_weights as inverse_frequency_weights
 from jaxsparse.losses import sampled_softmax as sampled_softmax

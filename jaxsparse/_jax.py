@@ -7,7 +7,6 @@ one in between. What this room leans on:
   of a program, which since 0.11 holds its own constants; `primitive`, `params`, `invars`, `outvars`, `effects`,
   `source_info.traceback.frames` of an equation; `aval` of a variable, `val` of a jax.extend.core.Literal. `Program` and
   `Equation` are what the other rooms see of them.
-* Constants: an array that a traced function closes over is, as an object, among the constants of its program.
 * jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared as an object. Only the
   new remat (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
 * Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
@@ -159,11 +158,6 @@ def is_literal(v: Any) -> bool:
 
 def literal_value(v: Any) -> Any:
     return v.val
-
-
-def read(env: dict[Any, Any], v: Any) -> Any:
-    """The value of a variable or a literal."""
-    return v.val if isinstance(v, Literal) else env[v]
 
 
 def source_frames(eqn: Equation) -> list[tuple[str, int, str]]:
@@ -321,14 +315,8 @@ class Needed:
 
     def __init__(self, fun: Callable[..., list[Any]], args: Any) -> None:
         closed = jax.make_jaxpr(fun)(*args)
-        jaxpr = closed.jaxpr
-        needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
-        for eqn in reversed(jaxpr.eqns):
-            if needed & set(eqn.outvars):
-                kept.append(eqn)
-                needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
-        effects = set().union(*(eqn.effects for eqn in kept))
-        self._jaxpr, self.used = dce_jaxpr(jaxpr.replace(eqns=kept[::-1], effects=effects), [True] * len(jaxpr.outvars))
+        jaxpr = _needed_only(closed.jaxpr)
+        self._jaxpr, self.used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         self._consts = closed.consts
         self.has_effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in self._jaxpr.effects)
         self.numbers = _value_numbers(self._jaxpr)
@@ -337,6 +325,27 @@ class Needed:
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The outputs, given those of the args that are used."""
         return list(eval_jaxpr(self._jaxpr, self._consts, *args))
+
+
+def _needed_only(jaxpr: Any) -> Any:
+    """A jaxpr without the equations that its outputs do not need, whatever their effects are."""
+    needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            kept.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    return jaxpr.replace(eqns=kept[::-1], effects=set().union(*(eqn.effects for eqn in kept)))
+
+
+def needed_only(program: Program) -> Program:
+    """A program without the equations that its outputs do not need, whatever their effects are."""
+    return _program_with(_needed_only(program.jaxpr), list(program.constants.values()))
+
+
+def used_inputs(program: Program) -> list[int]:
+    """The numbers of the inputs that a program does something with."""
+    used = {v for eqn in program.equations for v in eqn.inputs if not is_literal(v)}
+    return [i for i, v in enumerate(program.inputs) if v in used]
 
 
 def _value_numbers(jaxpr: Any) -> list[int]:
@@ -378,12 +387,6 @@ def _description(x: Any) -> Any:
 def _description_of_literal(v: Any) -> Any:
     """Its bits: JAX prints a few of its digits."""
     return "literal", str(v.aval), np.asarray(v.val).tobytes()
-
-
-def evaluate_outputs(fun: Callable[..., list[Any]], args: Sequence[jax.Array]) -> tuple[list[Any], list[bool]]:
-    """fun(*args), a list of arrays, without anything that these do not need; and which of the args they need."""
-    needed = Needed(fun, args)
-    return needed([x for x, is_used in zip(args, needed.used, strict=True) if is_used]), list(needed.used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,15 +431,19 @@ def placement(arrays: Iterable[Any]) -> frozenset[Any]:
 
 def is_on_host(x: Any) -> bool:
     """Whether an array is NumPy's, a number, or on one CPU; an abstract one may be."""
-    if not isinstance(x, jax.Array):
-        return True
-    devices = x.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    devices = _devices(x)
+    return len(devices) <= 1 and all(device.platform == "cpu" for device in devices)
 
 
 def on_one_device(arrays: Iterable[Any]) -> bool:
     """Whether no array is spread over several devices, or on another one than the others are."""
-    return len(frozenset().union(*(x.devices() for x in arrays if isinstance(x, jax.Array)))) <= 1
+    return len(frozenset().union(*map(_devices, arrays))) <= 1
+
+
+def _devices(x: Any) -> frozenset[Any]:
+    """Where an array is, or an abstract one would be; none of NumPy's."""
+    sharding = getattr(x, "sharding", None)
+    return frozenset() if sharding is None else frozenset(sharding.device_set)
 
 
 def without_repeats(arrays: Sequence[Any]) -> list[Any]:
@@ -447,17 +454,6 @@ def without_repeats(arrays: Sequence[Any]) -> list[Any]:
         out.append(jax.numpy.copy(x) if isinstance(x, jax.Array) and id(x) in seen else x)
         seen.add(id(x))
     return out
-
-
-class ByIdentity:
-    """What is known of some arrays, looked up by the very object, which is kept so that no other gets its id."""
-
-    def __init__(self, known: Iterable[tuple[Any, Any]]) -> None:
-        self._known = {id(array): (array, value) for array, value in known}
-
-    def __call__(self, array: object) -> Any:
-        """What is known of an array, or None."""
-        return self._known.get(id(array), (None, None))[1]
 
 
 def opaque_dtype(name: str, tag: str, refuse: Callable[..., Any]) -> Any:

@@ -11,9 +11,11 @@ differentiated is `_jax.vary`-ed first, all gradients are each device's own, as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._jax import all_gather
 from jaxsparse.rows import RowSparse, is_row_sparse, scale
@@ -36,13 +38,12 @@ def psum(tree: Any, axis_name: Any) -> Any:
       >>> jax.vmap(lambda g: js.psum(g, "batch").todense(), axis_name="batch")(g)[0].ravel().tolist()
       [0.0, 0.0, 1.0, 1.0]
     """
-    size = jax.lax.axis_size(axis_name)
 
     def one(leaf: Any) -> Any:
         if not is_row_sparse(leaf):
             return jax.lax.psum(leaf, axis_name)
         ids, rows = all_gather(leaf.ids, axis_name), all_gather(leaf.rows, axis_name)
-        return RowSparse(ids, rows, leaf.shape, distinct=leaf.distinct and size * leaf.distinct)
+        return RowSparse(ids, rows, leaf.shape)
 
     return jax.tree.map(one, tree, is_leaf=is_row_sparse)
 
@@ -65,3 +66,17 @@ def pmean(tree: Any, axis_name: Any) -> Any:
         return leaf / size if not is_row_sparse(leaf) else scale(leaf, 1 / size)
 
     return jax.tree.map(mean, psum(tree, axis_name), is_leaf=is_row_sparse)
+
+
+def in_auto_mode(fun: Callable[..., Any], state: Any, *args: Any) -> Any:
+    """fun(state, *args) -> (a tree like state, others), over a mesh of any axis types: in Explicit ones JAX wants to be
+    told the sharding of every gather, here those of the state say it all."""
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves((state, args)) if isinstance(x, jax.Array)]
+    meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
+    if not meshes:
+        return fun(state, *args)
+    kinds = zip(meshes[0].axis_names, meshes[0].axis_types, strict=True)
+    axes = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+    of_state = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
+    anywhere = NamedSharding(meshes[0], PartitionSpec())
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=(of_state, anywhere))(state, *args)

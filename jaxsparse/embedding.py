@@ -16,8 +16,6 @@ the nearest row, "promise_in_bounds" leaves it to XLA. Negative ids are outside,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,15 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse._jax import vary, varying_axes
 from jaxsparse.rows import gather_rows, in_range, row_ids
 from jaxsparse.tracing import is_tracing
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
 _UNROLL = 64  # past this many ids a bag, one gather and a sum: unrolling would cost compile time
-
-# The name under which grad.py knows padded_sum in a traced program, to take it as one read instead of L.
-PADDED_SUM = "jaxsparse_padded_sum"
 
 
 def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mode: str = "fill") -> jax.Array:
@@ -255,98 +249,16 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
 
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
-    if is_tracing() and weights is None:  # js.jit makes it L gathers
-        return jnp.sum(gather_rows(table, ids).astype(_wide(table)), axis=1)
-    return _PADDED_SUM(table, ids, weights)
-
-
-def _padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> jax.Array:
-    wide = _wide(table)
-    if ids.shape[1] > _UNROLL:
+    wide, length = _wide(table), ids.shape[1]
+    # where a step or gradient is traced, one read: it is made into L of them there, and without weights only
+    if not 0 < length <= _UNROLL or (is_tracing() and weights is None):
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)
         return jnp.sum(rows if weights is None else rows * _spread(weights, rows), axis=1)
     out = jnp.zeros((ids.shape[0], *table.shape[1:]), wide)
-    for i in range(ids.shape[1]):
+    for i in range(length):
         row = gather_rows(table, ids[:, i]).astype(wide)
         out = out + (row if weights is None else row * _spread(weights[:, i], row))
     return out
-
-
-@jax.custom_vjp
-def block_padded_sum(rows: jax.Array, at: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """padded_sum of a table so small that its gradient may be dense, which is then summed in place, id by id.
-
-    rows (k, ...), at int32 (B, L) with k for what reads nothing, weights (B, L) or None -> (B, ...), at least float32.
-    JAX's own transpose of L gathers makes L arrays (k, ...), or one (B, L, ...), and adds them up; and on CPU fresh
-    memory costs more than arithmetic.
-    """
-    return _padded_sum(rows, at, weights)
-
-
-def _block_forward(rows: jax.Array, at: jax.Array, weights: jax.Array | None) -> Any:
-    return _padded_sum(rows, at, weights), (rows, at, weights)
-
-
-def _block_backward(saved: Any, g: jax.Array) -> Any:
-    rows, at, weights = saved
-    zeros: Any = jnp.zeros(rows.shape, g.dtype), None if weights is None else jnp.zeros(weights.shape, g.dtype)
-
-    def add(i: jax.Array, sums: Any) -> Any:
-        by_row, by_weight = sums
-        ids, share = at[:, i], g
-        if weights is not None:
-            products = g * gather_rows(rows, ids).astype(g.dtype)
-            by_weight = by_weight.at[:, i].set(jnp.sum(products, axis=tuple(range(1, g.ndim))))
-            share = g * _spread(weights[:, i], g)
-        return by_row.at[ids].add(share, mode="drop"), by_weight
-
-    zeros = vary(zeros, varying_axes((rows, g)))
-    by_row, by_weight = jax.lax.fori_loop(0, at.shape[1], add, zeros) if at.shape[1] else zeros
-    return by_row.astype(rows.dtype), None, None if weights is None else by_weight.astype(weights.dtype)
-
-
-block_padded_sum.defvjp(_block_forward, _block_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def block_lookup(
-    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool
-) -> jax.Array:
-    """read(rows, at), the gradient of rows being summed in place, one of the last axis of ids after another.
-
-    rows (k, ...), at and kept int32 (..., L) -> (..., L, *rows.shape[1:]); what reads `at` has its gradient added at
-    `kept`, or nowhere if that is k. Models take means and sums over L, whose cotangent is one (..., d) repeated: XLA
-    sees that in L small scatters, and would make it (..., L, d) for a large one. For the same reason `apart`, for what
-    is only summed over L, makes L reads put together again, which XLA adds up without making (..., L, d).
-    """
-    if not apart or not 0 < at.shape[-1] <= _UNROLL:
-        return read(rows, at)
-    return jnp.stack([read(rows, at[..., i]) for i in range(at.shape[-1])], axis=at.ndim - 1)
-
-
-def _lookup_forward(
-    read: Callable[..., jax.Array], rows: jax.Array, at: jax.Array, kept: jax.Array, apart: bool
-) -> Any:
-    return block_lookup(read, rows, at, kept, apart), (rows, kept)
-
-
-def _lookup_backward(read: Callable[..., jax.Array], apart: bool, saved: Any, g: jax.Array) -> Any:
-    rows, kept = saved
-    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
-    by_row = vary(jnp.zeros(rows.shape, g.dtype), varying_axes((rows, g)))
-    axis = kept.ndim - 1
-    if kept.ndim > 1 and kept.shape[-1] <= _UNROLL:
-        for i in range(kept.shape[-1]):
-            by_row = by_row.at[kept[..., i]].add(jax.lax.index_in_dim(g, i, axis, keepdims=False), mode="drop")
-    else:
-        by_row = by_row.at[kept].add(g, mode="drop")
-    return by_row.astype(rows.dtype), None, None
-
-
-block_lookup.defvjp(_lookup_forward, _lookup_backward)
-
-_padded_sum.__name__ = PADDED_SUM
-_PADDED_SUM = jax.jit(_padded_sum)
 
 
 def segment_sum(

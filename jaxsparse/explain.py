@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.grad import Tables, trace
+from jaxsparse.grad import Tables, closed_advice, plan_gradient
 from jaxsparse.jit import JittedStep
-from jaxsparse.reads import DenseUse, Read
+from jaxsparse.planning import Planned
 from jaxsparse.rows import gather_rows, scatter_rows
+from jaxsparse.walk import Reason
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05
@@ -35,7 +35,6 @@ class Parameter:
       row_sparse: whether its gradient is a RowSparse.
       num_rows: its rows; 0 for a scalar.
       rows_read: how many ids name a row in one evaluation, repeats included.
-      distinct: a bound on how many of them are distinct, where js.batches counted them; or None.
       reads: the source lines that read rows.
       cause: for a dense gradient, the primitive that uses the whole parameter, or why there is none; "" if row-sparse.
         For an array of a step's state that has a row for each of a table's, whose.
@@ -47,7 +46,6 @@ class Parameter:
     row_sparse: bool
     num_rows: int
     rows_read: int
-    distinct: int | None
     reads: tuple[str, ...]
     cause: str
     source: str
@@ -58,9 +56,8 @@ class Parameter:
             line = f"row-sparse: {self.cause or 'it would be read, by a batch with ids'}"
         elif self.row_sparse:
             many = f"{len(self.reads)} reads" if len(self.reads) > 1 else "1 read"
-            bound = "" if self.distinct is None else f" (at most {self.distinct:,} distinct)"
             where = ", ".join(dict.fromkeys(self.reads))
-            line = f"row-sparse: {many} of {self.rows_read:,} of {self.num_rows:,} rows{bound} at {where}"
+            line = f"row-sparse: {many} of {self.rows_read:,} of {self.num_rows:,} rows at {where}"
         else:
             line = f"dense: {self.cause}" + (f" at {self.source}" if self.source else "")
         return f"{self.path or 'parameter'}  {line}" + (f". {self.advice}" if self.advice else "")
@@ -112,24 +109,21 @@ def explain(
         return functools.partial(_explain_step, fun)
 
     def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
-        traced = trace(fun, argnums, has_aux, args, kwargs)
-        sparse = traced.sparse_leaves(tables)
+        planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
         out = {}
-        for i, (path, leaf) in enumerate(zip(traced.paths, traced.leaves, strict=True)):
-            reads = [r for r in traced.reads if r.leaf == i]
-            use = traced.dense.get(i, DenseUse("not in tables=" if reads else "not used", "", closed=False))
-            row_sparse = i in sparse
-            num_rows = leaf.shape[0] if leaf.ndim else 0
+        for i, (path, leaf) in enumerate(zip(planned.paths, planned.leaves_of_arguments, strict=True)):
+            row_sparse, reads = i in planned.leaves or i in planned.unused, _reads_of(planned, i)
+            why = Reason("not in tables=", "") if reads and not row_sparse and tables is not None else None
+            why = why or planned.why_dense(i)
             out[path] = Parameter(
                 path=path,
                 row_sparse=row_sparse,
-                num_rows=num_rows,
-                rows_read=sum(math.prod(r.ids) for r in reads),
-                distinct=_bound(reads),
-                reads=tuple(r.source for r in reads),
-                cause="" if row_sparse else use.cause,
-                source="" if row_sparse else use.source,
-                advice=_advice(reads, leaf) if row_sparse else use.advice,
+                num_rows=leaf.shape[0] if leaf.ndim else 0,
+                rows_read=sum(n for _, n in reads),
+                reads=tuple(source for source, _ in reads),
+                cause="" if row_sparse else why.cause,
+                source="" if row_sparse else why.source,
+                advice=_advice(reads, leaf) if row_sparse else closed_advice(why),
             )
         return Explanation(out)
 
@@ -142,18 +136,17 @@ def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
     out = {}
     for i in sorted(traced.places):
         path, shape, c = traced.paths[i], _jax.shape(traced.program.inputs[i]), planned.leaves.get(i)
-        of_class = [(r, n) for r, n in zip(planned.reads, planned.ids.sizes, strict=True) if find(r.node) == c]
-        reads = [(r, n) for r, n in of_class if r.node == i and r.late is not None]
-        table = next((traced.paths[r.node] for r, _ in of_class if r.node in planned.leaves), "")
+        reads = _reads_of(planned, i)
+        of_class = [r.node for r in planned.reads if find(r.node) == c and r.node in planned.leaves]
+        table = traced.paths[of_class[0]] if of_class else ""
         left_alone = "Rows that are not read are left alone."
-        cause = planned.dense.get(i, "not read by rows")
+        cause = str(planned.dense.get(i, "not read by rows"))
         out[path] = Parameter(
             path=path,
             row_sparse=c is not None,
             num_rows=shape[0] if shape else 0,
             rows_read=sum(n for _, n in reads),
-            distinct=None,
-            reads=tuple(r.source for r, _ in reads),
+            reads=tuple(source for source, _ in reads),
             cause=(f"by the rows of {table}" if table and not reads else "") if c is not None else cause,
             source="",
             advice=left_alone if c is not None else "",
@@ -173,15 +166,18 @@ def _written_in_place(dtype: Any, backend: str) -> bool:
     return memory is None or memory.temp_size_in_bytes < table.size * dtype.itemsize
 
 
-def _bound(reads: list[Read]) -> int | None:
-    known = [r.distinct for r in reads if r.distinct is not None]
-    return sum(known) if known and len(known) == len(reads) else None
+def _reads_of(planned: Planned, i: int) -> list[tuple[str, int]]:
+    """The source lines that read rows of an input, each with how many ids; one that is made again for a gradient is
+    one."""
+    found = zip(planned.reads, planned.ids.numbers, planned.ids.sizes, strict=True)
+    reads = {(r.source, number): size for r, number, size in found if r.node == i and r.late is not None}
+    return [(source, size) for (source, _), size in reads.items()]
 
 
-def _advice(reads: list[Read], leaf: Any) -> str:
+def _advice(reads: list[tuple[str, int]], leaf: Any) -> str:
     if not _written_in_place(leaf.dtype, jax.default_backend()):
         where = f"with jax {jax.__version__} on {jax.default_backend()}"
         return f"XLA writes rows of a {leaf.dtype} array by converting all of it, {where}: use float32."
-    if leaf.shape[0] < _CROSSOVER * sum(math.prod(r.ids) for r in reads):
+    if leaf.shape[0] < _CROSSOVER * sum(n for _, n in reads):
         return "At this size a dense gradient is likely as fast: tables= leaves it out."
     return ""

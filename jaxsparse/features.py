@@ -1,10 +1,8 @@
 """The kinds of features that a batch is made of: what each is, how large a batch of it gets, and how one is cut. Host
 side only.
 
-Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `distinct`, the distinct
-values of such a cut, by leaf; `beside`, how many more come with padding and row numbers, and how many with padding
-alone; `pad`, the cut as one shard of a batch; `fill`, what padding it adds to these values, if they are ids; and `nse`,
-a size that is fixed.
+Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
+shard of a batch; and `nse`, a size that is fixed.
 
 This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
 behind it need not check anything. Nothing is clipped, wrapped or dropped.
@@ -75,19 +73,9 @@ class Sparse:
     def cut(self, part: np.ndarray) -> Any:
         return self.csr[part]
 
-    def distinct(self, cut: Any) -> list[np.ndarray | None]:
-        return [None, sorted_distinct(cut.indices)]  # of data, of indices
-
-    def beside(self, length: int) -> list[tuple[int, int]]:
-        return [(0, 0), (length + 2, 1)]  # row numbers, and the two that mark padding
-
     def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
         del spare
         return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
-
-    def fill(self, cut: Any, length: int, size: int, spare: int) -> list[np.ndarray | None]:
-        del length, spare
-        return [None, np.full(int(cut.nnz < size), self.csr.shape[1])]
 
 
 class Lists:
@@ -120,22 +108,11 @@ class Lists:
         lengths = self.lengths[part]
         return self.flat[_spans(self.starts[part], lengths)], lengths
 
-    def distinct(self, cut: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray | None]:
-        return [sorted_distinct(cut[0])]
-
-    def beside(self, length: int) -> list[tuple[int, int]]:
-        del length
-        return [(1, 1)]
-
     def pad(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> np.ndarray:
         del spare
         out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
         return out
-
-    def fill(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> list[np.ndarray | None]:
-        del spare
-        return [np.full(int(len(cut[0]) < length * size), self.padding)]
 
 
 class Ids:
@@ -156,24 +133,9 @@ class Ids:
     def cut(self, part: np.ndarray) -> np.ndarray:
         return np.take(self.ids, part, axis=0)  # several times as fast as self.ids[part]
 
-    def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
-        return [sorted_distinct(cut)]
-
-    def beside(self, length: int) -> list[tuple[int, int]]:
-        del length
-        number = self.ids[:1].size if self.padding is None else 1  # padding may repeat an example of another shard
-        return [(number, number)]
-
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
-        return _pad(cut, length, self._filling(spare))
-
-    def fill(self, cut: np.ndarray, length: int, size: int, spare: int) -> list[np.ndarray | None]:
-        del size
-        return [np.ravel(self._filling(spare)) if len(cut) < length else np.zeros(0, np.int32)]
-
-    def _filling(self, spare: int) -> Any:
-        return self.ids[spare] if self.padding is None else self.padding
+        return _pad(cut, length, self.ids[spare] if self.padding is None else self.padding)
 
 
 class Array:
@@ -198,34 +160,9 @@ class Array:
     def cut(self, part: np.ndarray) -> np.ndarray:
         return np.take(self.values, part, axis=0)
 
-    def distinct(self, cut: np.ndarray) -> list[np.ndarray | None]:
-        del cut
-        return [None]
-
-    def beside(self, length: int) -> list[tuple[int, int]]:
-        del length
-        return [(0, 0)]
-
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
         return _pad(cut, length, self.values[spare])
-
-    def fill(self, cut: np.ndarray, length: int, size: int, spare: int) -> list[np.ndarray | None]:
-        del cut, length, size, spare
-        return [None]
-
-
-def sorted_distinct(ids: np.ndarray) -> np.ndarray:
-    """The distinct ones of some ids, ascending: int32 (k,).
-
-    By sorting, for which NumPy has vectors (AVX2, AVX-512, NEON): in a half to a third of the time of looking ids up in
-    an array with a place for each row, which caches have to make room for, and far less than np.unique's.
-    """
-    ids = np.sort(ids, axis=None)
-    is_new = np.empty(ids.shape, bool)
-    is_new[:1] = True
-    np.not_equal(ids[1:], ids[:-1], out=is_new[1:])
-    return ids.take(np.flatnonzero(is_new)).astype(np.int32, copy=False)
 
 
 def make_features(

@@ -1,14 +1,13 @@
 """`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
 
-The function is traced once. `reads.find_reads` tells which leaves are only read by rows; each of their reads becomes
-`read(leaf) + delta` with the leaf a constant, and the program is differentiated with respect to the deltas (zeros,
-which XLA removes) and to all other leaves. A delta's cotangent and the ids of its read are the row-sparse gradient;
-several reads are put end to end.
+The function and its gradient are traced once, at full shapes, and evaluated as a step is (`rowwise.py`): on the rows
+that are read. The gradient of a table is zero in all others; where it is not, the table is computed as a whole.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +18,12 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import Program, vary, varying_axes
-from jaxsparse.batch import find_batches
-from jaxsparse.interpret import RowIds, WithDeltas
-from jaxsparse.reads import Columns, Known, Read, Table, find_reads
-from jaxsparse.rows import RowSparse, concatenate_blocks, distinct_ids, row_ids, zero_after
-from jaxsparse.tracing import is_tracing
+from jaxsparse.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
+from jaxsparse.rows import RowSparse, gather_rows, zero_after
+from jaxsparse.rowwise import choose_rows
+from jaxsparse.tracing import is_tracing, source_line, tracing
+from jaxsparse.values import ZERO, Rows, Same, Whole, array_of
+from jaxsparse.walk import Reason, Walk, is_closed
 
 
 def value_and_grad(
@@ -42,8 +42,9 @@ def value_and_grad(
 
     Returns:
       A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad
-      does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size; every other leaf is
-      the array that jax.grad gives. A leaf that is not used at all is zeros.
+      does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size: a row for each
+      distinct id, and padding up to as many rows as there are ids and one more. Every other leaf is the array that
+      jax.grad gives. A leaf that is not used at all is zeros.
 
     Raises:
       TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
@@ -55,37 +56,40 @@ def value_and_grad(
       >>> params = {"table": jnp.ones((5, 2)), "w": jnp.array([1., 2.])}
       >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
       >>> value, grads = js.value_and_grad(loss)(params, jnp.array([3, 0, 3]))
-      >>> grads["table"].ids.tolist(), grads["table"].rows.tolist(), grads["w"].tolist()
-      ([3, 0, 3], [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], [3.0, 3.0])
+      >>> grads["table"]  # room for each id to be another row
+      RowSparse(ids=int32[4], rows=float32[4,2], shape=(5, 2), unique=True)
+      >>> grads["table"].todense()[jnp.array([0, 3])].tolist(), grads["w"].tolist()
+      ([[1.0, 2.0], [2.0, 4.0]], [3.0, 3.0])
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
         if is_tracing():  # a step under js.jit or js.rowwise is as a whole evaluated on the rows that it reads
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
-        traced = trace(fun, argnums, has_aux, args, kwargs)
-        sparse = traced.sparse_leaves(tables)
-        reads = [r for r in traced.reads if r.leaf in sparse]
-        arrays = {i: traced.leaves[i] for i in sparse}
-        others = [x for i, x in enumerate(traced.leaves) if i not in arrays]
-
-        def run(deltas: list[Any], others: list[Any]) -> Any:
-            it = iter(others)
-            inputs = [Table(i, arrays[i].dtype) if i in arrays else next(it) for i in range(len(traced.leaves))]
-            program = WithDeltas(arrays, deltas)
-            value, *aux = program.run(traced.program, inputs)
-            return value, (aux, program.ids)
-
-        deltas = vary([jnp.zeros(r.out.shape, r.out.dtype) for r in reads], traced.axes)
-        (value, (aux, ids)), (by_delta, by_leaf) = jax.value_and_grad(run, (0, 1), has_aux=True)(deltas, others)
-        it = iter(by_leaf)
+        planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
+        _warn_of_closed_regions(planned)
+        leaves = planned.leaves_of_arguments
+        ids = planned.ids_of(leaves)
+        spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
+        values = [
+            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x) if i in planned.leaves else Whole(x)
+            for i, x in enumerate(leaves)
+        ]
+        walk = Walk(planned.plan, spaces)
+        outs = walk.run(planned.program, values)
+        arrays = [None if isinstance(v, Rows) and v.whole is None else _whole(walk, v) for v in outs]
+        gradient, others = outs[1 : 1 + len(leaves)], [arrays[0], *arrays[1 + len(leaves) :]]
         with jax.named_scope("row_gradients"):
-            ids = _after((value, aux, by_leaf), ids)
-            gradient = [
-                _row_sparse(i, arrays[i], reads, ids, by_delta) if i in arrays else next(it)
-                for i in range(len(traced.leaves))
+            after = _zero_after([*others, *(arrays[1 + i] for i in range(len(leaves)) if i not in planned.leaves)])
+            grads = [
+                _row_sparse(walk, gradient[i], spaces[planned.leaves[i]].ids + after, i, x)
+                if i in planned.leaves
+                else _nothing(x)
+                if i in planned.unused
+                else arrays[1 + i]
+                for i, x in enumerate(leaves)
             ]
-        gradients = traced.unflatten(gradient)
-        return ((value, traced.aux(aux)) if has_aux else value), gradients
+        value = (others[0], planned.aux(others[1:])) if has_aux else others[0]
+        return value, planned.unflatten(grads)
 
     return value_and_grad_fun
 
@@ -119,83 +123,63 @@ def grad(
 Tables = str | Sequence[str] | Callable[[str, Any], bool] | None
 
 
-class Traced:
-    """A traced function: its program, the leaves it was traced at, and how its leaves are used."""
+@dataclasses.dataclass(frozen=True)
+class PlannedGradient(Planned):
+    """What is known of a function and its gradient before they are evaluated. The program's inputs are the leaves of
+    the arguments to differentiate; its outputs the value, the gradient, and the arrays of aux.
 
-    def __init__(
-        self,
-        program: Program,
-        leaves: list[Any],
-        unflatten: Callable[[list[Any]], Any],
-        aux: Callable[[list[Any]], Any],
-        known: Callable[[Any], Known | None],
-        paths: list[str],
-    ) -> None:
-        self.program, self.leaves, self.unflatten, self.aux, self.paths = program, leaves, unflatten, aux, paths
-        self.axes = varying_axes(leaves)
-        candidates = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-        self.reads, self.dense = find_reads(program, candidates, known)
+    Attributes:
+      leaves_of_arguments: the inputs.
+      paths: of these.
+      unused: the leaves that `tables` names, and that are not read.
+      unflatten: the gradient of its leaves.
+      aux: of its arrays.
+    """
 
-    def distinct(self, leaf: int) -> int | None:
-        """A bound on the number of distinct ids in the reads of a leaf, if there is one smaller than their number."""
-        return distinct_ids([(r.distinct, math.prod(r.ids)) for r in self.reads if r.leaf == leaf])
+    leaves_of_arguments: list[Any]
+    paths: list[str]
+    unused: set[int]
+    unflatten: Callable[[list[Any]], Any]
+    aux: Callable[[list[Any]], Any]
 
-    def values(self, leaf: int) -> jax.Array | None:
-        """All rows that the reads of a leaf name, and no others, if there is a shorter list of them than the ids."""
-        values = [r.values for r in self.reads if r.leaf == leaf]
-        return None if not values or any(v is None for v in values) else jnp.concatenate(values)
-
-    def sparse_leaves(self, tables: Tables = None) -> list[int]:
-        """The leaves that get row-sparse gradients."""
-        read = {r.leaf for r in self.reads}
-        if tables is None:
-            return [i for i in range(len(self.leaves)) if i in read and i not in self.dense]
-        flags = chosen_paths("value_and_grad", tables, self.paths, self.leaves)
-        chosen = [i for i, flag in enumerate(flags) if flag]
-        for i in chosen:
-            if i in self.dense:
-                got = f"{self.paths[i]}, which {self.dense[i].cause} uses as a whole at {self.dense[i].source}"
-                raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
-            if self.leaves[i].ndim < 1:
-                raise ValueError(message("value_and_grad", "tables", "leaves that have rows", self.paths[i]))
-        return chosen
+    def why_dense(self, i: int) -> Reason:
+        """Why the gradient of a leaf is an array."""
+        return self.dense.get(i) or _first_use(self.program, self.program.inputs[i], ()) or Reason("not used", "")
 
 
-def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any) -> Traced:
-    """Traces `fun` with respect to the arguments in `argnums`; everything else is closed over."""
+def plan_gradient(
+    fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any, tables: Tables
+) -> PlannedGradient:
+    """Traces `fun` and its gradient with respect to the arguments in `argnums`; everything else is closed over."""
     several = not isinstance(argnums, int)
     numbers = [argnums] if isinstance(argnums, int) else list(argnums)
     for n in numbers:
         if not -len(args) <= n < len(args):
-            do = "Pass it by position."
-            raise TypeError(
-                message("value_and_grad", "argnums", f"positions among the {len(args)} positional arguments", n, do)
-            )
+            must = f"positions among the {len(args)} positional arguments"
+            raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
     numbers = [n % len(args) for n in numbers]
     leaves, treedef = jax.tree.flatten([args[n] for n in numbers])
     leaves = vary([_check_leaf(x) for x in leaves], varying_axes((args, kwargs)))
     shape_of_aux: list[Any] = []
 
-    def flat_fun(*leaves: Any) -> Any:
-        full = list(args)
-        for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
-            full[n] = arg
-        out = fun(*full, **kwargs)
-        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                message(
-                    "value_and_grad", "fun", "a function that returns (scalar, aux), as has_aux=True says", repr(out)
-                )
-            )
-        value, aux = out if has_aux else (out, None)
-        _check_value(value)
-        aux_leaves, aux_tree = jax.tree.flatten(aux)
-        arrays = [_jax.is_array_or_number(x) for x in aux_leaves]
-        shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
-        return [value, *(x for a, x in zip(arrays, aux_leaves, strict=True) if a)]
+    def both(leaves: Sequence[Any], args: Any, kwargs: Any) -> list[Any]:
+        def value_and_aux(leaves: list[Any]) -> Any:
+            full = list(args)
+            for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
+                full[n] = arg
+            out = fun(*full, **kwargs)
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                must = "a function that returns (scalar, aux), as has_aux=True says"
+                raise TypeError(message("value_and_grad", "fun", must, repr(out)))
+            value, aux = out if has_aux else (out, None)
+            _check_value(value)
+            aux_leaves, aux_tree = jax.tree.flatten(aux)
+            arrays = [_jax.is_array_or_number(x) for x in aux_leaves]
+            shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
+            return value, [x for a, x in zip(arrays, aux_leaves, strict=True) if a]
 
-    known = _known_arrays((args, kwargs))  # now: fun may change dicts that it is given
-    program = _jax.trace(flat_fun, *leaves)
+        (value, aux), gradient = jax.value_and_grad(value_and_aux, has_aux=True)(list(leaves))
+        return [value, *gradient, *aux]
 
     def unflatten(gradient: list[Any]) -> Any:
         out = jax.tree.unflatten(treedef, gradient)
@@ -209,21 +193,112 @@ def trace(fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, 
     by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
     argument = (lambda n: f"[{n}]") if several else (lambda n: "")
     paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
-    traced = Traced(program, leaves, unflatten, aux, known, paths)
-    _warn_of_closed_regions(traced)
-    return traced
+    chosen = None if tables is None else chosen_paths("value_and_grad", tables, paths, leaves)
+    can = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
+    places = {i: 1 + i for i in range(len(leaves))}
+    with tracing():
+        program = _jax.trace(lambda *leaves: both(leaves, args, kwargs), *leaves)
+        would = _would_be_read(both, leaves, args, kwargs, places, can)
+    settled = settle(program, leaves, places, can, would, unfit=functools.partial(_unfit, places))
+    unused = set()
+    for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.chosen):
+        why = settled.banned.get(i) or _first_use(program, program.inputs[i], ())
+        if why is not None:
+            got = f"{paths[i]}, which {why.cause} uses as a whole at {why.source}"
+            raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
+        if leaves[i].ndim < 1:
+            raise ValueError(message("value_and_grad", "tables", "leaves that have rows", paths[i]))
+        unused.add(i)
+    return PlannedGradient(
+        **vars(settled.planned()),
+        leaves_of_arguments=leaves,
+        paths=paths,
+        unused=unused,
+        unflatten=unflatten,
+        aux=aux,
+    )
+
+
+def _would_be_read(
+    both: Callable[..., list[Any]], leaves: list[Any], args: Any, kwargs: Any, places: dict[int, int], can: set[int]
+) -> set[int]:
+    """Of a batch that statically has no ids, the leaves that one with ids would read: a program that reads nothing says
+    nothing of that."""
+    others, tree = jax.tree.flatten((args, kwargs))
+    if not any(hasattr(x, "dtype") and 0 in jnp.shape(x) for x in others):
+        return set()
+    known = {i for i, x in enumerate(others) if hasattr(x, "dtype")}
+    filled = without_zeros([x for i, x in enumerate(others) if i in known], {})
+
+    def traced(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+        it = iter(arrays)
+        return both(leaves, *jax.tree.unflatten(tree, [next(it) if i in known else x for i, x in enumerate(others)]))
+
+    try:
+        program = _jax.trace(traced, leaves, filled)
+    except Exception:  # the function wants these shapes, or values
+        return set()
+    settled = settle(program, [*leaves, *(filled or ())], places, can, unfit=functools.partial(_unfit, places))
+    return settled.chosen
+
+
+def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
+    """The leaves whose gradient is not that of their rows alone."""
+    find, plan, found = walked.plan.find, walked.plan, dict[int, Reason]()
+
+    def of_class(node: int, why: Reason) -> dict[int, Reason]:
+        return {i: why for i in chosen if find(i) == find(node)}
+
+    for node, why in plan.refused.items():
+        found |= of_class(node, why)
+    for node, source in walked.part_sums:
+        found |= of_class(node, Reason(f"a sum over all rows of what has a gradient in it: {source}", ""))
+    for i in chosen:
+        out = walked.outs[places[i]]
+        zero = out.zero if isinstance(out, Same) else isinstance(out, Rows) and out.outside == ZERO
+        if not zero or (isinstance(out, Rows) and (out.axis != 0 or find(out.node) != find(i))):
+            sums = [why for why, node in plan.whole_sums.items() if find(node) == find(i)]
+            found[i] = sums[0] if sums else Reason("its gradient is not zero in rows that are not read", "")
+    for j, out in enumerate(walked.outs):
+        if isinstance(out, Rows) and out.whole is None and j not in places.values():
+            found |= of_class(out.node, Reason("it is returned", ""))
+    return found
+
+
+def _first_use(program: Program, v: Any, within: tuple[Any, ...]) -> Reason | None:
+    """The first equation that computes with a variable."""
+    for eqn in program.equations:
+        at = [i for i, operand in enumerate(eqn.inputs) if operand is v]
+        if not at:
+            continue
+        if eqn.primitive in _jax.CALLS:
+            inner = _jax.called(eqn)
+            found = _first_use(inner, inner.inputs[at[0]], (*within, eqn))
+            if found is not None:
+                return found
+            continue
+        return Reason(str(eqn.primitive), source_line((*within, eqn)), is_closed(eqn))
+    return None
 
 
 _WARNED: set[str] = set()  # source lines
 
 
-def _warn_of_closed_regions(traced: Traced) -> None:
+def _warn_of_closed_regions(planned: PlannedGradient) -> None:
     """Once for each line that makes a gradient dense only because this library cannot open what is there."""
-    for i, use in traced.dense.items():
-        if use.closed and use.source not in _WARNED:
-            _WARNED.add(use.source)
-            path = traced.paths[i] or "the parameter"
-            warnings.warn(f"The gradient of {path} is dense: {use.cause} at {use.source}. {use.advice}", stacklevel=2)
+    for i in set(range(len(planned.paths))) - planned.leaves.keys():
+        why = planned.why_dense(i)
+        if why.closed and why.source not in _WARNED:
+            _WARNED.add(why.source)
+            path = planned.paths[i] or "the parameter"
+            warnings.warn(f"The gradient of {path} is dense: {why}. {closed_advice(why)}", stacklevel=3)
+
+
+def closed_advice(why: Reason) -> str:
+    """What to do about a reason."""
+    if not why.closed:
+        return ""
+    return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
 
 
 def _check_leaf(x: Any) -> Any:
@@ -249,46 +324,26 @@ def _check_value(value: Any) -> None:
         raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
 
 
-def _known_arrays(arguments: Any) -> Callable[[Any], Known | None]:
-    """What the batches among the arguments know of their integer arrays."""
-    known: list[tuple[Any, Known]] = []
-    for batch in find_batches(arguments):
-        for array, matrix, distinct, ordered in batch.leaves():
-            if distinct is not None and matrix is not None and ordered is not None:
-                known.append((array, Known(distinct, columns=Columns(ordered, matrix))))
-            elif distinct is not None:
-                known.append((array, Known(distinct, ordered)))
-    return _jax.ByIdentity(known)
+def _whole(walk: Walk, v: Any) -> Any:
+    return walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
 
 
-def _after(results: Any, ids: Sequence[RowIds]) -> list[RowIds]:
-    """The ids, made to depend on the results.
+def _row_sparse(walk: Walk, v: Any, ids: jax.Array, i: int, leaf: jax.Array) -> RowSparse:
+    """The gradient of a table."""
+    rows = walk.as_rows(v, i, 0)
+    assert rows is not None, "its rows are along the first axis, as the plan has found"
+    return RowSparse(ids, rows.block, leaf.shape, unique=True)
+
+
+def _nothing(leaf: jax.Array) -> RowSparse:
+    return RowSparse(jnp.zeros(0, jnp.int32), jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), leaf.shape, unique=True)
+
+
+def _zero_after(results: list[Any]) -> jax.Array:
+    """0, after all of that is there.
 
     An update writes rows into the donated table at these ids. Where its gradient does not depend on some read of the
     table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing else says that the read
     comes first.
     """
-    zero = zero_after(*(x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.number)))
-    return [(each + zero, weights) for each, weights in ids]
-
-
-def _row_sparse(
-    leaf: int, table: Any, reads: Sequence[Read], ids: Sequence[RowIds], cotangents: Sequence[Any]
-) -> RowSparse:
-    """The gradient of one leaf, of all its reads."""
-    blocks = []
-    for read, (read_ids, weights), g in zip(reads, ids, cotangents, strict=True):
-        if read.leaf != leaf:
-            continue
-        rows = g
-        if g.ndim < read_ids.ndim + table.ndim - 1:  # a bag: its cotangent is that of every id in it
-            rows = jnp.broadcast_to(jnp.expand_dims(g, read_ids.ndim - 1), read_ids.shape + table.shape[1:])
-            if weights is not None:
-                rows = rows * weights.reshape(weights.shape + (1,) * (table.ndim - 1))
-        rows = rows.reshape(-1, *table.shape[1:]).astype(table.dtype)
-        blocks.append(
-            RowSparse(row_ids(read_ids, table.shape[0]).reshape(-1), rows, table.shape, distinct=read.distinct)
-        )
-    if not blocks:  # chosen with tables=, and not used at all
-        return RowSparse(jnp.zeros(0, jnp.int32), jnp.zeros((0, *table.shape[1:]), table.dtype), table.shape)
-    return concatenate_blocks(blocks)
+    return zero_after(*(x for x in results if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.number)))

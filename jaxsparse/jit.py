@@ -19,11 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.batch import without_counts
 from jaxsparse.host_rows import HostRows
-from jaxsparse.planning import Planned, announce, plan_step
-from jaxsparse.rowwise import choose_rows, evaluate, rowwise
-from jaxsparse.tracing import trace_step
+from jaxsparse.planning import PlannedStep, announce
+from jaxsparse.rowwise import evaluate, on_rows, prepare_step, rowwise
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -127,14 +125,16 @@ class JittedStep:
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program that a call with these arguments, or ones of these shapes, runs, as of a jitted function. Of
-        abstract arguments it is the largest one, where all ids are distinct."""
+        abstract arguments it is the largest one, where all ids are distinct. What it compiles to is called like the
+        step."""
         leaves, program = self._program(args, kwargs)
         if program is None:
             step, args, kwargs, states = self._dynamic(args, kwargs)
             return jax.jit(rowwise(step, state_argnums=states), donate_argnums=states).lower(*args, **kwargs)
-        return program.lower(leaves)
+        lowered, call = program.lower(leaves)
+        return Lowered(lowered, lambda compiled, args, kwargs: call(compiled, self._program(args, kwargs)[0]))
 
-    def plan(self, *args: Any, **kwargs: Any) -> Planned:
+    def plan(self, *args: Any, **kwargs: Any) -> PlannedStep:
         """What is known of the step for arguments of these shapes, before it runs: for `js.explain`."""
         _, program = self._program(args, kwargs)
         assert program is not None, "not inside of another trace"
@@ -170,7 +170,6 @@ class JittedStep:
             step, args, kwargs, states = self._dynamic(args, kwargs)
         else:
             step, states = self._step, self._donate
-        args, kwargs = without_counts((args, kwargs))
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
             return leaves, None
@@ -196,6 +195,32 @@ def _static(
     return tuple(dict.fromkeys((*numbers, *(by_position.index(k) for k in names if k in by_position)))), tuple(both)
 
 
+class Lowered:
+    """What jax.jit's `lower` returns; what it compiles to is called with the step's arguments."""
+
+    def __init__(self, lowered: Any, call: Callable[..., Any]) -> None:
+        self._lowered, self._call = lowered, call
+
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+        return Compiled(self._lowered.compile(*args, **kwargs), self._call)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
+
+
+class Compiled:
+    """What `Lowered.compile` returns."""
+
+    def __init__(self, compiled: Any, call: Callable[..., Any]) -> None:
+        self._compiled, self._call = compiled, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._compiled, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+
 _LARGE = 1 << 18  # bytes: what is smaller is left to XLA
 _SIZES = 4  # of blocks whose buffers are kept
 
@@ -209,8 +234,9 @@ class _Program:
     """
 
     def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...]) -> None:
-        traced = trace_step(step, args, kwargs, states)
-        self.planned = planned = plan_step(traced, traced.leaves)
+        self._prepared = prepare_step(step, args, kwargs, states)
+        self.planned = planned = self._prepared.planned
+        traced = planned.traced
         announce(planned)
         self._unflatten, self._num_leaves = traced.unflatten, len(traced.leaves)
         self._donated = sorted(traced.donated)
@@ -228,7 +254,7 @@ class _Program:
         self._buffers: dict[Any, list[jax.Array]] = {}
 
     def _on_rows(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> Any:
-        outs, blocks = evaluate(self.planned, self._together(donated, kept), self._host.spaces(rows, positions))
+        outs, blocks = evaluate(self._prepared, self._together(donated, kept), self._host.spaces(rows, positions))
         return [outs[j] for j in self._order], [x for x in blocks if x.size * x.dtype.itemsize >= _LARGE]
 
     def _with_buffers(self, donated: list[Any], buffers: list[jax.Array], *args: Any) -> Any:
@@ -239,10 +265,7 @@ class _Program:
         return jax.eval_shape(self._evaluate, *args)[1]
 
     def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:
-        leaves = self._together(donated, kept)
-        ids = self.planned.ids([leaves[i] for i in self._used])
-        spaces = {c: choose_rows(self.planned, c, ids) for c in self.planned.classes}
-        outs, _ = evaluate(self.planned, leaves, spaces)
+        outs = on_rows(self._prepared, self._together(donated, kept), alone=False)
         return [outs[j] for j in self._order]
 
     def _together(self, donated: list[Any], kept: list[Any]) -> list[Any]:
@@ -263,6 +286,9 @@ class _Program:
                 outs = self._in_buffers(_jax.placement(leaves), donated, kept, rows, positions)
             else:  # accelerators have allocators of their own that keep memory
                 outs = self._with_rows(donated, kept, rows, positions)
+        return self._returned(outs)
+
+    def _returned(self, outs: list[Any]) -> Any:
         by_place = dict(zip(self._order, outs, strict=True))
         return self._unflatten([by_place[j] for j in range(len(outs))])
 
@@ -278,14 +304,27 @@ class _Program:
         outs, self._buffers[key] = self._on_host(donated, buffers, kept, rows, positions)
         return outs
 
-    def lower(self, leaves: list[Any]) -> Any:
+    def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
+        """The program for these leaves, lowered, and a function of it, when it is compiled, and of leaves."""
         used = [leaves[i] for i in self._used]
         donated, kept = self._apart(leaves)
         if not self._host.sees(used) or not _jax.on_one_device(leaves):
-            return self._on_device.lower(donated, kept)
+
+            def with_ids(compiled: Any, leaves: list[Any]) -> Any:
+                return self._returned(compiled(*self._apart(leaves)))
+
+            return self._on_device.lower(donated, kept), with_ids
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
         rows = self._host.most(jax.eval_shape(self._ids, used)) if abstract else self._host.choose(self._ids(used))
-        return self._on_host.lower(donated, self._blocks(donated, kept, *rows), kept, *rows)
+        sizes, shapes = [x.shape[0] for x in rows[0]], self._blocks(donated, kept, *rows)
+
+        def with_rows(compiled: Any, leaves: list[Any]) -> Any:
+            donated, kept = self._apart(leaves)
+            rows = self._host.choose(self._ids([leaves[i] for i in self._used]), sizes)
+            outs, _ = compiled(donated, [jnp.zeros(x.shape, x.dtype) for x in shapes], kept, *rows)
+            return self._returned(outs)
+
+        return self._on_host.lower(donated, shapes, kept, *rows), with_rows
 
     def cache_size(self) -> int:
         programs: list[Any] = [self._on_host, self._with_rows, self._on_device]

@@ -1,36 +1,32 @@
 """`lazy(inner)`: any optax transformation at the cost of the rows that a gradient touches.
 
-lazy is the outermost transformation. In an update it coalesces every RowSparse leaf, gathers that leaf's rows of each
-state array that has one row per table row (mu, nu, trace, ...) and of the parameter, calls `inner.update` once on the
-whole tree, in which those leaves are now (k, ...) blocks and dense leaves are what they were, and scatters the state's
-rows back. Because `inner` sees coalesced blocks, norms, clipping, schedules, masks and weight decay inside it are right
-without knowing about sparsity: the norm of the blocks is the norm of the dense gradient. Padding rows are zero in
-gradient, state and parameter.
+An update is a program like a step, and is evaluated as one (`rowwise.py`): it is traced at full shapes, where a
+RowSparse gradient is an array that is zero but in its rows, and evaluated on these rows, of the state's arrays too. So
+norms, clipping, schedules, masks and weight decay inside it are right without knowing about sparsity, and what looks
+across rows is found in the program.
 
-Which state arrays have one row per table row, and whether `inner` acts by row at all, is found out in `by_row.py`.
+In a step under js.jit or js.rowwise, whose gradients are arrays, lazy(inner) is inner.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse.by_row import check_by_row, find_row_leaves
-from jaxsparse.rows import RowSparse, coalesce, gather_rows, is_row_sparse, scatter_rows
+from jaxsparse.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
+from jaxsparse.rows import RowSparse, coalesce, gather_rows, in_range, is_row_sparse, scatter_rows
+from jaxsparse.tracing import tracing
+from jaxsparse.values import RefusedError, Rows, Whole, array_of
+from jaxsparse.walk import Space, Walk
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
-
-
-class LazyState(NamedTuple):
-    """The state of `lazy(inner)`."""
-
-    wrapped: Any  # inner's state; its arrays keep their full (num_rows, ...) shapes
-    scratch: Any  # {name of the leaf: int32 (num_rows,)}: what coalescing writes to; its values mean nothing
 
 
 def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -39,22 +35,22 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step
     counters are global: bias correction uses the number of updates, not the number of times a row was touched. Both are
     what torch's SparseAdam and TensorFlow Addons' LazyAdam do. With every row touched, the result is that of dense
-    `inner`.
+    `inner`. The state is inner's own.
 
     Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a
     transformation that maps over gradients meets row ids and refuses.
 
     Args:
-      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3) or
-        draw by shape (noise) raise at the first update, where `inner` is tried on small tables: see `by_row.py`.
+      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3), and
+        those that wait for a later step (MultiSteps), raise at the first update, which reads their program.
 
     Returns:
       A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
-      calls it. Its state holds inner's, plus an int32 per row of each parameter, which must be donated along for a step
-      to cost O(rows).
+      calls it. The state must be donated for a step to cost O(rows).
 
     Raises:
-      ValueError: from update, if a gradient's shape is not its parameter's, or inner keeps state that is not by row.
+      ValueError: from update, if a gradient's shape is not its parameter's, or inner does not act on each row by
+        itself, with its line.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -66,78 +62,110 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
       [1.0, 1.0, 0.5, 1.0]
     """
     inner = optax.with_extra_args_support(inner)
-    row_leaves: dict[Any, list[int | None]] = {}
-    checked: set[Any] = set()
 
-    def init_fn(params: Any) -> LazyState:
-        state = inner.init(params)
-        for part in jax.tree.leaves(state, is_leaf=_accumulates):
-            if _accumulates(part):
-                do = "It would mix the rows of different steps. Use js.accumulate(js.lazy(...), steps)."
-                raise ValueError(message("lazy", "inner", "a transformation of one step", type(part).__name__, do))
-        return LazyState(state, per_leaf(lambda p: jnp.zeros(jnp.shape(p)[:1], jnp.int32), params))
-
-    def update_fn(updates: Any, state: LazyState, params: Any = None, **extra_args: Any) -> tuple[Any, LazyState]:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         grads, tree = _flatten(updates, is_leaf=is_row_sparse)
+        if not any(map(is_row_sparse, grads)):
+            return inner.update(updates, state, params, **extra_args)
         values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
         for i, (g, p) in enumerate(zip(grads, values, strict=True)):
-            if is_row_sparse(g) and p is not None and p.shape != g.shape:
-                raise ValueError(
-                    message("lazy", "updates", f"of the parameter's shape, {p.shape}", f"{g.shape} at leaf {i}")
-                )
+            if is_row_sparse(g) and p is not None and jnp.shape(p) != g.shape:
+                must = f"of the parameter's shape, {jnp.shape(p)}"
+                raise ValueError(message("lazy", "updates", must, f"{g.shape} at leaf {i}"))
         with jax.named_scope("lazy_coalesce"):
-            updates, scratch = coalesce_with(updates, state.scratch)
-            grads = tree.flatten_up_to(updates)
-
-        leaves = [g if p is None else p for g, p in zip(grads, values, strict=True)]
-        flags = [is_row_sparse(g) for g in grads]
-        key = (tree, tuple((g.shape, g.dtype, f) for g, f in zip(grads, flags, strict=True)))
-        if key not in row_leaves:
-            row_leaves[key] = find_row_leaves(inner, tree, leaves, flags)
-        call = (key, params is None, tuple(sorted(extra_args)))
-        if any(flags) and call not in checked:
-            check_by_row(inner, tree, leaves, flags, with_params=params is not None, extra_args=extra_args)
-            checked.add(call)
-        slots, slot_tree = _flatten(state.wrapped)
-        if len(slots) != len(row_leaves[key]):
-            must = f"the state that init made, of {len(row_leaves[key])} leaves"
-            raise ValueError(message("lazy", "state", must, f"{len(slots)} leaves"))
-
-        with jax.named_scope("lazy_gather"):
-            blocks = [
-                x if i is None else gather_rows(x, grads[i].ids) for x, i in zip(slots, row_leaves[key], strict=True)
-            ]
-            at = [
-                gather_rows(jnp.asarray(p), g.ids) if is_row_sparse(g) and p is not None else p
-                for p, g in zip(values, grads, strict=True)
-            ]
+            grads = [coalesce(g) if is_row_sparse(g) else g for g in grads]
         with jax.named_scope("lazy_update"):
-            dense = tree.unflatten([g.rows if is_row_sparse(g) else g for g in grads])
-            new, wrapped = inner.update(
-                dense, slot_tree.unflatten(blocks), None if params is None else tree.unflatten(at), **extra_args
-            )
-        with jax.named_scope("lazy_scatter"):
-            new_slots, new_tree = _flatten(wrapped)
-            if new_tree != slot_tree:
-                raise ValueError(
-                    message(
-                        "lazy",
-                        "inner",
-                        "a transformation whose state keeps its structure",
-                        f"{slot_tree}, then {new_tree}",
-                    )
-                )
-            new_slots = [
-                n if i is None else scatter_rows(x, grads[i].ids, n)
-                for x, n, i in zip(slots, new_slots, row_leaves[key], strict=True)
-            ]
-        out = [
-            RowSparse(g.ids, u, g.shape, unique=True, distinct=g.distinct) if is_row_sparse(g) else u
-            for g, u in zip(grads, tree.flatten_up_to(new), strict=True)
-        ]
-        return tree.unflatten(out), LazyState(new_tree.unflatten(new_slots), scratch)
+            return _update(inner, tree, grads, state, params, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+    """inner.update, some of whose gradients are RowSparse with unique ids."""
+    by_row = {i for i, g in enumerate(grads) if is_row_sparse(g)}
+    slots, slot_tree = _flatten(state)
+    shapes = [jax.ShapeDtypeStruct(g.shape, g.dtype) if i in by_row else g for i, g in enumerate(grads)]
+    planned = plan_update(inner, tree, shapes, state, params, extra_args, by_row)
+    spaces = {planned.leaves[i]: Space(grads[i].ids, grads[i].num_rows, {}) for i in by_row}
+    arrays = [*grads, *slots, *jax.tree.leaves(params)]
+    used = _jax.used_inputs(planned.program)
+    of_class = {c: [i for i in used if planned.leaves.get(i) == c and i not in by_row] for c in spaces}
+    blocks: dict[int, jax.Array] = {}
+    for c, members in of_class.items():
+        blocks |= {i: gather_rows(jnp.asarray(arrays[i]), spaces[c].ids) for i in members}
+    values: list[Any] = []
+    for i, x in enumerate(arrays):
+        if i in by_row:
+            real = in_range(x.ids, x.num_rows).reshape(-1, *(1,) * (x.ndim - 1))
+            values.append(rows_of_update(jnp.where(real, x.rows, 0), i))
+        elif i in blocks:
+            values.append(rows_of_leaf(blocks[i], i, x))
+        else:
+            values.append(Whole(jnp.asarray(x)))
+    walk = Walk(planned.plan, spaces)
+    outs = walk.run(planned.program, values)
+    results = []
+    for i, (v, x) in enumerate(zip(outs, [*grads, *slots], strict=True)):
+        if i not in planned.leaves:
+            results.append(walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v)))
+            continue
+        rows, ids = walk.as_rows(v, i, 0), spaces[planned.leaves[i]].ids
+        assert rows is not None, "its rows are along the first axis, as the plan has found"
+        if i in by_row:
+            results.append(RowSparse(ids, rows.block, x.shape, unique=True))
+        else:
+            results.append(scatter_rows(x, ids, rows.block) if v is not values[i] else x)
+    return tree.unflatten(results[: len(grads)]), slot_tree.unflatten(results[len(grads) :])
+
+
+def plan_update(
+    inner: Any, tree: Any, grads: Sequence[Any], state: Any, params: Any, extra_args: dict[str, Any], by_row: set[int]
+) -> Planned:
+    """What is known of inner.update before it is evaluated. Inputs: the leaves of gradient, state and params; outputs:
+    those of updates and state. Arrays may be abstract.
+
+    Args:
+      tree, grads: the gradient.
+      by_row: which of its leaves are zero but in some rows.
+
+    Raises:
+      ValueError: if inner does not act on each row by itself.
+    """
+    slots, slot_tree = _flatten(state)
+    values, values_tree = _flatten(params)
+
+    def update(*leaves: Any) -> list[Any]:
+        first, rest = leaves[: len(grads)], leaves[len(grads) :]
+        old, p = rest[: len(slots)], values_tree.unflatten(rest[len(slots) :])
+        with tracing():
+            updates, new = inner.update(tree.unflatten(first), slot_tree.unflatten(old), p, **extra_args)
+        new_leaves, new_tree = _flatten(new)
+        if new_tree != slot_tree:
+            must = "a transformation whose state keeps its structure"
+            raise ValueError(message("lazy", "inner", must, f"{slot_tree}, then {new_tree}"))
+        return [*tree.flatten_up_to(updates), *new_leaves]
+
+    leaves = [*grads, *slots, *values]
+    program = _jax.trace(update, *leaves)
+    places = {i: i for i in range(len(grads) + len(slots))}
+    can = {i for i in places if i >= len(grads) and jnp.ndim(leaves[i])}
+    can = {i for i in can if _jax.shape(program.outputs[i]) == leaves[i].shape}
+    first = len(grads) + len(slots)  # of the parameters
+    rows = {i: [first + i] if values else [] for i in by_row}
+    settled = settle(program, leaves, places, can, updates=rows)
+    planned, walked = settled.planned(), settled.walked
+    try:
+        for why in (settled.banned[i] for i in by_row & settled.banned.keys()):
+            raise refused(str(why), "It looks across rows.")
+        if len({planned.leaves[i] for i in by_row}) < len(by_row):
+            raise refused("one that adds the gradients of two tables", "It looks across rows.")
+        paths = {i: jax.tree_util.keystr(path) for i, (path, _) in enumerate(_flatten_with_path(state)[0], len(grads))}
+        check(walked, places, paths, set(), settled.chosen, settled.lost)
+    except RefusedError as error:
+        must = "a transformation that acts on each row by itself"
+        raise ValueError(message("lazy", "inner", must, error.got, error.do)) from None
+    warn_once("js.lazy", planned)
+    return planned
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -159,64 +187,6 @@ def per_leaf(make: Any, params: Any) -> Any:
     """
     leaves, _ = named_leaves(params)
     return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params
-
-
-def coalesce_with(grads: Any, scratch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
-    """Every RowSparse of `grads` coalesced with its scratch, and the scratch that replaces the donated one."""
-    leaves, tree = named_leaves(grads)
-    scratch = dict(scratch)
-    for name, g in leaves.items():
-        if is_row_sparse(g):
-            leaves[name], scratch[name] = coalesce(g, scratch[name])
-    return tree.unflatten(leaves.values()), scratch
-
-
-class Scratches:
-    """The coalescing scratch of every parameter, in the state of its lazy optimizer, however deep."""
-
-    def __init__(self, opt_state: Any) -> None:
-        self._states, self._tree = _flatten(opt_state, is_leaf=_is_lazy_state)
-        self._states = [s._replace(scratch=dict(s.scratch)) if _is_lazy_state(s) else s for s in self._states]
-
-    def of(self, name: str, num_rows: int) -> dict[str, jax.Array]:
-        """The scratch that holds the parameter's, under its name.
-
-        Raises:
-          ValueError: if the parameter has no lazy optimizer.
-        """
-        for s in self._states:
-            if _is_lazy_state(s) and name in s.scratch and s.scratch[name].shape == (num_rows,):
-                return s.scratch
-        must = f"of a lazy optimizer, because parameter {name} is read by rows"
-        do = "Wrap the whole chain: js.lazy(optax.chain(...))."
-        raise ValueError(message("make_train_step", "state", must, "another", do))
-
-    def opt_state(self) -> Any:
-        """The optimizer's state with these scratches."""
-        return self._tree.unflatten(self._states)
-
-
-def coalesce_gradients(grads: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Every RowSparse of `grads` coalesced, with the scratch of the `lazy` that will take it.
-
-    Raises:
-      ValueError: if some RowSparse leaf has no lazy optimizer.
-    """
-    leaves, tree = named_leaves(grads)
-    scratches = Scratches(opt_state)
-    for name, g in leaves.items():
-        if is_row_sparse(g):
-            scratch = scratches.of(name, g.num_rows)
-            leaves[name], scratch[name] = coalesce(g, scratch[name])
-    return tree.unflatten(leaves.values()), scratches.opt_state()
-
-
-def _accumulates(x: object) -> bool:
-    return isinstance(x, (optax.MultiStepsState, optax.ApplyEvery))
-
-
-def _is_lazy_state(x: object) -> bool:
-    return isinstance(x, LazyState)
 
 
 def _name(path: Any) -> str:

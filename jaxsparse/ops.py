@@ -20,8 +20,6 @@ from jaxsparse._checks import MAX_ROWS, check_bcoo, check_float, message
 from jaxsparse.embedding import at_least_int32, segment_sum, sum_by_bag
 from jaxsparse.rows import in_range
 
-COLUMNS = "jaxsparse_columns"  # the name under which reads.py knows what dot takes of x's indices
-
 
 def dot(x: Any, w: Any) -> jax.Array:
     """The product x @ w of a sparse input and a dense weight: out[i] = sum_j x[i, j] w[j].
@@ -61,7 +59,8 @@ def dot(x: Any, w: Any) -> jax.Array:
     dtype = jnp.promote_types(x.dtype, w.dtype)
     num_out, num_rows = x.shape[0] if x.ndim == 2 else 1, w.shape[0]
     rows = at_least_int32(x.indices[:, 0]) if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
-    cols = _COLUMNS(x.indices, *x.shape)
+    by_axis, real = _real_entries(x.indices, x.shape)
+    cols = jnp.where(real, by_axis[-1], num_rows).astype(jnp.int32)  # of padding the number of columns
     data = jnp.where(cols < num_rows, x.data, 0).astype(jnp.promote_types(dtype, jnp.float32))
     out = segment_sum(w, cols, data, rows, num_out, ordered=x.indices_sorted).astype(dtype)
     return out if x.ndim == 2 else out[0]
@@ -160,16 +159,6 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
 
 def _is_dense(x: Any) -> bool:
     return hasattr(x, "__array__")  # which BCOO, BCSR, RowSparse and SciPy's matrices have not
-
-
-def _columns(indices: jax.Array, *shape: Any) -> jax.Array:
-    """The column of each entry, int32 (nse,), and of padding the number of columns."""
-    by_axis, real = _real_entries(indices, shape)
-    return jnp.where(real, by_axis[-1], shape[-1]).astype(jnp.int32)
-
-
-_columns.__name__ = COLUMNS
-_COLUMNS = jax.jit(_columns)
 
 
 def _real_entries(indices: jax.Array, shape: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:

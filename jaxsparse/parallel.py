@@ -1,7 +1,7 @@
 """Tables split over the devices of a mesh, and batches from several hosts.
 
-There is nothing to it but shardings. js.make_train_step gathers the rows of a batch, updates them, and scatters them
-back (blocks.py); jax.jit over a mesh partitions that as it stands. Where a table's rows are split over an axis, every
+There is nothing to it but shardings. A step gathers the rows of a batch, updates them, and scatters them
+back (rowwise.py); jax.jit over a mesh partitions that as it stands. Where a table's rows are split over an axis, every
 device takes the rows that it has from its own part, these are added up over the axis into the block that the batch
 needs, all devices along the axis update it, and each writes back the rows that it has. So no id is dropped and no table
 is ever gathered, whatever the ids; a norm is the norm, because the program is the one of a single device; and a device
@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import is_traced
-from jaxsparse.by_row import find_row_leaves
+from jaxsparse.lazy import plan_update
 
 # their stubs give a tree definition no methods
 _flatten: Any = jax.tree.flatten
@@ -36,7 +37,7 @@ _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[str, Any], bool], axis: str) -> Any:
     """A state with the rows of its tables split over a mesh axis, and all else on every device.
 
-    With a table go all arrays of the optimizer that have one row for each of its rows: slots, stamps, scratch. Where
+    With a table go all arrays of the optimizer that have one row for each of its rows: slots, stamps. Where
     num_rows is no multiple of the axis's size, rows of zeros are added, which no id names: the parameter is that much
     taller from then on (flax modules want to be told: num_embeddings=js.padded_rows(num_rows, size)).
 
@@ -84,10 +85,13 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
             return jax.lax.with_sharding_constraint(x, sharding)
         return jax.device_put(x, sharding)
 
-    owners = find_row_leaves(state.tx, tree, leaves, flags)
+    by_row = {i for i, flag in enumerate(flags) if flag}
+    tx = optax.with_extra_args_support(state.tx)
+    grads, opt_state = jax.eval_shape(lambda *arrays: arrays, leaves, state.opt_state)
+    planned = plan_update(tx, tree, grads, opt_state, tree.unflatten(grads), {}, by_row)
     slots, slot_tree = _flatten(state.opt_state)
     params = [put(x, flag) for x, flag in zip(leaves, flags, strict=True)]
-    slots = [put(x, owner is not None) for x, owner in zip(slots, owners, strict=True)]
+    slots = [put(x, i in planned.leaves) for i, x in enumerate(slots, len(leaves))]
     others = jax.tree.map(lambda x: put(x, False), state.replace(params=None, opt_state=None))
     return others.replace(params=tree.unflatten(params), opt_state=slot_tree.unflatten(slots))
 
@@ -156,29 +160,7 @@ def global_batch(batch: Any, mesh: Any, axis: str) -> Any:
         do = "Pass devices=jax.local_device_count() to js.batches, and map the step with jax.shard_map."
         raise ValueError(message("global_batch", "batch", "without BCOO leaves, or with devices=", "BCOO leaves", do))
     sharding = NamedSharding(mesh, PartitionSpec(axis))
-    whole = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-    if stacked or hosts == 1:
-        return whole
-    distinct = [bound and bound * hosts for bound in batch.distinct]
-    return type(batch)(whole.x, whole.y, whole.weight, distinct=tuple(distinct))
-
-
-def in_auto_mode(step: Callable[..., Any]) -> Callable[..., Any]:
-    """step(state, ...) -> (state, metrics) over a mesh of any axis types: in Explicit ones JAX wants to be told the
-    sharding of every gather, here those of the new state, the old one's, say it all."""
-
-    def over_any_mesh(state: Any, *args: Any) -> Any:
-        shardings = [jax.typeof(x).sharding for x in jax.tree.leaves((state, args)) if isinstance(x, jax.Array)]
-        meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
-        if not meshes:
-            return step(state, *args)
-        kinds = zip(meshes[0].axis_names, meshes[0].axis_types, strict=True)
-        axes = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
-        of_state = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
-        anywhere = NamedSharding(meshes[0], PartitionSpec())
-        return jax.sharding.auto_axes(step, axes=axes, out_sharding=(of_state, anywhere))(state, *args)
-
-    return over_any_mesh
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def _is_bcoo(x: object) -> bool:

@@ -4,9 +4,7 @@ Shapes are static on the device and sizes are not in the data, so everything is 
 size, data = 0) for sparse matrices and with padding_idx (or num_rows) for id lists. Examples that fill up a batch are
 empty there, and elsewhere repeat one of the batch, so that no new row is touched and nothing new can overflow; their
 weight is 0. How much: `Sizes` has a few sizes for a whole run, and all features of a batch are padded to the same level
-of theirs, or every combination would be a shape to compile. How many distinct values an integer array holds matters to
-the cost of a step, so it is counted here and carried, rounded up to what batches of that level hold, as a static field
-of the batch.
+of theirs, or every combination would be a shape to compile.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from jaxsparse.features import (
     canonical_csr,
     entries,
     make_features,
-    round_up,
     where_bad,
 )
 
@@ -217,10 +214,7 @@ class Batches:
         ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in range(len(self))]
         ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
         self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse) for f in features]
-        by_level: dict[int, list[list[np.ndarray]]] = {}
-        for parts in ahead:
-            by_level.setdefault(self._level(parts), []).append(parts)
-        self._usual = {level: self._usual_counts(by_level[level]) for level in sorted(by_level)}
+        self._levels = sorted(set(map(self._level, ahead)))
 
     def __len__(self) -> int:
         full, rest = divmod(self._num_examples, self._batch_size)
@@ -289,74 +283,23 @@ class Batches:
     def _is_full(self, parts: list[np.ndarray]) -> bool:
         return sum(map(len, parts)) == self._batch_size
 
-    def _cut(self, parts: list[np.ndarray]) -> list[list[Any]]:
-        """The examples of each shard of a batch, by feature."""
-        return [[f.cut(part) for f in self._features] for part in parts]
-
-    def _distinct(self, cut: list[Any]) -> list[Any]:
-        """For each leaf of x, the distinct values that a shard of a batch holds, or None."""
-        return [found for f, of_feature in zip(self._features, cut, strict=True) for found in f.distinct(of_feature)]
-
-    def _counts(self, by_part: list[list[Any]]) -> list[int | None]:
-        """For each leaf of x, how many distinct values a shard holds at most, of those that each of them holds."""
-        return [None if found[0] is None else max(map(len, found)) for found in zip(*by_part, strict=True)]
-
-    def _usual_counts(self, batches: list[list[np.ndarray]]) -> list[list[int]]:
-        """Two counts for each leaf of x: one that nine in ten batches like these keep to, and one that they hardly ever
-        exceed; the latter twice unless both are large and far apart, where a shape more is cheaper than the bound."""
-        some = batches[:: max(len(batches) // _LOOK_AHEAD, 1)]
-        counts = np.array(
-            [[count or 0 for count in self._counts(list(map(self._distinct, self._cut(parts))))] for parts in some]
-        )
-        low, high, most = np.percentile(counts, [25, 75, 90], axis=0)
-        # on top of the largest seen, twice the interquartile range: 2.7 standard deviations
-        ever = counts.max(axis=0) + 2 * (high - low)
-        pairs = [[round_up(int(m)), round_up(int(e))] for m, e in zip(most, ever, strict=True)]
-        return [[m, e] if e > max(1.25 * m, 1024) else [e, e] for m, e in pairs]
-
     def _level(self, parts: list[np.ndarray]) -> int:
         return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
 
     def _batch(self, parts: list[np.ndarray]) -> Batch:
         length, spare = self._batch_size // len(parts), int(parts[0][0])
         wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
-        level = next((level for level in self._usual if level >= wanted), max(self._usual))
+        level = next((level for level in self._levels if level >= wanted), self._levels[-1])
         sizes = [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
-        shards, cuts = [], self._cut(parts)
-        for part, own in zip(parts[self._own], cuts[self._own], strict=True):
+        shards = []
+        for part in parts[self._own]:
             weight = np.zeros(length, np.float32)
             weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
-            leaves = [f.pad(cut, length, size, spare) for f, cut, size in zip(self._features, own, sizes, strict=True)]
+            leaves = [f.pad(f.cut(part), length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
             y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
             shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
-        leaves = jax.tree.leaves(shards[0][0])
-        beside = [numbers for f in self._features for numbers in f.beside(length)]
-        found = list(map(self._distinct, cuts))
-        counts, usual = self._counts(found), self._usual[level]
-        # one choice for all leaves, or every combination of theirs would be a shape of its own
-        rare = int(any(count is not None and count > u[0] for count, u in zip(counts, usual, strict=True)))
-        bounds = [
-            None if count is None else u[rare] if count <= u[rare] else round_up(count)
-            for count, u in zip(counts, usual, strict=True)
-        ]
-
-        def most(also: int) -> list[int | None]:
-            """What each leaf holds at most: these, and one of the two numbers beside them."""
-            all_of_them = zip(leaves, beside, bounds, strict=True)
-            return [None if b is None else min(int(leaf.size), b + others[also]) for leaf, others, b in all_of_them]
-
-        x, y, weight = (
-            jax.tree.map(lambda *leaves: np.stack(leaves), *shards) if self._devices else _on_device(shards[0])
-        )
-        batch = Batch(x, y, weight, distinct=tuple(most(0)))
-        if self._devices:
-            return batch
-        fills = [
-            fill
-            for f, cut, size in zip(self._features, cuts[self._own][0], sizes, strict=True)
-            for fill in f.fill(cut, length, size, spare)
-        ]
-        return batch.with_ordered(map(_ordered, found[self._own][0], fills, most(1)))
+        stack = lambda *leaves: np.stack(leaves)  # noqa: E731
+        return Batch(*(jax.tree.map(stack, *shards) if self._devices else _on_device(shards[0])))
 
 
 _LOOK_AHEAD = 64  # batches to learn the sizes from
@@ -366,16 +309,6 @@ _LOOK_AHEAD = 64  # batches to learn the sizes from
 def _on_device(arrays: Any) -> Any:
     """These arrays, in a third of the time that jnp.asarray takes for them one by one."""
     return arrays
-
-
-def _ordered(found: Any, fill: Any, size: int | None) -> Any:
-    """These distinct values and those of the padding, int32 (size,), one of them repeated; or None."""
-    if not size or fill is None:
-        return None
-    out, k = np.empty(size, np.int32), len(found) + len(fill)
-    out[: len(found)], out[len(found) : k] = found, fill
-    out[k:] = out[0]
-    return out
 
 
 def _check_shard(shard: Any, batch_size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,95 +19,129 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._jax import Program
 from jaxsparse.tracing import TracedStep
-from jaxsparse.values import Note, RefusedError, Rows, Value, Whole, notes_of
-from jaxsparse.walk import Plan, Read, Walk
+from jaxsparse.values import ZERO, Note, RefusedError, Rows, Same, Value, Whole, notes_of
+from jaxsparse.walk import Plan, Read, Reason, Walk
 
 
 def refused(got: str, do: str) -> RefusedError:
-    return RefusedError(message("rowwise", "step", "one that is right on the rows that it reads", got, do))
+    return RefusedError(message("rowwise", "step", "one that is right on the rows that it reads", got, do), got, do)
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """What is known of a step before it runs.
+    """What is known of a program before it runs.
 
     Attributes:
-      leaves: the leaves of the state of which only some rows are computed, with their class.
+      leaves: the inputs of which only some rows are computed, with their class.
       classes: the number of rows of each class.
       reads: the reads, in order.
-      ids: evaluates the ids of the reads; its first inputs are the leaves of the arguments.
-      dense: the tables that are not row-sparse, with the reason.
-      whole_outputs: outputs that are whole tables, and not where these stood.
+      ids: evaluates the ids of the reads; its first inputs are the program's.
+      dense: inputs that are read by rows, and computed as a whole all the same, with the reason.
     """
 
-    traced: TracedStep
+    program: Program
     plan: Plan
     leaves: dict[int, int]
     classes: dict[int, int]
     reads: list[Read]
     ids: _jax.Needed
-    dense: dict[int, str]
+    dense: dict[int, Reason]
+
+    def ids_of(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        """The ids of the reads, given all inputs."""
+        return self.ids([x for x, used in zip(leaves, self.ids.used, strict=False) if used])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep(Planned):
+    """Of a step.
+
+    Attributes:
+      whole_outputs: outputs that are whole tables, and not where these stood.
+    """
+
+    traced: TracedStep
     whole_outputs: list[int]
 
 
-def plan_step(traced: TracedStep, leaves: Sequence[Any]) -> Planned:
+def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[int] = ()) -> PlannedStep:
     """Finds out which leaves of the state share which rows.
+
+    Args:
+      no_tables: leaves that are whole in any case.
 
     Raises:
       RefusedError: if the step cannot be right on some rows.
     """
     program, places = traced.program, traced.places
-    shapes = [_jax.shape(v) for v in program.inputs]
     can = {i for i, place in places.items() if _may_be_rows(program.inputs[i], program.outputs[place])}
+    can -= set(no_tables)
     would: set[int] = set()
-    if (filled := _without_zeros(leaves, places)) is not None:  # a batch without ids reads nothing, but would
-        would = _settle(traced.again(filled), filled, places, can, set()).chosen
-    settled = _settle(program, leaves, places, can, would)
-    walked, chosen, tables, plan = settled.walked, settled.chosen, settled.tables, settled.walked.plan
-    _check(walked, traced, tables & chosen, chosen, settled.lost)
-    planned = Planned(
-        traced,
-        plan,
-        {i: plan.find(i) for i in sorted(chosen)},
-        {plan.find(i): shapes[i][0] for i in chosen},
-        walked.reads,
-        walked.ids,
-        {i: why for i, why in settled.banned.items() if i in tables},
-        [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}],
-    )
+    if (filled := without_zeros(leaves, places)) is not None:  # a batch without ids reads nothing, but would
+        would = settle(traced.again(filled), filled, places, can).chosen
+    settled = settle(program, leaves, places, can, would)
+    walked, chosen, tables = settled.walked, settled.chosen, settled.tables
+    check(walked, places, traced.paths, tables & chosen, chosen, settled.lost)
+    whole = [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}]
+    planned = PlannedStep(**vars(settled.planned()), traced=traced, whole_outputs=whole)
     _check_reads(planned)
     return planned
 
 
-class _Settled(NamedTuple):
+class Settled(NamedTuple):
     """Which leaves are Rows, when nothing changes any more."""
 
-    walked: _Walked
+    walked: Walked
     tables: set[int]  # leaves that are read themselves
     chosen: set[int]  # and what belongs to them
-    banned: dict[int, str]  # why leaves are not
-    lost: dict[int, str]  # why updates of no table are not
+    banned: dict[int, Reason]  # why leaves are not
+    lost: dict[int, Reason]  # why updates of no table are not
+
+    def planned(self) -> Planned:
+        program, plan = self.walked.program, self.walked.plan
+        leaves = {i: plan.find(i) for i in sorted(self.chosen)}
+        classes = {c: _jax.shape(program.inputs[i])[0] for i, c in leaves.items()}
+        dense = {i: why for i, why in self.banned.items() if i in self.tables}
+        return Planned(program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense)
 
 
-def _settle(
-    program: Program, leaves: Sequence[Any], places: dict[int, int], can: set[int], would: set[int]
-) -> _Settled:
-    """Args: `can`, the leaves that may be Rows; `would`, those that are, whether they are read or not."""
+def settle(
+    program: Program,
+    leaves: Sequence[Any],
+    places: dict[int, int],
+    can: Collection[int],
+    would: Collection[int] = (),
+    *,
+    updates: Mapping[int, Sequence[int]] | None = None,
+    unfit: Callable[[Walked, set[int]], dict[int, Reason]] = lambda walked, chosen: {},
+) -> Settled:
+    """Walks through a program until it is known which leaves are Rows.
+
+    Args:
+      can: the leaves that may be.
+      would: those that are, whether they are read or not.
+      updates: those that are, as the gradient of some rows, each with others that have its rows.
+      unfit: further reasons of a walk why chosen leaves cannot be Rows.
+    """
     nodes: dict[Any, int] = {}
     loose: frozenset[Any] = frozenset()
+    can, updates = set(can), updates or {}
+    given = {i for update, others in updates.items() for i in (update, *others)}
 
-    def walk(chosen: set[int]) -> _Walked:
+    def walk(chosen: set[int]) -> Walked:
         heights = frozenset(_jax.shape(program.inputs[i])[0] for i in chosen)
-        return _Walked(Plan(heights, loose, nodes, len(leaves)), program, leaves, chosen, places)
+        return Walked(Plan(heights, loose, nodes, len(leaves)), program, leaves, chosen, places, updates)
 
-    tables = would | can & walk(can).plan.read  # read themselves, not only joined to what is
-    chosen, banned, lost = set(tables), dict[int, str](), dict[int, str]()
+    tables = given or set(would) | can & walk(can).plan.read  # read themselves, not only joined to what is
+    chosen, banned, lost = set(tables), dict[int, Reason](), dict[int, Reason]()
     while True:
         walked = walk(chosen)
         plan, find = walked.plan, walked.plan.find
         reasons = {find(n): why for n, why in plan.not_by_row.items()}
-        named = {find(n) for n in (*plan.read, *would)}
-        now = {i: reasons.get(find(i), "") for i in chosen if find(i) in reasons or find(i) not in named}
+        reasons |= {find(i): why for i, why in unfit(walked, chosen).items()}
+        named = {find(n) for n in (*plan.read, *would, *updates)}
+        unread = Reason("not read by rows", "")
+        now = {i: reasons.get(find(i), unread) for i in chosen if find(i) in reasons or find(i) not in named}
         banned |= now
         with_table = {find(i) for i in tables - set(banned)}
         grown = set()
@@ -121,7 +155,7 @@ def _settle(
             lost |= {n: why for n, why in plan.refused.items() if find(n) not in with_table}
             loose_now = frozenset(path for path, n in plan.scatters.items() if find(n) not in with_table)
         if new == chosen and not loose_now and not now:
-            return _Settled(walked, tables, chosen, banned, lost)
+            return Settled(walked, tables, chosen, banned, lost)
         chosen, loose = new, loose | loose_now
 
 
@@ -132,7 +166,7 @@ def _may_be_rows(v: Any, out: Any) -> bool:
     return len(shape) > 0 and shape[0] > 1 and numbers and (_jax.shape(out), _jax.dtype(out)) == (shape, dtype)
 
 
-def _without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
+def without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
     """Abstract leaves with one example or id where a batch has none; None where it has some of all."""
     kinds = [_jax.kind_of_array(x) for x in leaves]
     if not any(0 in shape for i, (shape, _, _) in enumerate(kinds) if i not in places):
@@ -143,19 +177,32 @@ def _without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] |
     ]
 
 
-class _Walked:
+class Walked:
     """A planning walk, in which `chosen` leaves are Rows: its plan, the values of its outputs, and its ids."""
 
     def __init__(
-        self, plan: Plan, program: Program, leaves: Sequence[Any], chosen: set[int], places: dict[int, int]
+        self,
+        plan: Plan,
+        program: Program,
+        leaves: Sequence[Any],
+        chosen: set[int],
+        places: dict[int, int],
+        updates: Mapping[int, Sequence[int]],
     ) -> None:
-        self.plan = plan
+        self.plan, self.program = plan, program
+        for update, others in updates.items():
+            for i in others:
+                plan.unify(update, i)
         stand_ins = [_stand_in(x) if i in chosen else None for i, x in enumerate(leaves)]
 
         def ids_of_reads(leaves: list[Any], stand_ins: list[Any]) -> list[Any]:
             walk = Walk(plan)
             values = [
-                Whole(x, _notes_of_leaf(i, x, places)) if s is None else rows_of_leaf(s, i, x)
+                Whole(x, _notes_of_leaf(i, x, places))
+                if s is None
+                else rows_of_update(s, i)
+                if i in updates
+                else rows_of_leaf(s, i, x)
                 for i, (x, s) in enumerate(zip(leaves, stand_ins, strict=True))
             ]
             outs = walk.run(program, values)
@@ -164,9 +211,10 @@ class _Walked:
                 if i in chosen and isinstance(v, Rows):
                     plan.unify(i, v.node)
                     if v.axis != 0:
-                        plan.not_by_row.setdefault(i, "it is returned with its rows along another axis")
+                        plan.not_by_row.setdefault(i, Reason("it is returned with its rows along another axis", ""))
             kept = [v.first for v in (outs[place] for place in places.values()) if isinstance(v, Rows)]
             self.kept_sums = [source for rows, source in plan.part_sums if any(rows.first is other for other in kept)]
+            self.part_sums = [(rows.node, source) for rows, source in plan.part_sums]
             plan.part_sums.clear()
             self.outs = [_without_arrays(v) for v in outs]
             self.reads = [read for read, _ in walk.reads]
@@ -180,6 +228,8 @@ def _without_arrays(v: Value) -> Value:
     """What is known of a value, for after the trace."""
     if isinstance(v, Rows):
         return Rows(None, v.node, v.axis, v.outside, v.updated, None if v.whole is None else lambda walk: None)
+    if isinstance(v, Same):
+        return dataclasses.replace(v, row=None)
     return Whole(None, notes_of(v))
 
 
@@ -192,23 +242,35 @@ def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array) -> Rows:
     return Rows(block, i, whole=lambda walk: leaf)
 
 
+def rows_of_update(block: jax.Array, i: int) -> Rows:
+    """Some rows of an array that is zero elsewhere."""
+    return Rows(block, i, outside=ZERO, updated=True)
+
+
 def _notes_of_leaf(i: int, x: Any, places: dict[int, int]) -> frozenset[Note]:
     is_counter = i in places and jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.integer)
     return frozenset({Note("counter", i)}) if is_counter else frozenset()
 
 
-def _check(walked: _Walked, traced: TracedStep, tables: set[int], chosen: set[int], lost: dict[int, str]) -> None:
-    """Refuses what cannot be right on some rows."""
-    plan, places, find = walked.plan, traced.places, walked.plan.find
+def check(
+    walked: Walked,
+    places: dict[int, int],
+    paths: dict[int, str],
+    tables: set[int],
+    chosen: set[int],
+    lost: dict[int, Reason],
+) -> None:
+    """Refuses what cannot be right on some rows. The other args are as of `settle` and `Settled`."""
+    plan, find = walked.plan, walked.plan.find
     classes = {find(i) for i in chosen}
     across = "It looks across rows. Keep it for dense parameters, with optax.partition."
     for node, why in plan.refused.items():
         if find(node) in classes:
-            raise refused(why, across)
+            raise refused(str(why), across)
     for i in tables:  # a gradient that went through what is not by row would reach its table as a whole array
         missing = [*lost.values(), *plan.whole_scatters]
         if missing and not any(find(n) == find(i) for n in plan.scatters.values()):
-            raise refused(missing[0], across)
+            raise refused(str(missing[0]), across)
     for place in places.values():
         for note in sorted(notes_of(walked.outs[place])):
             if note.kind == "part sum":
@@ -218,18 +280,18 @@ def _check(walked: _Walked, traced: TracedStep, tables: set[int], chosen: set[in
     cyclic = {i for i, place in places.items() if Note("remainder", i) in notes_of(walked.outs[place])}
     for node, counter, source in plan.gates:
         if counter in cyclic and find(node) in classes:
-            got = f"a counter that goes round, {traced.paths[counter]}, which decides when rows change, at {source}"
+            got = f"a counter that goes round, {paths[counter]}, which decides when rows change, at {source}"
             do = "Rows that are read in other steps would miss it. For larger batches use a lax.scan inside the step."
             raise refused(got, do)
     if walked.needs_rows:
         raise refused("row ids that depend on rows that the step has changed", "Make the ids before the update.")
     for j, v in enumerate(walked.outs):
-        if isinstance(v, Rows) and v.whole is None and j not in {places[i] for i in chosen}:
+        if isinstance(v, Rows) and v.whole is None and j not in {places.get(i) for i in chosen}:
             got = f"output {j}, which has a row for each of a table's, and is not where a table or slot was"
             raise refused(got, "Return it as a part of the state, or not at all.")
 
 
-def _check_reads(planned: Planned) -> None:
+def _check_reads(planned: PlannedStep) -> None:
     """Ids must be known before the step; what is read after an update must have been read before it as well."""
     find = planned.plan.find
     if planned.ids.has_effects:  # it would happen twice
@@ -245,20 +307,26 @@ def _check_reads(planned: Planned) -> None:
 _ANNOUNCED: set[str] = set()
 
 
-def announce(planned: Planned) -> None:
+def announce(planned: PlannedStep) -> None:
     """Warns of what costs as much as a table, once for each line."""
-    find, traced = planned.plan.find, planned.traced
+    traced = planned.traced
     said = [f"{traced.paths[i]} is dense, with its slots: {why}." for i, why in planned.dense.items()]
+    said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
+    if not planned.leaves:
+        said.append("no array of the state is read by rows: the step costs what it does under jax.jit.")
+    warn_once(traced.name, planned, said)
+
+
+def warn_once(name: str, planned: Planned, said: Sequence[str] = ()) -> None:
+    """Warns of these lines, and of what a program computes for all rows of a table, once for each line."""
+    find, said = planned.plan.find, list(said)
     said += [f"{source} is over all rows of a table, which this step computes." for source in planned.plan.whole_sums]
     for node, source in planned.plan.made_whole:
         if find(node) in planned.classes:
             said.append(f"{source} makes an array with a row for each of a table's, of which few are used.")
     for source in planned.plan.part_sources:
         said.append(f"{source} is over the rows that are read: those that are left alone count nothing in it.")
-    said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
-    if not planned.leaves:
-        said.append("no array of the state is read by rows: the step costs what it does under jax.jit.")
-    for line in (f"{traced.name}: {line}" for line in said):
+    for line in (f"{name}: {line}" for line in said):
         if line not in _ANNOUNCED:
             _ANNOUNCED.add(line)
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, stacklevel=4)

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse._checks import message
-from jaxsparse.blocks import choose_rows
-from jaxsparse.grad import trace
-from jaxsparse.lazy import LazyState, named_leaves
-from jaxsparse.replaying import Stamps, View, flush_leaves, is_replay_state, map_replaying, replay_states
-from jaxsparse.rows import gather_rows, scatter_rows, zero_after
+from jaxsparse.lazy import named_leaves
+from jaxsparse.replaying import Stamps, View, flush_leaves, is_replay_state, replay_states
+from jaxsparse.rowwise import on_rows, prepare_step
+from jaxsparse.tracing import is_tracing
 
 
 def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
@@ -52,28 +51,18 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
       [-1.5, -1.0, 0.0]
     """
 
+    def only_read(state: Any, batch: Any, *args: Any) -> Any:
+        loss_fn(_apart(state, "refresh")[0], batch, *args)
+        return state  # as it is when a step begins: up to date
+
     def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
-        params, opt_state, together = _apart(state, "refresh")
-        if not replay_states(opt_state):
+        if is_tracing() or not replay_states(_apart(state, "refresh")[1]):
             return state
         with jax.named_scope("refresh"):
-            traced = trace(loss_fn, 0, has_aux, (params, batch, *args), {})
-            chosen, params, opt_state = choose_rows(traced, params, opt_state, axis_name)
-
-            def change(view: View, params: dict[str, Any]) -> None:
-                for name in view.among(chosen):
-                    ids, stamps, slots = chosen[name].ids, view.stamps[name], view.slots(name)
-                    block = jax.tree.map(lambda x, ids=ids: gather_rows(x, ids), (params[name], stamps.rows, slots))
-                    p, new = view.catch_up(name, *block)
-                    p = jnp.where(chosen[name].fits, p, jnp.nan)  # a batch that was wrong about its distinct ids
-                    steps = view.state.steps + zero_after(p)  # stamps and history are written after they were read
-                    view.state = dataclasses.replace(view.state, steps=steps)
-                    params[name] = scatter_rows(params[name], ids, p)
-                    now = scatter_rows(stamps.rows, ids, jnp.broadcast_to(steps, ids.shape))
-                    slots = {slot: scatter_rows(x, ids, new[slot]) for slot, x in slots.items()}
-                    view.put(name, slots, Stamps(now, stamps.whole))
-
-            return together(*map_replaying(change, params, opt_state))
+            axes = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
+            prepared = prepare_step(only_read, (state, batch, *args), {}, 0).only_outputs()
+            traced = prepared.planned.traced
+            return traced.unflatten(on_rows(prepared, traced.leaves, axes))
 
     return refresh_fn
 
@@ -173,14 +162,12 @@ def to_optax_state(opt_state: Any) -> Any:
     """
 
     def plain(state: Any) -> Any:
-        if isinstance(state, LazyState):
-            return state.wrapped
         if is_replay_state(state):
             check_flushed("to_optax_state", state)
-            return state.lazy.wrapped
+            return state.wrapped
         return state
 
-    return jax.tree.map(plain, opt_state, is_leaf=_is_ours)
+    return jax.tree.map(plain, opt_state, is_leaf=is_replay_state)
 
 
 def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
@@ -205,8 +192,6 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
     """
 
     def ours(template: Any, given: Any) -> Any:
-        if isinstance(template, LazyState):
-            return template._replace(wrapped=given)
         if is_replay_state(template):
             parts = jax.tree.leaves(given, is_leaf=_is_adam)
             steps = next((part.count for part in parts if _is_adam(part)), jnp.int32(0))
@@ -216,22 +201,18 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
 
             return dataclasses.replace(
                 template,
-                lazy=template.lazy._replace(wrapped=given),
+                wrapped=given,
                 plain=current(template.plain),
                 decayed=current(template.decayed),
                 steps=jnp.copy(steps),
             )
         return given
 
-    return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=_is_ours)
+    return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=is_replay_state)
 
 
 def _is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
-
-
-def _is_ours(x: object) -> bool:
-    return isinstance(x, LazyState) or is_replay_state(x)
 
 
 def _apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:

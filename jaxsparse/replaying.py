@@ -23,8 +23,9 @@ import optax
 from jaxsparse import catch_up
 from jaxsparse._checks import message
 from jaxsparse._jax import is_traced
-from jaxsparse.lazy import LazyState, coalesce_with, lazy, named_leaves, per_leaf
-from jaxsparse.rows import RowSparse, gather_rows, in_range, is_row_sparse, scatter_rows, zero_after
+from jaxsparse.lazy import lazy, named_leaves, per_leaf
+from jaxsparse.rows import RowSparse, coalesce, gather_rows, in_range, is_row_sparse, scatter_rows, zero_after
+from jaxsparse.tracing import is_tracing, rows_of
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -62,7 +63,7 @@ class Stamps(NamedTuple):
 class ReplayState:
     """The state of a replaying optimizer."""
 
-    lazy: LazyState  # of inner, or of chain(before, inner)
+    wrapped: Any  # of inner, or of chain(before, inner)
     plain: Any  # {name of the leaf: Stamps}, of parameters without weight decay
     decayed: Any  # likewise, of those with weight decay
     steps: jax.Array  # int32 (): how many there were
@@ -106,7 +107,7 @@ def replay(
         stamps = per_leaf(lambda p: Stamps(jnp.zeros(jnp.shape(p)[:1], jnp.int32), jnp.zeros((), jnp.int32)), params)
         decays = _decays(rule.decayed, mask, params)
         return ReplayState(
-            lazy=frozen.init(params),
+            wrapped=frozen.init(params),
             plain={k: v for k, v in stamps.items() if not decays[k]} if decays else stamps,
             decayed={k: v for k, v in stamps.items() if decays[k]} if decays else stamps,
             steps=jnp.zeros((), jnp.int32),
@@ -115,11 +116,15 @@ def replay(
         )
 
     def update_fn(updates: Any, state: ReplayState, params: Any = None, **extra_args: Any) -> Any:
-        updates, scratch = coalesce_with(updates, state.lazy.scratch)
         leaves, tree = named_leaves(updates)
         stamps, now = state.plain | state.decayed, state.steps + 1
+        leaves = {name: coalesce(g) if is_row_sparse(g) else g for name, g in leaves.items()}
         for name, g in leaves.items():
             rows, whole = stamps[name]
+            if is_tracing():  # what is computed by row was brought up to date before it was read, and all else flushed
+                count, chosen = rows_of(g)
+                stamps[name] = Stamps(jnp.where(chosen, now, rows), jnp.where(count < 0, now, whole))
+                continue
             late = whole != state.steps
             if is_row_sparse(g):
                 late &= jnp.any(in_range(g.ids, g.num_rows) & (gather_rows(rows, g.ids) != state.steps))
@@ -128,14 +133,12 @@ def replay(
             else:
                 stamps[name] = Stamps(rows, now)
             leaves[name] = _refuse_late(g, late)
-        updates, wrapped = frozen.update(
-            tree.unflatten(leaves.values()), LazyState(state.lazy.wrapped, scratch), params, **extra_args
-        )
+        updates, wrapped = frozen.update(tree.unflatten(leaves.values()), state.wrapped, params, **extra_args)
         rate = learning_rate(_count(state)) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32)
         return updates, dataclasses.replace(
             state,
-            lazy=wrapped,
+            wrapped=wrapped,
             plain={name: stamps[name] for name in state.plain},
             decayed={name: stamps[name] for name in state.decayed},
             steps=now,
@@ -160,7 +163,7 @@ class View:
     def __init__(self, state: ReplayState) -> None:
         self.state = state
         self.stamps: dict[str, Stamps] = state.plain | state.decayed
-        self._parts, self._tree = _flatten(state.lazy.wrapped, is_leaf=lambda x: type(x) in _SLOT_STATES)
+        self._parts, self._tree = _flatten(state.wrapped, is_leaf=lambda x: type(x) in _SLOT_STATES)
         self._slots = {
             slot: named_leaves(getattr(part, slot)) for part in self._parts for slot in _SLOT_STATES.get(type(part), ())
         }
@@ -195,7 +198,7 @@ class View:
                 parts[i] = parts[i]._replace(**{slot: tree.unflatten(arrays.values())})
         return dataclasses.replace(
             self.state,
-            lazy=self.state.lazy._replace(wrapped=self._tree.unflatten(parts)),
+            wrapped=self._tree.unflatten(parts),
             plain={name: self.stamps[name] for name in self.state.plain},
             decayed={name: self.stamps[name] for name in self.state.decayed},
         )
@@ -276,13 +279,13 @@ def _refuse_late(g: Any, late: jax.Array) -> Any:
         return g
     if not is_row_sparse(g):
         return jnp.where(late, jnp.nan, g).astype(g.dtype)
-    return RowSparse(g.ids, jnp.where(late, jnp.nan, g.rows), g.shape, unique=True, distinct=g.distinct)
+    return RowSparse(g.ids, jnp.where(late, jnp.nan, g.rows), g.shape, unique=True)
 
 
 def _count(state: ReplayState) -> jax.Array:
     """The number of updates that inner's schedule counts."""
     kind = optax.ScaleByScheduleState
-    parts = jax.tree.leaves(state.lazy.wrapped, is_leaf=lambda x: isinstance(x, kind))
+    parts = jax.tree.leaves(state.wrapped, is_leaf=lambda x: isinstance(x, kind))
     return next((part.count for part in parts if isinstance(part, kind)), state.steps)
 
 

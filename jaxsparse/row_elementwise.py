@@ -60,7 +60,8 @@ _COMPARE = _jax.primitives("eq ge gt le lt ne")
 
 
 def elementwise(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    rows = next((v for v in values if isinstance(v, Rows)), None)
+    first = 1 if eqn.primitive is _jax.SELECT else 0  # the result is of what is chosen among, before what chooses
+    rows = next((v for v in [*values[first:], *values[:first]] if isinstance(v, Rows)), None)
     return _elementwise_same(walk, eqn, values) if rows is None else _elementwise_rows(walk, eqn, values, rows)
 
 
@@ -80,8 +81,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
     updated = any(x.updated for x in operands)
     notes = notes_of(*values)
     if updated and eqn.primitive in _SCALE and any(note.kind == "whole sum" for note in notes):
-        why = f"an update is scaled by a sum over all rows of a table: {eqn.primitive} at {walk.source}"
-        walk.plan.refused.setdefault(like.node, why)
+        walk.note_refused(like.node, f"an update is scaled by a sum over all rows of a table: {eqn.primitive}")
     outside = _outside(eqn, [x.outside for x in operands])
     whole: Callable[[Any], Any] | None = None
     if all(x.whole is not None for x in operands):
@@ -127,8 +127,9 @@ def bitcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 
 def barrier(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """optimization_barrier: of each operand itself."""
-    del walk
+    """optimization_barrier: of each operand itself. Ids that pass it do not need what passes it beside them."""
+    if walk.planning:
+        return list(values)
     field = {Rows: "block", Same: "row", Whole: "array"}
     outs = _jax.bind(eqn, [getattr(v, field[type(v)]) for v in values])
     return [dataclasses.replace(v, **{field[type(v)]: x}) for v, x in zip(values, outs, strict=True)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
-from jaxsparse.values import UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
+from jaxsparse.values import UNIFORM, UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
 
 if TYPE_CHECKING:
     from jaxsparse.walk import Walk
@@ -31,6 +31,8 @@ _CLIPPED = frozenset({Mode.CLIP, Mode.PROMISE_IN_BOUNDS})
 
 def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     rows, index = values
+    if isinstance(index, Rows) and isinstance(rows, Whole):
+        return _look_up(eqn, rows, index)
     if not isinstance(rows, Rows) or isinstance(index, Rows):
         return None
     axis, shape, numbers = rows.axis, _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
@@ -57,7 +59,11 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         at = _clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
     fill = _nothing(rows.block.dtype) if fill is None else fill
-    if not walk.planning and _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim):
+    if (
+        walk.alone
+        and not walk.planning
+        and _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
+    ):
         along = _summed_along(walk, eqn)
         if along is not None and along < place.ndim and sizes[1:] == shape[1:]:
             return [Summed(_sum_of_rows(rows.block, place, along, fill))]
@@ -70,6 +76,17 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         indices_are_sorted=False,
     )
     return [Whole(x) for x in outs]
+
+
+def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
+    """What rows of indices read in an array that is no table."""
+    numbers = eqn.param("dimension_numbers")
+    if index.axis in numbers.start_indices_batching_dims or index.axis == index.block.ndim - 1:
+        return None
+    (block,) = _jax.bind(eqn, [array.array, index.block])
+    axis = _axes_left(block.shape, numbers.offset_dims)[index.axis]
+    whole = index.whole and (lambda walk: _jax.bind(eqn, [array.array, walk.whole(index)])[0])
+    return [Rows(block, index.node, axis, min(index.outside, UNIFORM), index.updated, whole)]
 
 
 def _clip_others(
@@ -185,7 +202,8 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         at = _clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
     adds = eqn.primitive is _jax.SCATTER_ADD
     repeated = (
-        isinstance(updates, Same)
+        walk.alone  # otherwise each of the small scatters would be added up over the devices
+        and isinstance(updates, Same)
         and adds
         and updates.axis < at.ndim - 1
         and _whole_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
 from jaxsparse.row_elementwise import ELEMENTWISE, barrier, bitcast, elementwise, is_zero
+from jaxsparse.tracing import UNKNOWN_SOURCE
 from jaxsparse.values import (
     NOTHING,
     UNIFORM,
     UNKNOWN,
     ZERO,
     Note,
+    Notes,
     Rows,
     Same,
     Value,
@@ -105,8 +107,9 @@ def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return one_operand(walk, eqn, values)
     shape, dims = eqn.param("shape"), [int(d) for d in eqn.param("broadcast_dimensions")]
     given = jnp.shape(v.array)
-    new = [a for a, size in enumerate(shape) if size > 1 and (a not in dims or given[dims.index(a)] == 1)]
+    new = [a for a in range(len(shape)) if a not in dims or given[dims.index(a)] == 1 != shape[a]]
     tall = [a for a in new if shape[a] in walk.plan.heights]
+    new = [a for a in new if shape[a] != 1]
     if not tall and not walk.planning and len(new) == 1:
         use, operand = walk.only_use(eqn.outputs[0]) or (None, 0)
         if use is not None and use.primitive is _jax.SCATTER_ADD and operand == 2:
@@ -168,17 +171,24 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
         first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
         return [Whole(x) for x in _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])]
     if rows.updated:  # frozen rows get no update
-        source = f"{primitive} at {walk.source}"
-        walk.plan.part_sums.append((rows, source))
-        if not jnp.issubdtype(rows.block.dtype, jnp.bool_):
-            walk.plan.part_sources[source] = None
         neutral = jnp.asarray(_NEUTRAL[primitive](rows.block.dtype), rows.block.dtype)
-        notes = NOTHING if jnp.issubdtype(rows.block.dtype, jnp.bool_) else frozenset({Note("part sum", source)})
+        notes = _note_part_sum(walk, eqn, rows)
         return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
     if rows.whole is not None:
-        walk.plan.whole_sums[f"{primitive} at {walk.source}"] = None
+        walk.note_whole_sum(rows.node, eqn)
         return [Whole(x, frozenset({Note("whole sum", walk.source)})) for x in _jax.bind(eqn, [walk.whole(rows)])]
     return None
+
+
+def _note_part_sum(walk: Walk, eqn: Equation, rows: Rows) -> Notes:
+    """Of a sum over the rows that were chosen of an update: what its result was made from."""
+    source = f"{eqn.primitive} at {walk.source}"
+    walk.plan.part_sums.append((rows, source))
+    if jnp.issubdtype(rows.block.dtype, jnp.bool_):
+        return NOTHING
+    if walk.source != UNKNOWN_SOURCE:  # and no metric of this library's own step
+        walk.plan.part_sources[source] = None
+    return frozenset({Note("part sum", source)})
 
 
 def _least(dtype: Any) -> Any:
@@ -221,7 +231,11 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
             updated = rows.updated or partner.updated
             block = bind(*(_with_zeros(walk, x) if zero else x.block for x in (rows, partner)))
             return [Rows(block, rows.node, batch[side].index(axis), outside, updated)]
-        return [Whole(bind(_with_zeros(walk, rows), _with_zeros(walk, partner)))] if zero else None
+        of_update = rows if rows.updated else partner if partner.updated else None
+        if not zero and (of_update is None or _jax.shape(eqn.outputs[0])):  # a norm is over the rows that are read
+            return None
+        notes = NOTHING if zero or of_update is None else _note_part_sum(walk, eqn, of_update)
+        return [Whole(bind(_with_zeros(walk, rows), _with_zeros(walk, partner)), notes)]
     if isinstance(other, Rows):
         return None
     array = array_of(other)
@@ -261,10 +275,17 @@ def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
     return outs
 
 
+def placed(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """A wish where an array is to be: rows are where the block is."""
+    del walk, eqn
+    return list(values)
+
+
 RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(_jax.primitives("bitcast_convert_type"), bitcast),
     "optimization_barrier": barrier,
+    **dict.fromkeys(("sharding_constraint", "reshard"), placed),
     **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
     **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K, "split", "stack"), several),  # by name: JAX does not list them
     BROADCAST: broadcast,

@@ -8,8 +8,6 @@ Conventions, here and everywhere downstream:
 * An id outside [0, num_rows) is padding: it stands for no row, whatever `rows` holds beside it.
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
   num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding too.
-* `distinct`, when known, bounds the number of distinct ids from above. It is what lets `coalesce` make a block of
-  20,000 rows of 80,000 ids: shapes are static, so without it the block has as many rows as there are ids.
 
 Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an
 id moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an
@@ -30,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
-from jaxsparse._jax import opaque_dtype, vary
+from jaxsparse._jax import opaque_dtype, vary, varying_axes
 
 
 def _not_a_key(*args: Any) -> Any:
@@ -65,7 +63,6 @@ class RowSparse:
       rows: shape (k, *shape[1:]), the parameter's dtype.
       shape: the dense shape, (num_rows, ...).
       unique: whether the ids, padding included, are known not to repeat.
-      distinct: an upper bound on the number of distinct ids, if one is known.
 
     Raises:
       TypeError: if `ids` are not integers.
@@ -84,9 +81,7 @@ class RowSparse:
 
     __array_ufunc__ = None  # so that numpy_array + row_sparse reaches __radd__ instead of an object array
 
-    def __init__(
-        self, ids: Any, rows: Any, shape: tuple[int, ...], *, unique: bool = False, distinct: int | None = None
-    ) -> None:
+    def __init__(self, ids: Any, rows: Any, shape: tuple[int, ...], *, unique: bool = False) -> None:
         ids, rows = as_ids("RowSparse", "ids", ids), jnp.asarray(rows)
         if ids.ndim != 1 or rows.shape != ids.shape + tuple(shape[1:]):
             raise ValueError(
@@ -104,17 +99,16 @@ class RowSparse:
         self.rows = rows
         self.shape = tuple(shape)
         self.unique = unique
-        self.distinct = distinct
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         children = ((jax.tree_util.GetAttrKey("ids"), self._ids), (jax.tree_util.GetAttrKey("rows"), self.rows))
-        return children, (self.shape, self.unique, self.distinct)
+        return children, (self.shape, self.unique)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> RowSparse:
         self = object.__new__(cls)
         self._ids, self.rows = children
-        self.shape, self.unique, self.distinct = aux
+        self.shape, self.unique = aux
         return self
 
     @property
@@ -221,28 +215,24 @@ def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
         jnp.concatenate([b.ids for b in blocks]),
         jnp.concatenate([b.rows for b in blocks]),
         blocks[0].shape,
-        distinct=distinct_ids([(b.distinct, b.ids.shape[0]) for b in blocks]),
     )
-
-
-def distinct_ids(parts: list[tuple[int | None, int]]) -> int | None:
-    """A bound on the number of distinct ids in several parts, each with its own bound, if known, and its length."""
-    if all(distinct is None for distinct, _ in parts):
-        return None
-    return sum(k if distinct is None else distinct for distinct, k in parts)
 
 
 def scale(g: RowSparse, factor: Any) -> RowSparse:
     """g with its rows multiplied by a scalar."""
     rows = (g.rows * factor).astype(g.dtype)
-    return RowSparse(g.ids, rows, g.shape, unique=g.unique, distinct=g.distinct)
+    return RowSparse(g.ids, rows, g.shape, unique=g.unique)
 
 
 def gather_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     """x[ids], zero where an id is padding. x (num_rows, ...), ids (k,) -> (k, ...)."""
     if x.shape[0] == 0:  # XLA refuses to gather from nothing
         return jnp.zeros(ids.shape + x.shape[1:], x.dtype)
-    return x.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(ids.ndim, ids.ndim + x.ndim - 1)), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    # no indexing, which has nothing to do with x where there are no ids
+    return jax.lax.gather(x, ids[..., None], numbers, (1, *x.shape[1:]), mode="fill", fill_value=0)
 
 
 def copy_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
@@ -296,85 +286,87 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
     return jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
 
 
-def coalesce(g: RowSparse, scratch: jax.Array | None = None) -> Any:
-    """Adds up the rows of repeated ids: a RowSparse with unique ids, of min(k, distinct, num_rows) rows.
+def coalesce(g: RowSparse) -> RowSparse:
+    """Adds up the rows of repeated ids: a RowSparse with unique ids in order, of min(k, num_rows) rows.
 
-    The result is a function of ids and rows alone, the same on every replica.
-
-    Args:
-      g: the gradient, ids (k,) and rows (k, ...). Sums of 16-bit rows are made in float32.
-      scratch: int32 (num_rows,), any values, for `coalesce_ids`. Without it the ids are sorted, which costs ten times
-        more on CPU.
-
-    Returns:
-      The unique RowSparse; with `scratch`, the pair (RowSparse, scratch), where scratch should replace the donated one.
-
-    If g.distinct promised fewer ids than there are, the rows are NaN: a wrong promise cannot drop rows in silence.
+    Sums of 16-bit rows are made in float32. The result is a function of ids and rows alone, the same on every replica.
     """
     if g.unique:
-        return g if scratch is None else (g, scratch)
+        return g
     ids, num_rows, k = g.ids, g.num_rows, g.ids.shape[0]
-    if scratch is not None and scratch.shape != (num_rows,):
-        raise ValueError(message("RowSparse", "scratch", f"of shape ({num_rows},)", scratch.shape))
-    if not min(k, num_rows):  # no ids, or no rows that they could name
-        nothing = RowSparse(ids[:0], g.rows[:0], g.shape, unique=True, distinct=g.distinct)
-        return nothing if scratch is None else (nothing, scratch)
-    size = min(k, num_rows) if g.distinct is None else min(k, num_rows, g.distinct)
-    if scratch is None:
-        unique_ids, position, fits = _coalesce_sorted(ids, num_rows, size)
-    else:
-        unique_ids, fits, scratch = coalesce_ids(ids, num_rows, size, scratch)
-        position = positions(ids, scratch, size)
-    wide = jnp.promote_types(g.dtype, jnp.float32)
-    rows = jax.ops.segment_sum(g.rows.astype(wide), position, num_segments=size)
-    if size < min(k, num_rows):
-        rows = jnp.where(fits, rows, jnp.nan)
-    block = RowSparse(unique_ids, rows.astype(g.dtype), g.shape, unique=True, distinct=g.distinct)
-    return block if scratch is None else (block, scratch)
+    size = min(k, num_rows)
+    if not size:  # no ids, or no rows that they could name
+        return RowSparse(ids[:0], g.rows[:0], g.shape, unique=True)
+    real = in_range(ids, num_rows)
+    order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
+    ordered = jnp.where(real, ids, num_rows)[order]
+    new = is_first(ordered, num_rows)
+    rank = jnp.zeros_like(order, jnp.int32).at[order].set(_running_total(new.astype(jnp.int32)) - 1)
+    rows = g.rows.astype(jnp.promote_types(g.dtype, jnp.float32))
+    sums = jax.ops.segment_sum(rows, jnp.where(real, rank, size), num_segments=size)
+    return RowSparse(compact(ordered, new, num_rows, size), sums.astype(g.dtype), g.shape, unique=True)
 
 
-def coalesce_ids(
-    ids: jax.Array, num_rows: int, size: int, scratch: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The distinct ids of `ids` in a few O(k) passes.
-
-    Every id writes its position into its scratch entry and reads back who won; nothing has to be cleared. On CPU, XLA
-    writes in order and the last of equal ids wins (a test holds it). Elsewhere any may win, so what is left is sorted:
-    the result has to be a function of `ids` alone, the same on all devices, because their blocks are added up.
+def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """The distinct rows that ids name, and where each id is among them.
 
     Args:
-      ids: int32 (k,), k > 0, those outside [0, num_rows) being padding.
-      num_rows: of the table, > 0.
-      size: how many distinct ids there is room for.
-      scratch: int32 (num_rows,), any values.
+      ids: int32 (k,), k > 0; outside [0, num_rows) they are no row.
+      size: how many distinct ones there is room for, all of them.
 
     Returns:
-      The distinct ids (size,), padded with num_rows, num_rows + 1, ...; whether there was room for all; and the new
-      scratch, in which each of them has its place among them, for `positions`.
+      int32 (size,), padded with num_rows, num_rows + 1, ...: in no order on CPU, where sorting is slow; and int32 (k,),
+      `size` for what is no row.
     """
+
+    def by_sorting() -> tuple[jax.Array, jax.Array]:
+        ordered = jnp.sort(jnp.where(in_range(ids, num_rows), ids, num_rows))
+        unique = compact(ordered, is_first(ordered, num_rows), num_rows, size)
+        at = jnp.searchsorted(unique, ids, method="scan_unrolled").astype(jnp.int32)
+        return unique, jnp.where(in_range(ids, num_rows), at, size)
+
+    return jax.lax.platform_dependent(cpu=lambda: _distinct_by_hash(ids, num_rows, size), default=by_sorting)
+
+
+def _distinct_by_hash(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Each id writes its place into a bucket of its own, and reads back which of equal ids was the last. Ids of
+    different rows in one bucket are told apart by reading the id there; the losers go on with another hash, until there
+    are none: two or three turns with eight buckets an id."""
     k = ids.shape[0]
-    position = jnp.arange(k, dtype=jnp.int32)
-    at = jnp.where(in_range(ids, num_rows), ids, num_rows)
-    scratch = scratch.at[at].set(position, mode="drop")
-    has_won = scratch.at[at].get(mode="fill", fill_value=-1) == position
-    unique, fits = compact(ids, has_won, num_rows, size)
-    if jax.default_backend() != "cpu":
-        unique = jnp.sort(unique)
-    return unique, fits, scatter_rows(scratch, unique, jnp.arange(size, dtype=jnp.int32))
+    bits = max((8 * k - 1).bit_length(), 4)
+    place, real = jnp.arange(k, dtype=jnp.int32), in_range(ids, num_rows)
+
+    def turn(state: Any) -> Any:
+        number, same_as, left = state
+        factor = jnp.uint32(2654435769) * (2 * number.astype(jnp.uint32) + 1)  # odd
+        bucket = jax.lax.shift_right_logical(ids.astype(jnp.uint32) * factor, jnp.uint32(32 - bits)).astype(jnp.int32)
+        last = jnp.zeros(1 << bits, jnp.int32).at[jnp.where(left, bucket, 1 << bits)].set(place, mode="drop")
+        last = last.at[bucket].get(mode="promise_in_bounds")
+        found = left & (ids.at[last].get(mode="promise_in_bounds") == ids)
+        return number + 1, jnp.where(found, last, same_as), left & ~found
+
+    start = jnp.int32(0), vary(place, varying_axes(ids)), real
+    _, same_as, _ = jax.lax.while_loop(lambda state: jnp.any(state[2]), turn, start)
+    chosen = real & (same_as == place)
+    unique, slot = compact_with_slots(ids, chosen, num_rows, size)
+    return unique, jnp.where(real, slot.at[same_as].get(mode="promise_in_bounds"), size)
 
 
-def positions(ids: jax.Array, scratch: jax.Array, size: int) -> jax.Array:
-    """Where in the block that `coalesce_ids` made each of `ids` went: int32, `size` for padding. Any shape."""
-    if size == 0:
-        return jnp.zeros_like(ids)
-    return scratch.at[ids].get(mode="fill", fill_value=size, wrap_negative_indices=False)
+def is_first(ordered: jax.Array, num_rows: int) -> jax.Array:
+    """Which of some ids in order are those of rows, and not repeated: bool (k,)."""
+    return (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
 
 
-def compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The chosen ids in their order, padded to (size,), and whether there was room for them."""
+def compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> jax.Array:
+    """The chosen ids in their order, at most `size` of them, padded to (size,) with num_rows, num_rows + 1, ..."""
+    return compact_with_slots(ids, chosen, num_rows, size)[0]
+
+
+def compact_with_slots(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """The chosen ids as of `compact`, and where in it each of them is."""
     slot = _running_total(chosen.astype(jnp.int32)) - 1
     padding = num_rows + jnp.arange(size, dtype=jnp.int32)
-    return padding.at[jnp.where(chosen, slot, size)].set(ids, mode="drop"), slot[-1] < size
+    return padding.at[jnp.where(chosen, slot, size)].set(ids, mode="drop"), slot
 
 
 def _running_total(x: jax.Array) -> jax.Array:
@@ -385,14 +377,3 @@ def _running_total(x: jax.Array) -> jax.Array:
     within = jnp.cumsum(jnp.pad(x, (0, -k % piece)).reshape(-1, piece), axis=1)
     before = _running_total(within[:, -1]) - within[:, -1]
     return (within + before[:, None]).reshape(-1)[:k]
-
-
-def _coalesce_sorted(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `coalesce_ids` and `positions`, by sorting."""
-    real = in_range(ids, num_rows)
-    order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
-    ordered = jnp.where(real, ids, num_rows)[order]
-    new = (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    unique, fits = compact(ordered, new, num_rows, size)
-    rank = jnp.zeros_like(order, jnp.int32).at[order].set(_running_total(new.astype(jnp.int32)) - 1)
-    return unique, jnp.where(real, rank, size), fits

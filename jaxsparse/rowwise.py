@@ -10,19 +10,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.planning import Planned, announce, plan_step, rows_of_leaf
-from jaxsparse.rows import compact, computed_once, copy_rows, scatter_rows, zero_after
+from jaxsparse.collectives import in_auto_mode
+from jaxsparse.planning import Planned, PlannedStep, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.rows import compact, distinct_rows, in_range, is_first, scatter_rows, zero_after
 from jaxsparse.tracing import trace_step
+from jaxsparse.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
 from jaxsparse.values import NOBODY, Rows, Whole, array_of
-from jaxsparse.walk import Space, Walk
+from jaxsparse.walk import Space, Walk, gather_blocks
 
 
 def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
@@ -61,14 +65,59 @@ def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0)
 
     @functools.wraps(step)
     def run(*args: Any, **kwargs: Any) -> Any:
-        traced = trace_step(step, args, kwargs, state_argnums)
-        planned = plan_step(traced, traced.leaves)
-        announce(planned)
-        ids = planned.ids([x for x, used in zip(traced.leaves, planned.ids.used, strict=False) if used])
-        spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
-        return traced.unflatten(evaluate(planned, traced.leaves, spaces)[0])
+        prepared = prepare_step(step, args, kwargs, state_argnums)
+        announce(prepared.planned)
+        traced = prepared.planned.traced
+        return traced.unflatten(on_rows(prepared, traced.leaves))
 
     return run
+
+
+def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True) -> list[Any]:
+    """The step's outputs for these leaves of its arguments.
+
+    Args:
+      axes: mapped axes over which all devices have the same rows, beside those over which the step adds them up.
+      alone: as of a Walk.
+    """
+    planned, places = prepared.planned, prepared.planned.traced.places
+    others = [i for i in range(len(leaves)) if i not in places]
+
+    def run(states: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
+        by_number = dict(zip([*places, *others], [*states, *rest], strict=True))
+        arrays = [by_number[i] for i in range(len(leaves))]
+        ids = planned.ids_of(arrays)
+        spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
+        outs, _ = evaluate(prepared, arrays, spaces, alone=alone)
+        return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
+
+    states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in others])
+    outs = dict(zip(places.values(), states, strict=True))
+    it = iter(rest)
+    return [outs[j] if j in outs else next(it) for j in range(len(planned.traced.program.outputs))]
+
+
+class Prepared(NamedTuple):
+    """A step that is known before it runs, and what its state has of replaying optimizers."""
+
+    planned: PlannedStep
+    replayed: list[Replayed]
+
+    def only_outputs(self) -> Prepared:
+        """The step without what its outputs do not need, what it prints included; its rows are the same."""
+        return self._replace(planned=dataclasses.replace(self.planned, program=_jax.needed_only(self.planned.program)))
+
+
+def prepare_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int]) -> Prepared:
+    """Traces a step, behind a catch-up of what it replays, and plans it."""
+    replayed = find_replayed((args, kwargs))
+    traced = trace_step(step, args, kwargs, state_argnums, functools.partial(catch_up, replayed))
+    planned = plan_step(traced, traced.leaves, history_of(replayed))
+    late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
+    for i in late:
+        got = f"row ids made of rows of {traced.paths[i]}"
+        raise refused(got, "They are needed before these rows can be brought up to date: use skipped='freeze' here.")
+    return Prepared(planned, replayed)
 
 
 def reads_of(planned: Planned, c: int) -> dict[int, bool]:
@@ -80,39 +129,57 @@ def reads_of(planned: Planned, c: int) -> dict[int, bool]:
     return found
 
 
-def choose_rows(planned: Planned, c: int, ids: list[jax.Array]) -> Space:
-    """The distinct rows of a class that these ids of all reads name."""
-    num_rows, parts = planned.classes[c], []
+def choose_rows(
+    planned: Planned, c: int, ids: list[jax.Array], more_axes: Sequence[Any] = (), *, alone: bool = True
+) -> Space:
+    """The distinct rows of a class that these ids of all reads name. `alone`: as of a Walk."""
+    num_rows = planned.classes[c]
     by_number = dict(zip(planned.ids.numbers, ids, strict=True))
+    parts = {}
     for number, clipped in reads_of(planned, c).items():
         x = by_number[number]
-        nobody = x == NOBODY
-        inside = jnp.clip(x, 0, num_rows - 1) if clipped else x
-        parts.append(jnp.where(nobody | (inside < 0) | (inside >= num_rows), num_rows, inside))
-    everything = jnp.concatenate([jnp.zeros(0, jnp.int32), *parts])
+        inside = jnp.where(x == NOBODY, num_rows, jnp.clip(x, 0, num_rows - 1)) if clipped else x
+        parts[number] = jnp.where(in_range(inside, num_rows), inside, num_rows)
+    everything = jnp.concatenate([jnp.zeros(0, jnp.int32), *parts.values()])
     axes = {axis for node, axes in planned.plan.axes.items() if planned.plan.find(node) == c for axis in axes}
+    axes = axes.union(more_axes)
     for axis in sorted(axes, key=str):
         everything = _jax.all_gather(everything, axis)
     size = min(everything.shape[0], num_rows) + 1
     if everything.shape[0] == 0:
         return Space(jnp.full(1, num_rows, jnp.int32), num_rows, {})
-    ordered = jnp.sort(everything)
-    new = (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    return Space(compact(ordered, new, num_rows, size)[0], num_rows, {})
+    of_class = zip(planned.reads, planned.ids.numbers, strict=True)
+    reads = [(read, number) for read, number in of_class if planned.plan.find(read.node) == c]
+    # the ids of a turn of a loop, or of one device of several, are looked up
+    if axes or not alone or any(read.path is None for read, _ in reads):
+        ordered = jnp.sort(everything)
+        return Space(compact(ordered, is_first(ordered, num_rows), num_rows, size), num_rows, {})
+    unique, places = distinct_rows(everything, num_rows, size)
+    ends = itertools.accumulate(x.shape[0] for x in parts.values())
+    at = {number: places[end - x.shape[0] : end] for (number, x), end in zip(parts.items(), ends, strict=True)}
+    positions: dict[Any, jax.Array] = {}
+    for read, number in reads:
+        is_row = True if read.clipped else in_range(by_number[number], num_rows)  # another read may clip these ids
+        positions[read.path] = jnp.where(is_row, at[number], size)
+    return Space(unique, num_rows, positions)
 
 
-def evaluate(planned: Planned, leaves: Sequence[Any], spaces: dict[int, Space]) -> tuple[list[Any], list[jax.Array]]:
+def evaluate(
+    prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True
+) -> tuple[list[Any], list[jax.Array]]:
     """The step's outputs, on the rows of these spaces, and the blocks that were written back."""
-    plan, places = planned.plan, planned.traced.places
-    walk = Walk(plan, spaces)
-    arrays = [jnp.asarray(x) for x in leaves]
-    gathered = {c: _gathered([arrays[i] for i in planned.leaves if planned.leaves[i] == c], spaces[c]) for c in spaces}
+    planned, places = prepared.planned, prepared.planned.traced.places
+    walk = Walk(planned.plan, spaces, alone=alone)
+    arrays = flush_before(prepared.replayed, [jnp.asarray(x) for x in leaves], planned.leaves)
+    gathered = {
+        c: gather_blocks([arrays[i] for i in planned.leaves if planned.leaves[i] == c], spaces[c]) for c in spaces
+    }
     blocks = {c: iter(rows) for c, rows in gathered.items()}
-    values = []
-    for i, x in enumerate(arrays):
-        c = planned.leaves.get(i)
-        values.append(Whole(x) if c is None else rows_of_leaf(next(blocks[c]), i, x))
-    outs = walk.run(planned.traced.program, values)
+    values = [
+        rows_of_leaf(next(blocks[planned.leaves[i]]), i, x) if i in planned.leaves else Whole(x)
+        for i, x in enumerate(arrays)
+    ]
+    outs = walk.run(planned.program, values)
     leaf_at = {place: i for i, place in places.items() if i in planned.leaves}
     results = [
         None if j in leaf_at else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
@@ -132,13 +199,6 @@ def evaluate(planned: Planned, leaves: Sequence[Any], spaces: dict[int, Space]) 
         results[j] = scatter_rows(arrays[i], spaces[planned.leaves[i]].ids + after, rows.block)
         blocks_written.append(rows.block)
     return results, blocks_written
-
-
-def _gathered(arrays: list[jax.Array], space: Space) -> list[jax.Array]:
-    """The chosen rows of several arrays, copied in one piece."""
-    axes = [_jax.varying_axes([x, space.ids]) for x in arrays]
-    always = _jax.vary(space.ids[-1] >= space.num_rows, frozenset().union(*axes))
-    return computed_once(lambda: [copy_rows(x, space.ids) for x in arrays], always, axes)
 
 
 _SMALL = 1 << 12

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from jaxsparse.by_row import check_by_row, find_row_leaves
+from jaxsparse.lazy import plan_update
 
 
 def assert_rowwise(inner: optax.GradientTransformation, params: Any = None) -> None:
     """Raises if `js.lazy(inner)` would not do to touched rows what dense `inner` does to them.
 
-    `inner` is run on small tables of random numbers, once whole and once on two of their rows, and updates and state
-    are compared. js.lazy does the same at its first update; this tells beforehand.
+    The program of `inner.update` is read, as js.lazy reads it at its first update; this tells beforehand.
 
     Args:
       inner: the transformation, usually a chain.
@@ -22,7 +21,7 @@ def assert_rowwise(inner: optax.GradientTransformation, params: Any = None) -> N
         a table. One table of rank 2 by default.
 
     Raises:
-      ValueError: naming the update or the state that differs, or the state that is not kept by row.
+      ValueError: with what looks across rows, and its line.
 
     Example:
       >>> import optax, jaxsparse as js
@@ -35,7 +34,6 @@ def assert_rowwise(inner: optax.GradientTransformation, params: Any = None) -> N
     """
     params = jax.ShapeDtypeStruct((5, 3), "float32") if params is None else params
     leaves, tree = jax.tree.flatten(params)
-    flags = [len(x.shape) > 0 for x in leaves]
+    by_row = {i for i, x in enumerate(leaves) if x.ndim}
     inner = optax.with_extra_args_support(inner)
-    find_row_leaves(inner, tree, leaves, flags)
-    check_by_row(inner, tree, leaves, flags)
+    plan_update(inner, tree, leaves, jax.eval_shape(inner.init, params), params, {}, by_row)

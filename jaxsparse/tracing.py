@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse._jax import Program
+from jaxsparse._jax import Equation, Program
+
+_LIBRARIES = re.compile(
+    r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
+)
+_CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
+
+
+UNKNOWN_SOURCE = "unknown source"
+
+
+def source_line(eqns: Sequence[Equation]) -> str:
+    """Where the user's program made the last of these equations, each of which is inside the one before: the innermost
+    frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
+    for eqn in reversed(eqns):
+        for file, line, function in _jax.source_frames(eqn):
+            if not _LIBRARIES.search(file):
+                return f"{'cell' if _CELL.search(file) else file}:{line} ({function})"
+    return UNKNOWN_SOURCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +56,16 @@ class TracedStep:
     again: Callable[[list[Any]], Program]  # traced at other shapes
 
 
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Around the tracing of what is to be evaluated on rows."""
+    token = _TRACING.set(True)
+    try:
+        yield
+    finally:
+        _TRACING.reset(token)
+
+
 _TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", default=False)
 
 
@@ -44,7 +75,31 @@ def is_tracing() -> bool:
     return _TRACING.get()
 
 
-def trace_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int]) -> TracedStep:
+ROWS_OF = "jaxsparse_rows_of"  # the name under which a walk knows rows_of
+
+
+def rows_of(x: Any) -> tuple[jax.Array, jax.Array]:
+    """Where a step computes some rows of an array (n, ...), how many, int32 (), and which, bool (n,). Where it computes
+    all of them, and outside of such a step, -1 and none."""
+    return _ROWS_OF(x)
+
+
+def _rows_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.int32(-1), jnp.zeros(x.shape[:1], bool)
+
+
+_rows_of.__name__ = ROWS_OF
+_ROWS_OF = jax.jit(_rows_of)
+
+
+def trace_step(
+    step: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    state_argnums: int | Sequence[int],
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda leaves: leaves,
+) -> TracedStep:
+    """Traces step(*args, **kwargs), whose leaves are what `prepare` makes of the given ones."""
     numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums)
     for n in numbers:
         if not -len(args) <= n < len(args):
@@ -56,12 +111,9 @@ def trace_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: 
     out_tree: list[Any] = []
 
     def flat_step(*leaves: Any) -> list[Any]:
-        args, kwargs = jax.tree.unflatten(tree, leaves)
-        token = _TRACING.set(True)
-        try:
+        with tracing():
+            args, kwargs = jax.tree.unflatten(tree, prepare(leaves))
             out = step(*args, **kwargs)
-        finally:
-            _TRACING.reset(token)
         out_leaves, tree_of_out = jax.tree.flatten(out)
         out_tree[:] = [tree_of_out]
         return out_leaves

@@ -12,17 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxsparse._checks import message
-from jaxsparse._jax import vary
-from jaxsparse.accumulate import AccumulateState
-from jaxsparse.blocks import Blocks
-from jaxsparse.collectives import psum
-from jaxsparse.grad import trace, value_and_grad
-from jaxsparse.lazy import coalesce_gradients, named_leaves
-from jaxsparse.parallel import in_auto_mode
+from jaxsparse._jax import vary, varying_axes
+from jaxsparse.jit import jit as js_jit
 from jaxsparse.pipeline import Batches
-from jaxsparse.refresh import check_flushed, flush, refresh
-from jaxsparse.rows import RowSparse, in_range, is_row_sparse, scale
-from jaxsparse.workspace import StepWithWorkspace
+from jaxsparse.refresh import check_flushed, flush
+from jaxsparse.rowwise import rowwise
+from jaxsparse.tracing import rows_of
 
 
 def make_train_step(
@@ -45,12 +40,10 @@ def make_train_step(
       The step. `state` is a flax TrainState, or any object with params, opt_state, tx, replace and apply_gradients; it
       is donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
       own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux". With `jit`
-      the step has `lower`, as jitted functions have, and keeps memory between calls where that pays (workspace.py).
+      the step is one of `js.jit`; without, of `js.rowwise`.
 
     Raises:
-      ValueError: if a parameter is read by rows and its optimizer is not lazy, or refuses row-sparse gradients; or if,
-        with skipped="replay", loss_fn sees rows of a table that are not up to date: as row ids, or behind
-        stop_gradient.
+      ValueError: as of `js.jit`; or if, with skipped="replay", row ids are made of rows that are not up to date.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -64,107 +57,46 @@ def make_train_step(
       (1.0, 2)
     """
 
-    def with_temporaries(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any], list[Any]]:
-        if any(_accumulates(s) for s in jax.tree.leaves(state.opt_state, is_leaf=_accumulates)):
-            return *_step_on_gradients(loss_fn, has_aux, axis_name, state, batch, args), []
-        with jax.named_scope("choose_rows"):
-            traced = trace(loss_fn, 0, has_aux, (state.params, batch, *args), {})
-            blocks = Blocks(traced, state.tx, state.params, state.opt_state, axis_name)
-            _check_optimizer(state, blocks)
-        with jax.named_scope("gather"):
-            params, opt_state = blocks.small()
+    def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        rows = [rows_of(p)[0] for p in jax.tree.leaves(state.params)]
+
+        def loss_and_aux(params: Any) -> Any:
+            out = loss_fn(params, batch, *args)
+            return out if has_aux else (out, None)
+
         with jax.named_scope("loss_and_gradients"):
-            (loss, aux), grads = jax.value_and_grad(blocks.loss, has_aux=True)(vary(params, traced.axes))
+            own = vary(state.params, varying_axes((batch, args)))  # each device's, to be combined by weight
+            (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(own)
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
                 loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
-        touched = [(c.ids, traced.leaves[c.leaf].shape[0]) for c in blocks.chosen.values()]
-        metrics = _metrics(loss, jax.tree.leaves(grads), touched)
+        metrics = {
+            "loss": loss,
+            "grad_norm": jnp.sqrt(sum(map(_square, jax.tree.leaves(grads)), jnp.float32(0))),
+            "rows_touched": sum((jnp.maximum(n, 0) for n in rows), jnp.int32(0)),
+        }
         with jax.named_scope("update"):
-            new = state.replace(params=params, opt_state=opt_state).apply_gradients(grads=grads)
-        with jax.named_scope("scatter"):
-            params, opt_state = blocks.put_back(new.params, new.opt_state)
-        # slots first: in this order of the kept buffers XLA (jax 0.10) updates all of Adam's blocks in place
-        temporaries = [*blocks.rows_in(new.params, new.opt_state)[::-1], *blocks.rows_in(grads)]
-        metrics |= {"aux": aux} if has_aux else {}
-        return new.replace(params=params, opt_state=opt_state), metrics, temporaries
+            state = state.apply_gradients(grads=grads)
+        return state, metrics | ({"aux": aux} if has_aux else {})
 
-    def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
-        return with_temporaries(state, batch, *args)[:2]
-
-    step = in_auto_mode(train_step)
-    return StepWithWorkspace(with_temporaries, step) if jit else step
+    return js_jit(train_step) if jit else rowwise(train_step)
 
 
-def _check_optimizer(state: Any, blocks: Blocks) -> None:
-    """Whatever the optimizer has to say against row-sparse gradients, which in the step it does not meet."""
-
-    def update(params: Any, opt_state: Any) -> Any:
-        leaves, tree = named_leaves(params)
-        for name, p in leaves.items():
-            if name in blocks.chosen:
-                leaves[name] = RowSparse(jnp.zeros(1, jnp.int32), jnp.zeros((1, *p.shape[1:]), p.dtype), p.shape)
-        return state.tx.update(tree.unflatten(leaves.values()), opt_state, params)[0]
-
-    if blocks.chosen:
-        jax.eval_shape(update, state.params, state.opt_state)
-
-
-def _step_on_gradients(
-    loss_fn: Callable[..., Any], has_aux: bool, axis_name: Any, state: Any, batch: Any, args: Any
-) -> tuple[Any, dict[str, Any]]:
-    """The step for an optimizer that keeps gradients for later: these have to be RowSparse."""
-    state = refresh(loss_fn, has_aux=has_aux, axis_name=axis_name)(state, batch, *args)
-    value, grads = value_and_grad(loss_fn, has_aux=has_aux)(state.params, batch, *args)
-    loss, aux = value if has_aux else (value, None)
-    if axis_name is not None:
-        loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
-    grads, opt_state = coalesce_gradients(grads, state.opt_state)
-    leaves = jax.tree.leaves(grads, is_leaf=is_row_sparse)
-    touched = [(g.ids, g.num_rows) for g in leaves if is_row_sparse(g)]
-    metrics = _metrics(loss, [g.rows if is_row_sparse(g) else g for g in leaves], touched)
-    state = state.replace(opt_state=opt_state).apply_gradients(grads=grads)
-    return state, metrics | ({"aux": aux} if has_aux else {})
-
-
-def _metrics(loss: jax.Array, grads: list[jax.Array], touched: list[tuple[jax.Array, int]]) -> dict[str, Any]:
-    """What a step reports, of coalesced gradients and the ids of each table with its number of rows.
-
-    The norm is one of inner products: of these XLA keeps no array of squares.
-    """
-    squares = [-jnp.vdot(g, -g, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32)) for g in grads]
-    rows = [jnp.sum(in_range(ids, num_rows), dtype=jnp.int32) for ids, num_rows in touched]
-    return {
-        "loss": loss,
-        "grad_norm": jnp.sqrt(sum(squares, jnp.float32(0))),
-        "rows_touched": sum(rows, jnp.int32(0)),
-    }
-
-
-def _accumulates(x: object) -> bool:
-    return isinstance(x, AccumulateState)
+def _square(g: jax.Array) -> jax.Array:
+    """The sum of squares, as an inner product: of these XLA keeps no array of squares."""
+    every = tuple(range(g.ndim))
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    return -jax.lax.dot_general(g, -g, ((every, every), ((), ())), preferred_element_type=wide)
 
 
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
-    """The mean over all examples that have weight, of each device's mean over its own; a device without any counts
-    nothing."""
+    """The mean over all examples that have weight, of each device's mean over its own; a device without any, whose loss
+    may be 0/0, counts nothing."""
     weight = getattr(batch, "weight", None)
     own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(own, axis_name)
     share = own / jnp.where(total == 0, 1, total)
-
-    def part(x: Any) -> Any:
-        if is_row_sparse(x):
-            return scale(_cleared(x, own), share)
-        return jnp.where(own == 0, 0, x) * share.astype(x.dtype)
-
-    return psum(jax.tree.map(part, tree, is_leaf=is_row_sparse), axis_name)
-
-
-def _cleared(g: Any, own: jax.Array) -> Any:
-    """g with zero rows where a device has no example, whose loss may be 0/0."""
-    rows = jnp.where(own == 0, 0, g.rows)
-    return jax.tree.unflatten(jax.tree.structure(g), [jax.tree.leaves(g)[0], rows])
+    return jax.lax.psum(jax.tree.map(lambda x: jnp.where(own == 0, 0, x) * share.astype(x.dtype), tree), axis_name)
 
 
 def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any) -> dict[str, float]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._jax import vary, varying_axes
+
 # What the rows of a `Rows` are outside of its block: anything; what the padding rows at the block's end are; zero.
 UNKNOWN, UNIFORM, ZERO = range(3)
 
@@ -102,7 +104,8 @@ class Same:
             return self
         shape = list(jnp.shape(self.row))
         shape[self.axis], size, shape[axis] = self.size, shape[axis], 1
-        return Same(jnp.zeros(shape, self.row.dtype), axis, size, self.zero, self.notes)
+        row = vary(jnp.zeros(shape, self.row.dtype), varying_axes(self.row))
+        return Same(row, axis, size, self.zero, self.notes)
 
     @property
     def outside(self) -> int:
@@ -131,3 +134,7 @@ def notes_of(*values: Value) -> Notes:
 
 class RefusedError(ValueError):
     """A step that cannot be right on the rows that it reads."""
+
+    def __init__(self, text: str, got: str, do: str) -> None:
+        super().__init__(text)
+        self.got, self.do = got, do

@@ -20,9 +20,12 @@ import numpy as np
 
 from jaxsparse import _jax, row_elementwise, row_reads, row_regions, row_rules
 from jaxsparse._jax import Equation, Program
-from jaxsparse.reads import source_line
-from jaxsparse.rows import gather_rows
+from jaxsparse.rows import computed_once, copy_rows, gather_rows
+from jaxsparse.tracing import ROWS_OF, source_line
+from jaxsparse.uses import INLINED, Frame, only_use, uses_of
 from jaxsparse.values import (
+    NOBODY,
+    ZERO,
     Rows,
     Same,
     Summed,
@@ -39,9 +42,17 @@ Path = tuple[Any, ...]
 class Space(NamedTuple):
     """The rows that were chosen for all arrays that share them."""
 
-    ids: jax.Array  # int32 (k,), in order, distinct; the last of them, at least one, are num_rows, num_rows + 1, ...
+    ids: jax.Array  # int32 (k,), distinct; the last of them, at least one, are num_rows, num_rows + 1, ...
     num_rows: int
-    positions: dict[Path, jax.Array]  # where in `ids` the ids of a read are, if that is known already
+    # where in `ids` the ids of a read are, k for no row, if that is known already; else `ids` are in order
+    positions: dict[Path, jax.Array]
+
+
+def gather_blocks(arrays: list[jax.Array], space: Space) -> list[jax.Array]:
+    """The chosen rows of several arrays, copied in one piece; not to be differentiated."""
+    axes = [_jax.varying_axes([x, space.ids]) for x in arrays]
+    always = _jax.vary((space.ids[-1] | 1) != 0, frozenset().union(*axes))  # which XLA does not know
+    return computed_once(lambda: [copy_rows(x, space.ids) for x in arrays], always, axes)
 
 
 class Read(NamedTuple):
@@ -52,6 +63,17 @@ class Read(NamedTuple):
     path: Path | None  # None inside of a region, where ids are stacked
     clipped: bool  # an id out of range reads the first or last row
     source: str
+
+
+class Reason(NamedTuple):
+    """Why something is not done row by row."""
+
+    cause: str  # a primitive, or a few words
+    source: str  # its line; "" if there is none
+    closed: bool = False  # it holds a program of a kind that this library does not look into
+
+    def __str__(self) -> str:
+        return f"{self.cause} at {self.source}" if self.source else self.cause
 
 
 @dataclasses.dataclass
@@ -69,10 +91,10 @@ class Plan:
     nodes: dict[Path, int] = dataclasses.field(default_factory=dict)
     first_node: int = 0
     scatters: dict[Path, int] = dataclasses.field(default_factory=dict)  # of this walk
-    not_by_row: dict[int, str] = dataclasses.field(default_factory=dict)  # why nodes cannot be Rows
-    refused: dict[int, str] = dataclasses.field(default_factory=dict)  # the same, of what is updated
+    not_by_row: dict[int, Reason] = dataclasses.field(default_factory=dict)  # why nodes cannot be Rows
+    refused: dict[int, Reason] = dataclasses.field(default_factory=dict)  # the same, of what is updated
     axes: dict[int, set[Any]] = dataclasses.field(default_factory=dict)  # mapped axes that nodes are summed over
-    whole_sums: dict[str, None] = dataclasses.field(default_factory=dict)
+    whole_sums: dict[Reason, int] = dataclasses.field(default_factory=dict)  # with a node
     made_whole: dict[tuple[int, str], None] = dataclasses.field(default_factory=dict)
     part_sources: dict[str, None] = dataclasses.field(default_factory=dict)
     part_sums: list[tuple[Rows, str]] = dataclasses.field(default_factory=list)  # over rows of what is updated
@@ -105,6 +127,7 @@ class Walk:
     Args:
       plan: what is found out, or was.
       spaces: for each class of nodes the rows that were chosen; None while planning.
+      alone: whether the program is one device's, and is not to be split over several.
     """
 
     def __init__(
@@ -113,11 +136,12 @@ class Walk:
         spaces: dict[int, Space] | None = None,
         within: tuple[Equation, ...] = (),
         depth: int = 0,
+        alone: bool = True,
     ) -> None:
-        self.plan, self.spaces, self.within, self.depth = plan, spaces, within, depth
+        self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
         self.reads: list[tuple[Read, jax.Array]] = []
         self._wholes: dict[Any, Any] = {}
-        self._frames: list[_Frame] = []  # of the programs that call each other, the innermost last
+        self._frames: list[Frame] = []  # of the programs that call each other, the innermost last
 
     @property
     def planning(self) -> bool:
@@ -125,7 +149,7 @@ class Walk:
 
     def run(self, program: Program, values: Sequence[Value]) -> list[Value]:
         """The values of the outputs, given those of the inputs."""
-        self._frames.append(_Frame(program, self.within[-1:], _uses(program)))
+        self._frames.append(Frame(program, self.within[-1:], uses_of(program)))
         env: dict[Any, Value] = {v: Whole(c) for v, c in program.constants.items()}
         env.update(zip(program.inputs, values, strict=True))
 
@@ -141,7 +165,9 @@ class Walk:
 
     def _step(self, program: Program, eqn: Equation, values: list[Value]) -> list[Value]:
         primitive = eqn.primitive
-        if primitive in _INLINED:
+        if _jax.called_name(eqn) == ROWS_OF:
+            return self._rows_of(eqn, values[0])
+        if primitive in INLINED:
             return self.run(_jax.called(eqn), values)
         if any(isinstance(v, Summed) for v in values):
             assert primitive is _jax.REDUCE_SUM, "the one use that was found is a sum"
@@ -183,10 +209,17 @@ class Walk:
         for v in values:
             if isinstance(v, Rows):
                 where = self.plan.refused if v.updated else self.plan.not_by_row
-                where.setdefault(v.node, f"{eqn.primitive} at {self.source}")
+                where.setdefault(v.node, Reason(str(eqn.primitive), self.source, is_closed(eqn)))
         if not self.planning:
             raise AssertionError(f"a rule is missing in the second walk only: {eqn.primitive} at {self.source}")
         return [Whole(_jax.zeros_like_output(v)) for v in eqn.outputs]
+
+    def note_refused(self, node: int, cause: str) -> None:
+        """Notes that an update of these rows is not done row by row."""
+        self.plan.refused.setdefault(node, Reason(cause, self.source))
+
+    def note_whole_sum(self, node: int, eqn: Equation) -> None:
+        self.plan.whole_sums[Reason(str(eqn.primitive), self.source)] = node
 
     def _note_gates(self, eqn: Equation, values: list[Value]) -> None:
         """A comparison of a counter that meets rows decides in which steps something happens to them; so does a counter
@@ -217,11 +250,11 @@ class Walk:
     def only_use(self, v: Any) -> tuple[Equation, int] | None:
         """The one equation that uses a variable of the program, and the operand that it is there; through calls, in
         and out. None if there are several, or it leaves the outermost program."""
-        return _only_use(self._frames, v)
+        return only_use(self._frames, v)
 
     def inside(self) -> Walk:
         """For a region's program: its reads are its own, and leave it as outputs."""
-        return Walk(self.plan, self.spaces, self.within, self.depth + 1)
+        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.alone)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the rows of a class
@@ -241,6 +274,17 @@ class Walk:
         num_rows = 0 if self.spaces is None else self.spaces[self.plan.find(rows.node)].num_rows
         real = self.ids(rows.node) < num_rows
         return real.reshape([-1 if axis == rows.axis else 1 for axis in range(rows.block.ndim)])
+
+    def _rows_of(self, eqn: Equation, v: Value) -> list[Value]:
+        """Of `tracing.rows_of`."""
+        (num_rows,) = _jax.shape(eqn.outputs[1]) or (0,)
+        if not isinstance(v, Rows) or v.axis != 0:  # no arrays of JAX's: XLA leaves out what is only for rows
+            none = Whole(np.zeros((), bool)) if not num_rows else Same(np.zeros(1, bool), 0, num_rows, zero=True)
+            return [Whole(np.int32(-1)), none]
+        if v.updated and v.outside != ZERO:
+            self.plan.not_by_row.setdefault(v.node, Reason("its gradient is not zero in rows that are not read", ""))
+        real = self.ids(v.node) < num_rows
+        return [Whole(jnp.sum(real, dtype=jnp.int32)), Rows(real, v.node, outside=ZERO)]
 
     def take(self, array: Any, node: int, axis: int) -> jax.Array:
         """The chosen rows of an array that has one for each of a table's; zeros at the block's end."""
@@ -277,16 +321,15 @@ class Walk:
         ids = _int32(ids, num_rows)
         path = self.path if self.depth == 0 else None
         if self.spaces is None:
-            inside = jnp.clip(ids, -1, num_rows) if clipped else ids  # none is taken for the id of nobody
-            self.reads.append((Read(node, late, path, clipped, self.source), inside.reshape(-1)))
+            known = jnp.minimum(ids, NOBODY - 1)  # none is taken for the id of nobody
+            self.reads.append((Read(node, late, path, clipped, self.source), known.reshape(-1)))
             return ids
         space = self.spaces[self.plan.find(node)]
         size = space.ids.shape[0]
-        if path in space.positions:
-            at = space.positions[path].reshape(ids.shape)
-        else:
-            at = jnp.searchsorted(space.ids, ids, method="scan_unrolled").astype(jnp.int32)
-            at = jnp.where((space.ids.at[at].get(mode="clip") == ids) & (ids < num_rows), at, size)
+        if path is not None and path in space.positions:
+            return space.positions[path].reshape(ids.shape)
+        at = jnp.searchsorted(space.ids, ids, method="scan_unrolled").astype(jnp.int32)
+        at = jnp.where((space.ids.at[at].get(mode="clip") == ids) & (ids < num_rows), at, size)
         if clipped:  # the first and the last row are there if they are wanted
             last = jnp.sum(space.ids < num_rows, dtype=jnp.int32) - 1
             at = jnp.where(ids < 0, 0, jnp.where(ids >= num_rows, last, at))
@@ -306,40 +349,19 @@ def _int32(ids: jax.Array, num_rows: int) -> jax.Array:
     return ids.astype(jnp.int32)
 
 
-# The uses of a variable: an equation, None standing for the program's outputs, and which operand or output it is.
-_Uses = dict[Any, list[tuple[Equation | None, int]]]
+def is_closed(eqn: Equation) -> bool:
+    """Whether an equation of a kind that is unknown here holds a program that reads rows, or cannot be seen."""
+    held = None if eqn.primitive in _OPEN else _jax.held_programs(eqn)
+    return held is not None and (not held or any(map(_reads, held)))
 
 
-class _Frame(NamedTuple):
-    program: Program
-    caller: Sequence[Equation]  # one, or none of the outermost program
-    uses: _Uses
+def _reads(program: Program) -> bool:
+    return any(
+        eqn.primitive in (_jax.GATHER, _jax.DYNAMIC_SLICE) or any(map(_reads, _jax.held_programs(eqn) or ()))
+        for eqn in program.equations
+    )
 
 
-def _uses(program: Program) -> _Uses:
-    uses: _Uses = {}
-    users: list[tuple[Equation | None, Sequence[Any]]] = [(eqn, eqn.inputs) for eqn in program.equations]
-    for user, operands in [*users, (None, program.outputs)]:
-        for i, v in enumerate(operands):
-            if not _jax.is_literal(v):
-                uses.setdefault(v, []).append((user, i))
-    return uses
-
-
-def _only_use(frames: Sequence[_Frame], v: Any) -> tuple[Equation, int] | None:
-    uses = frames[-1].uses.get(v, [])
-    if len(uses) != 1:
-        return None
-    user, i = uses[0]
-    if user is None:
-        called = frames[-1].caller and len(frames) > 1
-        return _only_use(frames[:-1], frames[-1].caller[0].outputs[i]) if called else None
-    if user.primitive in _INLINED:
-        inner = _jax.called(user)
-        return _only_use([*frames, _Frame(inner, [user], _uses(inner))], inner.inputs[i])
-    return user, i
-
-
-_INLINED = _jax.CALLS | _jax.primitives("custom_jvp_call custom_vjp_call")
 _VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
 _RULES = row_rules.RULES | row_reads.RULES
+_OPEN = frozenset(row_regions.REGIONS) | INLINED

@@ -24,7 +24,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsparse as js
-from jaxsparse.lazy import LazyState
+from jaxsparse.replaying import is_replay_state
 
 ROWS, DIM, BATCH, LENGTH = 1003, 8, 64, 6  # as many rows as no number of devices divides
 
@@ -89,13 +89,10 @@ def finish(losses: list[float], state: TrainState, replicas_equal: bool = True) 
     """The outcome of a run, every row up to date; a padded table cut to its rows."""
     state = js.flush(state)
     cut = lambda x: x[:ROWS] if x.ndim and x.shape[0] > ROWS else x  # noqa: E731
-    wrapped = [s.wrapped for s in jax.tree.leaves(state.opt_state, is_leaf=is_lazy) if is_lazy(s)]
+    parts = jax.tree.leaves(state.opt_state, is_leaf=is_replay_state)
+    wrapped = [s.wrapped if is_replay_state(s) else s for s in parts]
     params, slots = jax.tree.map(lambda x: cut(np.asarray(x)), (state.params, jax.tree.leaves(wrapped)))
     return Run(losses, params, slots, replicas_equal, state.params["table"].sharding)
-
-
-def is_lazy(x: object) -> bool:
-    return isinstance(x, LazyState)
 
 
 def shards_are_equal(tree) -> bool:

@@ -154,7 +154,7 @@ def test_from_scipy_dtypes_and_wide_matrices():
     wide = sp.coo_array(([1.0], ([0], [2**31 - 3])), shape=(1, 2**31 - 2))
     assert js.from_scipy(wide, nse=2).indices.tolist() == [[0, 2**31 - 3], [1, 2**31 - 2]]
     (batch,) = js.batches(wide, batch_size=2)
-    assert batch.x.indices[0].tolist() == [0, 2**31 - 3] and batch.distinct[1] <= batch.x.indices.size
+    assert batch.x.indices[0].tolist() == [0, 2**31 - 3]
 
 
 def out_of_range(fmt, index):
@@ -271,57 +271,6 @@ def test_the_padding_id_is_legal_in_the_data():
     assert batch.x["a"].tolist() == [[5], [1]] and batch.x["b"].tolist() == [9, 2]
 
 
-# ---- the bound on distinct values
-
-
-def assert_bounds_hold(batches, devices=None):
-    for batch in batches:
-        leaves = jax.tree.leaves(batch.x)
-        assert len(batch.distinct) == len(leaves)
-        for shard in shards(batch, devices):
-            for leaf, bound in zip(jax.tree.leaves(shard.x), batch.distinct, strict=True):
-                assert (bound is None) == (leaf.dtype.kind == "f")
-                assert bound is None or len(np.unique(leaf)) <= bound <= leaf.size
-
-
-@given(
-    st.sampled_from([*KINDS, "skewed"]), st.integers(1, 40), st.sampled_from(SIZES_AND_DEVICES),
-    st.sampled_from([None, 0, V, -1]), st.booleans(), st.booleans(), st.integers(0, 9),
-)  # fmt: skip
-def test_distinct_is_never_too_small(kind, n, size_and_devices, padding_idx, with_num_rows, shuffle, seed):
-    batch_size, devices = size_and_devices
-    if kind == "skewed":  # nothing in the first batches tells how many ids a later one holds
-        ids = np.where(np.arange(n)[:, None] < n - 3, 0, rng_of(seed).integers(0, V, (n, 5)))
-        csr = sp.csr_matrix((np.ones(5 * n), ids.reshape(-1), np.arange(0, 5 * n + 1, 5)), shape=(n, V))
-        x = {"ids": ids, "lists": ids.tolist(), "csr": csr}
-    else:
-        x = KINDS[kind](rng_of(seed), n)
-    num_rows = V if with_num_rows or kind in ("lists", "dict", "skewed") else None
-    batches = js.batches(
-        x, batch_size=batch_size, devices=devices, num_rows=num_rows, padding_idx=padding_idx, shuffle=shuffle
-    )
-    for _ in range(2):
-        assert_bounds_hold(batches, devices)
-
-
-def test_distinct_holds_where_nothing_told_of_it():
-    ids = np.zeros((800, 5), int)
-    ids[400:404] = np.arange(20).reshape(4, 5)  # one batch of 200 is unlike the others
-    bounds = [batch.distinct[0] for batch in js.batches(ids, batch_size=4)]
-    assert bounds[100] == 20 and max(bounds[:100] + bounds[101:]) < 10
-    # the padding of the second shard repeats the first example, which the second shard has not
-    assert_bounds_hold(js.batches(np.array([0, 0, 0, 1, 2]), batch_size=6, devices=2), 2)
-
-
-def test_distinct_is_worth_having():
-    """A bound of the leaf's size is true and useless: Zipf ids repeat, so the bound has to be well below it."""
-    ids = zipf(rng_of(0), (1000, 20), 10_000)
-    for batch in js.batches(ids, batch_size=200, shuffle=True):
-        count = len(np.unique(batch.x))
-        assert count <= batch.distinct[0] <= 1.6 * count + 20 < batch.x.size
-    assert_bounds_hold(js.batches(np.array([[2**30, 5], [5, 5], [2**30, 7]]), batch_size=2))  # too many for a scratch
-
-
 # ---- few static shapes
 
 
@@ -330,7 +279,7 @@ def count_traces(batches, epochs):
 
     @jax.jit
     def step(batch):
-        traces.append(batch.distinct)
+        traces.append(batch.x)
         return batch.weight.sum()
 
     for _ in range(epochs):
@@ -554,13 +503,13 @@ def test_what_is_not_finite_passes_unless_checked():
 # ---- a pytree, and data as it comes
 
 
-def test_batch_is_a_pytree_with_a_static_bound():
+def test_batch_is_a_pytree():
     (batch,) = js.batches({"a": M, "b": IDS}, [1.0, 2.0], batch_size=2)
     leaves, treedef = jax.tree.flatten(batch)
-    assert len(leaves) == 5 and batch.distinct[0] is None and isinstance(batch.x["a"], BCOO)
-    assert jax.tree.unflatten(treedef, leaves).distinct == batch.distinct
+    assert len(leaves) == 5 and isinstance(batch.x["a"], BCOO)
+    assert jax.tree.structure(jax.tree.unflatten(treedef, leaves)) == treedef
     out = jax.jit(lambda b: jax.tree.map(lambda a: a * 2, b))(batch)
-    assert isinstance(out, js.Batch) and out.distinct == batch.distinct and out.x["b"].tolist() == (2 * IDS).tolist()
+    assert isinstance(out, js.Batch) and out.x["b"].tolist() == (2 * IDS).tolist()
     np.testing.assert_array_equal(jax.jit(lambda b: b.x["a"] @ jnp.ones(5))(batch), [1, 1])
 
 
@@ -573,7 +522,6 @@ def test_zipf_words():
     m = sp.csr_array((np.ones(lengths.sum(), np.float32), np.concatenate(texts), np.cumsum([0, *lengths])), (n, words))
     x = {"bag": m, "text": [t.tolist() for t in texts]}
     batches = js.batches(x, np.arange(n), batch_size=32, num_rows=words, shuffle=True)
-    assert_bounds_hold(batches)
     longest, total = 0, 0.0
     for batch in batches:
         longest = max(longest, int((batch.x["text"] < words).sum(axis=1).max()))
@@ -599,7 +547,7 @@ def test_hosts_share_every_batch(devices, count, drop_remainder):
     parts = [js.batches(bags, np.arange(n), **options, devices=devices, shard=(i, count)) for i in range(count)]
     for _ in range(2):
         for want, *hosts in zip(whole, *parts, strict=True):
-            assert len({(h.x.shape, h.weight.shape, h.distinct) for h in hosts}) == 1
+            assert len({(h.x.shape, h.weight.shape) for h in hosts}) == 1
             assert all(h.weight.size == 16 // count for h in hosts)
             got = np.concatenate([np.ravel(h.y)[np.ravel(h.weight) > 0] for h in hosts])
             np.testing.assert_array_equal(got, want.y[want.weight > 0])

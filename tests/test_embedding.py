@@ -894,7 +894,7 @@ def row_sparse_gradient(case, combiner):
 def test_what_is_left_out_is_not_touched(kwargs, touched, combiner):
     """Its gradient is 0 in any case; that its id is no row either keeps a lazy optimizer away from that row."""
     gradient = row_sparse_gradient(LEFT_OUT.index((kwargs, touched)), combiner)
-    assert [i for i in gradient.ids.tolist() if i != 5] == touched
+    assert sorted(i for i in gradient.ids.tolist() if i < 5) == sorted(set(touched))
 
 
 def test_the_gradient_of_an_empty_batch_is_row_sparse():
@@ -904,7 +904,7 @@ def test_the_gradient_of_an_empty_batch_is_row_sparse():
         return js.grad(lambda t: jnp.sum(js.embedding_bag(t, np.zeros(shape, int), combiner=combiner)))(table)
 
     for case, got in zip(cases, jax.jit(lambda t: [gradient(t, *key) for key in cases])(W), strict=True):
-        assert isinstance(got, js.RowSparse) and got.ids.shape == (0,), case
+        assert isinstance(got, js.RowSparse) and (np.asarray(got.ids) >= len(W)).all(), case
 
 
 # ---------------------------------------------------------------------------------------------------------------------

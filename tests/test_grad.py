@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import warnings
 
 import flax.linen as nn
 import jax
@@ -142,17 +143,24 @@ READS = {
     )[0],
     "remat_of_scan": jax.checkpoint(lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), None), 0.0, IDS)[0]),
     "scalar_loss_of_some": lambda t: t[IDS][0, 0, 0],
+    "only_stopped": lambda t: squares(jax.lax.stop_gradient(t)[IDS]),
 }
 
 
-reads = functools.cache(lambda: all_in_one_program(READS))
+# Row-sparse as a gradient; in a step it is several steps, which are refused.
+CARRIED = {
+    "carried_on": lambda t: jax.lax.scan(lambda c, i: (c.at[i].add(1.0), squares(c[i])), t, IDS)[1].sum(),
+}
+
+
+reads = functools.cache(lambda: all_in_one_program(READS | CARRIED))
 
 
 def tolerance(name):
     return 2e-2 if "cast" in name else 1e-5
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", READS | CARRIED)
 def test_reads(name):
     hold_equal(*reads()[name], {""}, tolerance(name))
 
@@ -182,7 +190,8 @@ def step_over(names):
 
     params = {name: jnp.copy(TABLE) for name in names}
     state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_sgd(1.0))
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of them uses its table as a whole
         state, metrics = js.make_train_step(loss_fn, has_aux=True)(state, None)
     return jax.device_get((state.params, metrics["aux"]))
 
@@ -220,13 +229,11 @@ DENSE = {
     "norm": lambda t: squares(t[IDS]) + 0.1 * jnp.sum(t**2),
     "tied_output": lambda t: squares(t[IDS] @ t.T),
     "columns": lambda t: squares(t[:, jnp.array([0, 1])]),
-    "carried_on": lambda t: jax.lax.scan(lambda c, i: (c.at[i].add(1.0), squares(c[i])), t, IDS)[1].sum(),
     "scanned_over": lambda t: jax.lax.scan(lambda c, row: (c + squares(row), None), 0.0, t)[0],
     "dense_in_a_scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i] @ t.T), None), 0.0, IDS)[0],
     "dense_in_a_branch": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t), lambda: squares(t[IDS[0]])),
     "slice": lambda t: squares(t[2:5]),
     "unused": lambda t: jnp.float32(1),
-    "only_stopped": lambda t: squares(jax.lax.stop_gradient(t)[IDS]),
     "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
 }
 
@@ -294,9 +301,8 @@ def test_the_users_own_rule_is_kept():
         return t[IDS]
 
     fifth.defvjp(lambda t: (t[IDS], None), lambda _, g: (jnp.zeros_like(TABLE).at[IDS].add(g / 5),))
-    assert_as_jax(lambda t: squares(tenth(t)), (TABLE,), set())
-    assert_as_jax(lambda t: squares(fifth(t)), (TABLE,), set())
-    # but one that the table does not enter is no obstacle
+    assert_as_jax(lambda t: squares(tenth(t)), (TABLE,), {""})
+    assert_as_jax(lambda t: squares(fifth(t)), (TABLE,), {""})
     assert_as_jax(lambda t: squares(jax.nn.relu(t[IDS])), (TABLE,), {""})
 
 
@@ -418,39 +424,6 @@ def test_the_cast_of_the_whole_table_is_moved_past_the_gather():
     assert "10000000x8xf32" in text and "10000000x8xbf16" not in text
 
 
-def test_bounds_on_distinct_ids_reach_the_gradient():
-    """What batches counted is proven through casts, wraps and reshapes, and not claimed where it cannot be."""
-    ids = np.random.default_rng(0).zipf(1.3, (64, 20)) % 50
-    offsets = np.arange(20) * 50
-    batch = next(iter(js.batches(ids, batch_size=64)))
-    (bound,) = batch.distinct
-    assert bound < 100  # of 64 * 20
-    table = jnp.ones((1000, 2))
-    proven = {
-        "take": lambda t, b: t[b.x].sum(),
-        "bag": lambda t, b: js.embedding_bag(t, b.x).sum(),
-        "lookup": lambda t, b: js.embedding_lookup(t, b.x, padding_idx=0).sum(),
-        "hashed": lambda t, b: t[(b.x * 7 + 1) % 1000].sum(),
-        "reshaped": lambda t, b: t[b.x.reshape(-1)[5:].astype(jnp.uint32)].sum(),
-    }
-    for name, loss in proven.items():
-        got = jax.eval_shape(js.grad(loss), table, batch).distinct
-        assert got is not None and got <= bound + 2, (name, got)
-    unproven = {
-        "offsets": lambda t, b: t[b.x + offsets[None, :]].sum(),
-        "pairs": lambda t, b: t[b.x[:, :10] * 20 + b.x[:, 10:]].sum(),
-        "sum_of_views": lambda t, b: t[b.x[:20, :] + b.x[:20, :].T].sum(),
-        "bits": lambda t, b: t[jax.lax.bitcast_convert_type(b.x, jnp.uint8)].sum(),
-        "cumulative": lambda t, b: t[jnp.cumsum(b.x, 1)].sum(),
-    }
-    for name, loss in unproven.items():
-        with jax.numpy_rank_promotion("allow"):
-            assert jax.eval_shape(js.grad(loss), table, batch).distinct is None, name
-    matrix = scipy.sparse.csr_matrix((np.ones(1280, np.float32), ids.ravel(), np.arange(0, 1281, 20)), (64, 1000))
-    batch = next(iter(js.batches(matrix, batch_size=64)))
-    assert jax.eval_shape(js.grad(lambda t, b: js.dot(b.x, t).sum()), table, batch).distinct < 300
-
-
 def test_explain_looks_out_of_nested_jits():
     """jnp.take and nn.Embed read inside a jit of their own, whose equations know nothing of their caller."""
     t, ids = jnp.ones((50, 2)), jnp.arange(3)
@@ -496,19 +469,19 @@ def test_explain():
     batch = next(iter(js.batches(np.arange(24).reshape(4, 6), batch_size=4)))
     said = js.explain(loss)(params, batch)
     t, small, tied = said["['t']"], said["['small']"], said["['tied']"]
-    assert t.row_sparse and t.num_rows == 500 and t.rows_read == 48 and t.distinct == 2 * batch.distinct[0]
+    assert t.row_sparse and t.num_rows == 500 and t.rows_read == 48
     assert t.advice == "" and "tables=" in small.advice and len(t.reads) == 2
     lines = pathlib.Path(__file__).read_text().splitlines()
     line = next(n for n, text in enumerate(lines, 1) if text.endswith("# the dense use"))
-    assert not tied.row_sparse and tied.cause == "integer_pow" and f"test_grad.py:{line} " in tied.source
+    assert not tied.row_sparse and tied.cause == "reduce_sum" and f"test_grad.py:{line} " in tied.source
     assert f"test_grad.py:{line - 1} (" in t.reads[0]
     assert said["['w']"].cause == "dot_general" and said["['s']"].cause == "mul" and said["['no']"].cause == "not used"
     printed = str(said).splitlines()
     assert len(printed) == len(params)
     assert next(p for p in printed if p.startswith("['t']")).startswith(
-        "['t']  row-sparse: 2 reads of 48 of 500 rows (at most"
+        "['t']  row-sparse: 2 reads of 48 of 500 rows at "
     )
-    assert "['tied']  dense: integer_pow at " in str(said)
+    assert "['tied']  dense: reduce_sum at " in str(said)
 
 
 def test_tables_forces_the_choice():

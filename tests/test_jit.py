@@ -255,9 +255,28 @@ def test_rows_that_the_host_chooses(a, b, clip_a, clip_b):
     assert outside == bool(np.any((a < 0) | (a >= num_rows)) or np.any((b < 0) | (b >= num_rows)))
     scratch = np.full(num_rows, -1, np.int32)
     scratch[unique] = np.arange(len(unique))
-    at = _look_up(scratch, a, 99, num_rows if outside else None)
-    for i, place in zip(a.tolist(), at.tolist(), strict=True):
+    at = _look_up(scratch, a, 99, num_rows if outside else None, clip_a)
+    for i, place in zip((np.clip(a, 0, num_rows - 1) if clip_a else a).tolist(), at.tolist(), strict=True):
         assert unique[place] == i if 0 <= i < num_rows else place == 99
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_what_lower_compiles_is_called_like_the_step(abstract):
+    """With as many rows as it was compiled for, and no more."""
+    step, tx = js.jit(STEP), optax.adam(0.1)
+    few = draw_ids(12, 4) % 9, normal(12)
+    want, wanted = step(copied(create(tx)), *few)
+    args = (create(tx), *few)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args) if abstract else args
+    program = step.lower(*args).compile()
+    got, value = program(copied(create(tx)), *few)
+    compare("state", (got, value), (want, wanted), 1e-6)
+    many = jnp.arange(48).reshape(12, 4), normal(12)
+    if abstract:
+        compare("many", program(copied(create(tx)), *many), step(copied(create(tx)), *many), 1e-6)
+    else:
+        with pytest.raises(ValueError, match=r"'batch'.*distinct rows.*compiled for.*48"):
+            program(copied(create(tx)), *many)
 
 
 def test_explain_a_step():

@@ -127,7 +127,7 @@ def test_its_gradients_are_row_sparse():
 
     grads, dense, want = gradients(params)
     for name in params:
-        assert is_row_sparse(grads[name]) and grads[name].rows.shape[0] == B + 8
+        assert is_row_sparse(grads[name]) and grads[name].rows.shape[0] == B + 8 + 1
         np.testing.assert_allclose(dense[name], want[name], rtol=1e-5, atol=1e-6)
 
 

@@ -1,17 +1,14 @@
-"""The named optimizers against their formulas in NumPy, and accumulation against one big batch."""
+"""The named optimizers against their formulas in NumPy."""
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.rows import is_row_sparse
 
 V, D = 9, 3
 
@@ -155,62 +152,3 @@ def test_where_frozen_and_dense_are_the_same(name):
         want = optax.apply_updates(want, updates)
     got, _ = run(js.lazy(inner), table, gradients())
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# accumulate
-
-
-def loss_fn(params, batch):
-    ids, y = batch
-    return jnp.mean((params["t"][ids].sum(1) @ params["w"] - y) ** 2)
-
-
-INNERS = [js.lazy_adam(0.05, before=CLIP), js.lazy_sgd(0.1, 0.9), js.lazy_rowwise_adagrad(0.1)]
-
-
-@pytest.mark.parametrize("inner", INNERS)
-def test_accumulation_equals_one_big_batch(inner):
-    rng = np.random.default_rng(0)
-    params = {"t": jnp.asarray(rng.normal(size=(V, D)), jnp.float32), "w": jnp.ones(D)}
-    big = TrainState.create(apply_fn=None, params=params, tx=inner)
-    small = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=js.accumulate(inner, 3))
-    traces = []
-
-    def counted(params, batch):
-        traces.append(1)
-        return loss_fn(params, batch)
-
-    big_step, small_step = js.make_train_step(loss_fn), js.make_train_step(counted)
-    with pytest.warns(UserWarning, match="Some donated buffers were not usable"):  # the gradients that were waiting
-        for _ in range(4):
-            ids, y = jnp.asarray(rng.integers(0, V, (12, 2))), jnp.asarray(rng.normal(size=12), jnp.float32)
-            for part in range(3):
-                before = jax.tree.map(np.array, small.params)
-                small, metrics = small_step(small, (ids[4 * part : 4 * part + 4], y[4 * part : 4 * part + 4]))
-                if part < 2:
-                    chex.assert_trees_all_equal(small.params, before)
-                    assert metrics["rows_touched"] > 0
-            big, _ = big_step(big, (ids, y))
-            chex.assert_trees_all_close(small.params, big.params, rtol=2e-5, atol=2e-6)
-            chex.assert_trees_all_close(
-                small.opt_state.inner_state.wrapped, big.opt_state.wrapped, rtol=2e-5, atol=2e-6
-            )
-    assert len(traces) == 3  # one for each mini-step
-
-
-def test_accumulation_of_dense_optax():
-    tx = js.accumulate(optax.adam(0.1), 2)
-    params = jnp.ones(3)
-    state = tx.init(params)
-    for g in (jnp.array([1.0, 0, 2]), jnp.array([3.0, 2, 0])):
-        updates, state = tx.update(g, state, params)
-    want, _ = optax.adam(0.1).update(jnp.array([2.0, 1, 1]), optax.adam(0.1).init(params), params)
-    np.testing.assert_allclose(updates, want, rtol=1e-6)
-    assert not is_row_sparse(updates)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, "2"])
-def test_accumulation_steps(steps):
-    with pytest.raises(ValueError, match=r"'steps'.*positive integer"):
-        js.accumulate(js.lazy_adam(0.1), steps)

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
-from jaxsparse.rows import coalesce, concatenate_blocks
+from jaxsparse.rows import _distinct_by_hash, coalesce, concatenate_blocks, distinct_rows
 
 
 def dense(ids, rows, shape):
@@ -73,29 +73,46 @@ def test_todense_and_addition(gradient):
 @of_every_shape
 def coalesced(g):
     block = coalesce(g)
-    with_scratch, scratch = coalesce(g, jnp.full(g.num_rows, 7, jnp.int32))  # whatever the scratch held before
-    return (block, block.todense()), (with_scratch, with_scratch.todense()), scratch
+    return block, block.todense()
 
 
 @given(gradients())
 def test_coalesce(gradient):
-    for (block, scratched, scratch), ids, rows, (_, shape) in zip(coalesced(*gradient), *gradient, SHAPES, strict=True):
-        assert scratch.shape == shape[:1]
-        check_block(*block, ids, rows, shape, by_occurrence=False)
-        check_block(*scratched, ids, rows, shape, by_occurrence=jax.default_backend() == "cpu")
+    for (block, total), ids, rows, (_, shape) in zip(coalesced(*gradient), *gradient, SHAPES, strict=True):
+        assert block.unique and block.rows.shape[0] == min(len(ids), shape[0])
+        got = np.asarray(block.ids)
+        real = (got >= 0) & (got < shape[0])
+        np.testing.assert_allclose(total, dense(ids, rows, shape), atol=1e-5, err_msg=f"{len(ids)} ids, {shape}")
+        assert len(set(got.tolist())) == len(got)  # padding included
+        assert got[real].tolist() == sorted({int(i) for i in ids if 0 <= i < shape[0]})
+        assert not np.asarray(block.rows)[~real].any()
 
 
-def check_block(block, total, ids, rows, shape, by_occurrence):
-    """by_occurrence: of equal ids, the last one wins."""
-    assert block.unique and block.rows.shape[0] == min(len(ids), shape[0])
-    got = np.asarray(block.ids)
-    real = (got >= 0) & (got < shape[0])
-    np.testing.assert_allclose(total, dense(ids, rows, shape), atol=1e-5, err_msg=f"{len(ids)} ids, {shape}")
-    assert len(set(got.tolist())) == len(got)  # padding included
-    want = [int(i) for i in ids if 0 <= i < shape[0]]
-    last_first = list(dict.fromkeys(reversed(want)))
-    assert got[real].tolist() == (last_first[::-1] if by_occurrence else sorted(set(want)))
-    assert not np.asarray(block.rows)[~real].any()
+_DISTINCT = {
+    road: jax.jit(lambda ids, num_rows, size, find=find: find(ids, num_rows, size), static_argnums=(1, 2))
+    for road, find in (("as called", distinct_rows), ("by hash", _distinct_by_hash))
+}
+
+
+@pytest.mark.parametrize("road", _DISTINCT)
+@given(
+    st.sampled_from([1, 7, 64]),
+    st.sampled_from([1, 5, 100, 10**6]),
+    st.sampled_from([(0, 1), (-3, 3)]),
+    st.integers(0, 99),
+)
+def test_distinct_rows(road, k, num_rows, beyond, seed):
+    """All rows that are named, once each, and where each id is; what names no row is nowhere."""
+    ids = np.random.default_rng(seed).integers(beyond[0], min(num_rows, 80) + beyond[1], k).astype(np.int32)
+    if seed % 3 == 0:  # alike in their lowest bits
+        ids = np.where(ids > 0, ids * 4096 % num_rows, ids)
+    size = min(k, num_rows) + 1
+    unique, at = map(np.asarray, _DISTINCT[road](ids, num_rows, size))
+    real = (ids >= 0) & (ids < num_rows)
+    assert sorted(unique[unique < num_rows].tolist()) == sorted(set(ids[real].tolist()))
+    assert unique[-1] >= num_rows and len(set(unique.tolist())) == size
+    np.testing.assert_array_equal(unique[at[real]], ids[real])
+    assert (at[~real] == size).all()
 
 
 def test_a_numpy_gradient_and_a_numpy_parameter():
@@ -107,36 +124,11 @@ def test_a_numpy_gradient_and_a_numpy_parameter():
     np.testing.assert_array_equal(coalesce(g).ids, [1, 4, 5])
 
 
-def test_coalesce_with_a_bound_on_distinct_ids():
-    ids = np.array([5, 2, 5, 9, 2, 5])
-    g = js.RowSparse(ids, jnp.ones((6, 2)), (9, 2), distinct=2)  # 9 is padding
-    block, _ = jax.jit(coalesce)(g, np.zeros(9, np.int32))
-    assert block.rows.shape == (2, 2)
-    np.testing.assert_array_equal(block.todense(), g.todense())
-
-
-@pytest.mark.parametrize("scratch", [None, np.zeros(9, np.int32)])
-def test_a_wrong_bound_is_not_silent(scratch):
-    g = js.RowSparse(jnp.array([5, 2, 7, 5]), jnp.ones((4, 2)), (9, 2), distinct=2)
-    block = jax.jit(coalesce)(g, scratch)
-    block = block if scratch is None else block[0]
-    assert np.isnan(block.rows).all()
-
-
 def test_coalesce_sums_half_precision_in_single():
     g = js.RowSparse(np.zeros(512, np.int32), np.ones((512, 1), jnp.bfloat16), (1, 1))
     block = jax.jit(coalesce)(g)
     assert block.rows.item() == 512  # bfloat16 sums would stop at 256
     assert block.dtype == jnp.bfloat16
-
-
-def test_coalesce_is_a_function_of_the_ids():
-    rng = np.random.default_rng(0)
-    g = js.RowSparse(rng.integers(0, 50, 1000), rng.normal(size=(1000, 3)).astype(np.float32), (50, 3))
-    one, _ = jax.jit(coalesce)(g, np.zeros(50, np.int32))
-    two, _ = jax.jit(coalesce)(g, rng.integers(-5, 2000, 50).astype(np.int32))
-    np.testing.assert_array_equal(one.ids, two.ids)
-    np.testing.assert_array_equal(one.rows, two.rows)
 
 
 def test_bfloat16_table_is_added_in_single_and_rounded_once():

@@ -157,6 +157,25 @@ BY_ROW = {
 }
 
 
+def by_visits():
+    """SGD whose rate falls with the number of steps that a row was in: a schedule that is looked up row by row."""
+    rates = jnp.array([0.5, 0.2, 0.1, 0.05])
+
+    def update(updates, visits, params=None):
+        moved = jax.tree.map(lambda u: jnp.any(u != 0, axis=tuple(range(1, u.ndim))), updates)
+        seen = jax.tree.map(lambda n, m: jnp.minimum(n + m, 3), visits, moved)
+        rate = jax.tree.map(lambda u, n: rates[n].reshape(-1, *(1,) * (u.ndim - 1)), updates, seen)
+        return jax.tree.map(lambda u, r: -r * u, updates, rate), seen
+
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape[0], jnp.int32), params), update
+    )
+
+
+def test_a_schedule_for_each_row():
+    check({"by visits": Case(STEP, create(by_visits()))})
+
+
 def test_what_is_by_row_in_an_optimizer():
     check({name: Case(STEP, create(on_updates(f)), tol=1e-4) for name, f in BY_ROW.items()})
 
@@ -497,7 +516,7 @@ def test_two_words_do_nothing_of_their_own():
         arrays = batch()
         (state, _), (wanted, _) = words(state, *arrays), stock(wanted, *arrays)
     compare("params", state.params, wanted.params, 0)
-    compare("slots", state.opt_state.wrapped, wanted.opt_state, 0)
+    compare("slots", state.opt_state, wanted.opt_state, 0)
 
 
 def test_accumulation_is_one_big_batch():

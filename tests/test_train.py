@@ -14,7 +14,6 @@ import scipy.sparse
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.lazy import coalesce_gradients
 from jaxsparse.rows import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
 
@@ -103,7 +102,7 @@ def test_step_against_the_dense_step_with_untouched_rows_put_back():
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
         assert metrics["rows_touched"] == sum(map(len, touched.values()))
         chex.assert_trees_all_close(state.params, params, rtol=1e-4, atol=1e-5)
-        chex.assert_trees_all_close(state.opt_state.wrapped, opt_state, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(state.opt_state, opt_state, rtol=1e-4, atol=1e-6)
     assert state.step == 2 * len(batches)
 
 
@@ -169,8 +168,6 @@ def test_aux_and_further_arguments():
 
 
 def test_lazy_anywhere_in_the_optimizer_state():
-    """The step finds the scratch inside partition."""
-
     tx = optax.partition({"rows": js.lazy(optax.sgd(1.0)), "dense": optax.sgd(0.5)}, {"t": "rows", "w": "dense"})
     params = {"t": jnp.ones((V, 1)), "w": jnp.ones(1)}
     step = js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids]) + jnp.sum(p["w"]))
@@ -183,11 +180,18 @@ def test_lazy_anywhere_in_the_optimizer_state():
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(4 + 1 + 1))
 
 
-def test_an_optimizer_that_is_not_lazy():
-    state = TrainState.create(apply_fn=None, params={"t": jnp.ones((V, 1))}, tx=optax.adam(0.1))
-    step = js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids]))
-    with pytest.raises(ValueError, match=r"parameter t is read by rows.*js\.lazy"):
-        step(state, jnp.array([3, 3, 5]))
+def test_stock_optax_takes_the_same_step():
+    """An optimizer need not be lazy, and its state is the same."""
+    x, y = data(20)
+    batches = js.batches(x, y, batch_size=B, padding_idx={"ids": 0})
+    model, first = Model(), next(iter(batches))
+    inner, step = optax.adamw(0.1), js.make_train_step(loss_of(model))
+    stock, lazy = (state_of(model, first, tx) for tx in (inner, js.lazy(inner)))
+    for batch in batches:
+        stock, want = step(stock, batch)
+        lazy, got = step(lazy, batch)
+        assert got == want
+    chex.assert_trees_all_equal((stock.params, stock.opt_state), (lazy.params, lazy.opt_state))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +219,7 @@ def test_nothing_of_the_tables_size_is_created(name, dtype):
     batch = next(iter(js.batches(x, y, batch_size=B)))
     bcoo = batch.x["words"]
     wide = type(bcoo)((bcoo.data, bcoo.indices), shape=(B, ROWS), indices_sorted=True)
-    batch = js.Batch({**batch.x, "words": wide}, batch.y, batch.weight, batch.distinct)
+    batch = js.Batch({**batch.x, "words": wide}, batch.y, batch.weight)
     model = Model(num_rows=ROWS, dtype=dtype)
     abstract = jax.eval_shape(lambda b: state_of(model, b, STEPS[name]()), batch)
     text = compiled_text(js.make_train_step(loss_of(model)), abstract, batch)
@@ -343,7 +347,7 @@ def test_scopes_are_named():
     batch = next(iter(js.batches(x, y, batch_size=B)))
     model = Model()
     text = compiled_text(js.make_train_step(loss_of(model)), state_of(model, batch, js.lazy_adam(0.1)), batch)
-    for scope in ("choose_rows", "gather", "loss_and_gradients", "lazy_update", "scatter", "Dense_0"):
+    for scope in ("gather", "loss_and_gradients", "update", "scatter", "Dense_0"):
         assert f"/{scope}" in text, scope
 
 
@@ -380,7 +384,7 @@ def test_pmap_agrees_with_one_device(devices, optimizer):
             np.testing.assert_array_equal(replica, got[0])  # replicas are bit-equal
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], copies.params), state.params, rtol=1e-4, atol=2e-5)
     chex.assert_trees_all_close(
-        jax.tree.map(lambda leaf: leaf[0], copies.opt_state.wrapped), state.opt_state.wrapped, rtol=1e-4, atol=2e-5
+        jax.tree.map(lambda leaf: leaf[0], copies.opt_state), state.opt_state, rtol=1e-4, atol=2e-5
     )
 
 
@@ -411,15 +415,6 @@ def test_shard_map(check_vma):
     got, metrics = jax.jit(mapped)(state, ids)
     np.testing.assert_allclose(got.params["t"], [0, 0.5, 0, 3, 4, 2.5])
     assert metrics["rows_touched"] == 3
-
-
-def test_two_lazies_of_the_same_path():
-    """A path alone does not say whose scratch a gradient needs."""
-    small, large = js.lazy_sgd(1.0), js.lazy_sgd(1.0)
-    states = (small.init({"e": jnp.zeros((3, 1))}), large.init({"e": jnp.zeros((8, 1))}))
-    ids = jnp.array([5, 6, 6, 7])
-    grads, _ = coalesce_gradients({"e": js.RowSparse(ids, jnp.ones((4, 1)), (8, 1))}, states)
-    np.testing.assert_array_equal(grads["e"].todense()[:, 0], [0, 0, 0, 0, 0, 1, 2, 1])
 
 
 def test_traffic_does_not_depend_on_num_rows():
@@ -463,17 +458,3 @@ def test_a_loss_that_prints_prints_once(capsys):
     js.make_train_step(loss)(state, jnp.array([1, 2]))
     jax.effects_barrier()
     assert capsys.readouterr().out.count("loss of 2.0") == 1
-
-
-@pytest.mark.parametrize("skipped", ["freeze", "replay"])
-def test_more_distinct_rows_than_promised(skipped):
-    """A batch whose x was replaced may have more distinct ids than its block has rows: that is NaN, in the loss and in
-    what it would update, and not a row that is left out."""
-    few = next(iter(js.batches(np.zeros((8, 3), np.int32) + 4, np.ones(8, np.float32), batch_size=8)))
-    many = js.Batch(jnp.arange(24).reshape(8, 3), few.y, few.weight, few.distinct)
-    state = TrainState.create(apply_fn=None, params={"t": jnp.ones((V, 1))}, tx=js.lazy_adam(0.1, skipped=skipped))
-    step = js.make_train_step(lambda p, b: jnp.sum(js.embedding_bag(p["t"], b.x, combiner="sum")))
-    state, metrics = step(state, few)
-    assert np.isfinite(metrics["loss"]) and metrics["rows_touched"] == 1
-    state, metrics = step(state, many)
-    assert np.isnan(metrics["loss"]) and np.isnan(metrics["grad_norm"])

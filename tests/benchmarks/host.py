@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.host`: what js.batches takes on the host for each batch of the benchmark's jobs.
 
-It cuts the batch out of the data, finds its distinct ids and puts it on the device. The benchmark's steps find batches
-there. Beside it, in the same process, how long the step takes; where a batch is made while the last step runs, as in a
+It cuts the batch out of the data and puts it on the device. The benchmark's steps find batches there, and sort their
+ids. Beside it, in the same process, how long the step takes; where a batch is made while the last step runs, as in a
 loop that waits for neither, the host's work is hidden as far as there is a core for it (`flights.py`).
 """
 

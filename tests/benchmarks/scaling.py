@@ -1,10 +1,10 @@
 """`python -m tests.benchmarks.scaling`: what a device moves, holds and calculates, as devices and tables grow.
 
 Read from programs that are compiled for fake CPU devices and never run, so tables of 10^8 rows cost nothing: the bytes
-that come out of a step's collectives, the bytes of a device's arguments (its part of table, slots and scratch, and its
-batch) and of its temporaries, and the floating-point operations as XLA counts them (loop bodies once). Ways: examples
-split over the devices with every table on each of them; rows split over the devices; both; and dense data parallel,
-with optax.adam. 4096 bags of 20 ids, 64 columns, Adam.
+that come out of a step's collectives, the bytes of a device's arguments (its part of table and slots, and its batch)
+and of its temporaries, and the floating-point operations as XLA counts them (loop bodies once). Ways: examples split
+over the devices with every table on each of them; rows split over the devices; both; and dense data parallel, with
+optax.adam. 4096 bags of 20 ids, 64 columns, Adam.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jaxsparse.__main__ import make_dense_step
 from tests.benchmarks.crossover import DIM, LENGTH, loss_fn
 from tests.hlo import bytes_moved
 
-BATCH, DISTINCT = 4096, 16_384
+BATCH = 4096
 P = PartitionSpec
 WAYS = {"data": ("data",), "rows": ("rows",), "data x rows": ("data", "rows"), "dense data": ("data",)}
 
@@ -54,7 +54,7 @@ def compiled(way: str, n: int, num_rows: int):
         return abstract(x, P("rows") if "rows" in axes and x.shape[:1] == (num_rows,) else P())
 
     x, y, weight = np.zeros((BATCH, LENGTH), np.int32), np.zeros(BATCH, np.float32), np.ones(BATCH, np.float32)
-    batch = js.Batch(x, y, weight, distinct=(DISTINCT,))
+    batch = js.Batch(x, y, weight)
     batch = jax.tree.map(lambda x: abstract(x, P("data") if "data" in axes else P()), batch)
     step = make_dense_step(dense_loss) if way == "dense data" else js.make_train_step(loss_fn)
     return step.lower(jax.tree.map(of_state, jax.eval_shape(create)), batch).compile()

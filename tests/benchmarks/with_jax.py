@@ -1,13 +1,12 @@
 """jaxsparse, and optax without it: the same losses, the optimizer lazy or dense.
 
 The state is a stock TrainState and donated, batches are of js.batches and on the device before anything is timed.
-"linen" is the program nobody changed: flax's nn.Embed and a mean instead of js.embedding_bag. js.batches finds the
-distinct ids of a batch on the host, which is not in a step's time, but in `host.py`'s: "counted" is a step that is told
-their number only, and "arrays" one that is told nothing, as for arrays that are not of js.batches. "js.jit" is a stock
-step, with optax's own optimizer where there is one, on NumPy's arrays: its sorting of ids on the host is in the time.
+"linen" is the program nobody changed: flax's nn.Embed and a mean instead of js.embedding_bag. "js.jit" is a stock step,
+with optax's own optimizer where there is one, on NumPy's arrays; "arrays" is js.make_train_step on them. "words" is the
+step that is written with js.value_and_grad and js.lazy under jax.jit, which knows nothing of its ids but how many there
+are; "words js.jit" the same under js.jit. The sorting of ids is in all of these times.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -81,17 +80,22 @@ def make(contestant: str, case: Case) -> Made:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads=grads), {"loss": loss}
 
+    def two_words(state: TrainState, batch: js.Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads = js.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads=grads), {"loss": loss}
+
     stock = contestant == "js.jit"
-    train_step = js.jit(dense_step) if stock else js.make_train_step(loss_fn)
-    train_step = jax.jit(dense_step, donate_argnums=0) if dense else train_step
+    steps = {
+        "optax": lambda: jax.jit(dense_step, donate_argnums=0),
+        "js.jit": lambda: js.jit(dense_step),
+        "words": lambda: jax.jit(two_words, donate_argnums=0),
+        "words js.jit": lambda: js.jit(two_words),
+    }
+    train_step = steps.get(contestant, lambda: js.make_train_step(loss_fn))()
     lazy = not dense and not (stock and case.rule in ("adam", "adagrad", "sgd"))
     batches, state = list(make_data(case)), make_state(case, make_optimizer(case, lazy=lazy))
-    if stock:
+    if contestant in ("js.jit", "arrays", "words", "words js.jit"):
         batches = jax.tree.map(np.asarray, batches)
-    if contestant == "counted":
-        batches = jax.device_put(batches)
-    if contestant == "arrays":
-        batches = [dataclasses.replace(batch, distinct=(None,) * len(batch.distinct)) for batch in batches]
 
     def step(i: int) -> jax.Array:
         nonlocal state
