@@ -151,7 +151,7 @@ def _is_number(v: Value) -> bool:
 
 def is_zero(v: Value) -> bool:
     """Whether an array is known to be the number 0, which is not asked of arrays on a device."""
-    return _is_number(v) and not np.any(v.array)
+    return isinstance(v, Whole) and (v.zero or (_is_number(v) and not np.any(v.array)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

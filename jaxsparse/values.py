@@ -47,6 +47,7 @@ class Whole:
     notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
     # the equation that computed as many rows as a table has, if one did
     made_by: Any = dataclasses.field(default=None, metadata={"static": True})
+    zero: bool = dataclasses.field(default=False, metadata={"static": True})  # known to be
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

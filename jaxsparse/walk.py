@@ -193,8 +193,10 @@ class Walk:
 
     def _whole(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Value]:
         """An equation as it is."""
-        if eqn.primitive is _jax.CONVERT and _jax.shape(eqn.outputs[0]) == () and row_elementwise.is_zero(values[0]):
-            return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]  # which is still known to be 0
+        converts, casts = eqn.primitive is _jax.CONVERT, _jax.summed_axes(eqn) == ()
+        zero = (converts or casts) and row_elementwise.is_zero(values[0])  # is still known to be 0
+        if zero and converts and not values[0].zero and _jax.shape(eqn.outputs[0]) == ():
+            return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]
         outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
         notes = row_elementwise.notes_out(eqn, values)
         tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
@@ -202,7 +204,7 @@ class Walk:
             self.plan.whole_scatters[f"{eqn.primitive} at {self.source}"] = None
         # XLA makes a view of given rows from those that are taken
         view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
-        return [Whole(x, notes, eqn if tall and not view else None) for x in outs]
+        return [Whole(x, notes, eqn if tall and not view else None, zero) for x in outs]
 
     def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
         """An equation that has no rule: what enters it is no Rows in the next walk."""
