@@ -37,8 +37,8 @@ def make_train_step(
         `jax.pmap(step, axis_name="batch", donate_argnums=0)`.
 
     Returns:
-      The step. `state` is a flax TrainState, or any object with params, opt_state, tx, replace and apply_gradients; it
-      is donated, so use the returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
+      The step. `state` is a flax TrainState, or any pytree with params and apply_gradients; it is donated, so use the
+      returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
       own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux". With `jit`
       the step is one of `js.jit`; without, of `js.rowwise`.
 
