@@ -35,8 +35,8 @@ class HostRows:
             index = {number: i for i, (number, _) in enumerate(arrays)}
             reads = [
                 (read.path, (index[number], read.clipped))
-                for read, number in zip(planned.reads, self._numbers, strict=True)
-                if read.path is not None and planned.plan.find(read.node) == c
+                for read, number in planned.reads_in(c)
+                if read.path is not None
             ]
             ways = list(dict.fromkeys(way for _, way in reads))
             self._ways.append(ways)

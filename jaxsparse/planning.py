@@ -47,6 +47,11 @@ class Planned:
     ids: _jax.Needed
     dense: dict[int, Reason]
 
+    def reads_in(self, c: int) -> list[tuple[Read, int]]:
+        """The reads of a class, each with the number of the array of its ids, which is equal for equal ones."""
+        reads = zip(self.reads, self.ids.numbers, strict=True)
+        return [(read, number) for read, number in reads if self.plan.find(read.node) == c]
+
     def ids_of(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The ids of the reads, given all inputs."""
         return self.ids([x for x, used in zip(leaves, self.ids.used, strict=False) if used])

@@ -123,9 +123,8 @@ def prepare_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums
 def reads_of(planned: Planned, c: int) -> dict[int, bool]:
     """For a class, the numbers of its distinct arrays of ids, and whether some read of each is clipped."""
     found: dict[int, bool] = {}
-    for read, number in zip(planned.reads, planned.ids.numbers, strict=True):
-        if planned.plan.find(read.node) == c:
-            found[number] = found.get(number, False) or read.clipped
+    for read, number in planned.reads_in(c):
+        found[number] = found.get(number, False) or read.clipped
     return found
 
 
@@ -148,8 +147,7 @@ def choose_rows(
     size = min(everything.shape[0], num_rows) + 1
     if everything.shape[0] == 0:
         return Space(jnp.full(1, num_rows, jnp.int32), num_rows, {})
-    of_class = zip(planned.reads, planned.ids.numbers, strict=True)
-    reads = [(read, number) for read, number in of_class if planned.plan.find(read.node) == c]
+    reads = planned.reads_in(c)
     # the ids of a turn of a loop, or of one device of several, are looked up
     if axes or not alone or any(read.path is None for read, _ in reads):
         ordered = jnp.sort(everything)
