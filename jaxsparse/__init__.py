@@ -13,6 +13,7 @@ from jaxsparse.adagrad import lazy_rowwise_adagrad as lazy_rowwise_adagrad
 from jaxsparse.batch import Batch as Batch
 from jaxsparse.collectives import pmean as pmean
 from jaxsparse.collectives import psum as psum
+from jaxsparse.distinct import DistinctIds as DistinctIds
 from jaxsparse.embedding import embedding_bag as embedding_bag
 from jaxsparse.embedding import embedding_lookup as embedding_lookup
 from jaxsparse.explain import explain as explain  # type: ignore[no-redef]

@@ -311,20 +311,21 @@ class Needed:
       has_effects: whether something of what is needed has effects on the outside.
       numbers: for each output a number, equal for outputs that are computed in the same way.
       sizes: of the outputs.
+      program: whose inputs are the args that are used.
     """
 
     def __init__(self, fun: Callable[..., list[Any]], args: Any) -> None:
         closed = jax.make_jaxpr(fun)(*args)
         jaxpr = _needed_only(closed.jaxpr)
         self._jaxpr, self.used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        self._consts = closed.consts
+        self.program = _program_with(self._jaxpr, closed.consts)
         self.has_effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in self._jaxpr.effects)
         self.numbers = _value_numbers(self._jaxpr)
         self.sizes = [math.prod(shape(v)) for v in self._jaxpr.outvars]
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The outputs, given those of the args that are used."""
-        return list(eval_jaxpr(self._jaxpr, self._consts, *args))
+        return list(eval_jaxpr(self._jaxpr, list(self.program.constants.values()), *args))
 
 
 def _needed_only(jaxpr: Any) -> Any:
@@ -362,6 +363,11 @@ def _value_numbers(jaxpr: Any) -> list[int]:
         for i, v in enumerate(eqn.outvars):
             of[v] = numbers.setdefault((key, i), len(numbers))
     return [number(v) for v in jaxpr.outvars]
+
+
+def description(eqn: Equation) -> Any:
+    """Equal for equations that do the same with equal operands, and for no others."""
+    return eqn.primitive, _description(eqn.params)
 
 
 def _description(x: Any) -> Any:

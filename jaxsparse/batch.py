@@ -19,8 +19,12 @@ class Batch:
       y: the targets, (B, ...), or None.
       weight: float32 (B,): 0 on padding, elsewhere 1 or the weight that was given. Multiply the examples' losses by it:
         `js.weighted_mean(losses, batch.weight)`.
+      distinct: like x, the `DistinctIds` of what is ids there. A step that is given the batch need not look for the
+        distinct ids itself. Where x is changed, leave it out: dataclasses.replace(batch, x=x, distinct=None). A step
+        whose ids are not what it says returns NaN, and changes no row.
     """
 
     x: Any
     y: Any
     weight: Any
+    distinct: Any = None

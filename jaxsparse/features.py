@@ -2,7 +2,7 @@
 side only.
 
 Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
-shard of a batch; and `nse`, a size that is fixed.
+shard of a batch; `ids`, what is ids in that; and `nse`, a size that is fixed.
 
 This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
 behind it need not check anything. Nothing is clipped, wrapped or dropped.
@@ -22,6 +22,7 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse.distinct import round_up
 
 
 class Sizes:
@@ -44,12 +45,6 @@ class Sizes:
 
 
 LEVELS = 3
-
-
-def round_up(n: int) -> int:
-    """The next of eight sizes an octave: at most an eighth more than n, and at least 1."""
-    step = 1 << max(int(n).bit_length() - 4, 0)
-    return max(-(-int(n) // step) * step, 1)
 
 
 class Sparse:
@@ -76,6 +71,9 @@ class Sparse:
     def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
         del spare
         return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
+
+    def ids(self, padded: BCOO) -> np.ndarray:
+        return np.asarray(padded.indices[:, 1])
 
 
 class Lists:
@@ -114,6 +112,9 @@ class Lists:
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
         return out
 
+    def ids(self, padded: np.ndarray) -> np.ndarray:
+        return padded
+
 
 class Ids:
     """An array of ids."""
@@ -123,7 +124,7 @@ class Ids:
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         self.name, self.num_examples = name, len(ids)
         flat = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, lambda at: _position(at, ids.shape))
-        self.ids = flat.reshape(ids.shape)
+        self.values = flat.reshape(ids.shape)
         self.padding = padding_idx
 
     def need(self, parts: list[np.ndarray]) -> int:
@@ -131,11 +132,14 @@ class Ids:
         return 0
 
     def cut(self, part: np.ndarray) -> np.ndarray:
-        return np.take(self.ids, part, axis=0)  # several times as fast as self.ids[part]
+        return np.take(self.values, part, axis=0)  # several times as fast as self.values[part]
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
-        return _pad(cut, length, self.ids[spare] if self.padding is None else self.padding)
+        return _pad(cut, length, self.values[spare] if self.padding is None else self.padding)
+
+    def ids(self, padded: np.ndarray) -> np.ndarray:
+        return padded
 
 
 class Array:
@@ -163,6 +167,9 @@ class Array:
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
         return _pad(cut, length, self.values[spare])
+
+    def ids(self, padded: np.ndarray) -> None:
+        del padded
 
 
 def make_features(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import Program, vary, varying_axes
+from jaxsparse.device_rows import choose_rows, ids_of
+from jaxsparse.known_ids import Known, find_known
 from jaxsparse.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
 from jaxsparse.rows import RowSparse, gather_rows, zero_after
-from jaxsparse.rowwise import choose_rows
 from jaxsparse.tracing import is_tracing, source_line, tracing
 from jaxsparse.values import ZERO, Rows, Same, Whole, array_of
 from jaxsparse.walk import Reason, Walk, is_closed
@@ -67,16 +69,18 @@ def value_and_grad(
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
         _warn_of_closed_regions(planned)
-        leaves = planned.leaves_of_arguments
-        ids = planned.ids_of(leaves)
+        leaves, inputs = planned.leaves_of_arguments, planned.inputs
+        ids = ids_of(planned, inputs)
         spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
         values = [
-            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x) if i in planned.leaves else Whole(x)
-            for i, x in enumerate(leaves)
+            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x, x) if i in planned.leaves else Whole(x)
+            for i, x in enumerate(inputs)
         ]
         walk = Walk(planned.plan, spaces)
         outs = walk.run(planned.program, values)
-        arrays = [None if isinstance(v, Rows) and v.whole is None else _whole(walk, v) for v in outs]
+        arrays = [
+            None if isinstance(v, Rows) and v.whole is None else ids.checked(_whole(walk, v), leaves) for v in outs
+        ]
         gradient, others = outs[1 : 1 + len(leaves)], [arrays[0], *arrays[1 + len(leaves) :]]
         with jax.named_scope("row_gradients"):
             after = _zero_after([*others, *(arrays[1 + i] for i in range(len(leaves)) if i not in planned.leaves)])
@@ -129,7 +133,8 @@ class PlannedGradient(Planned):
     the arguments to differentiate; its outputs the value, the gradient, and the arrays of aux.
 
     Attributes:
-      leaves_of_arguments: the inputs.
+      leaves_of_arguments: the first inputs.
+      inputs: these, and arrays of batches that know their distinct ids.
       paths: of these.
       unused: the leaves that `tables` names, and that are not read.
       unflatten: the gradient of its leaves.
@@ -137,6 +142,7 @@ class PlannedGradient(Planned):
     """
 
     leaves_of_arguments: list[Any]
+    inputs: list[Any]
     paths: list[str]
     unused: set[int]
     unflatten: Callable[[list[Any]], Any]
@@ -197,9 +203,10 @@ def plan_gradient(
     can = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
     places = {i: 1 + i for i in range(len(leaves))}
     with tracing():
-        program = _jax.trace(lambda *leaves: both(leaves, args, kwargs), *leaves)
+        known, arrays, with_arrays = _known_of_batches(args, kwargs, len(leaves))
+        program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
         would = _would_be_read(both, leaves, args, kwargs, places, can)
-    settled = settle(program, leaves, places, can, would, unfit=functools.partial(_unfit, places))
+    settled = settle(program, [*leaves, *arrays], places, can, would, unfit=functools.partial(_unfit, places))
     unused = set()
     for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.chosen):
         why = settled.banned.get(i) or _first_use(program, program.inputs[i], ())
@@ -210,13 +217,33 @@ def plan_gradient(
             raise ValueError(message("value_and_grad", "tables", "leaves that have rows", paths[i]))
         unused.add(i)
     return PlannedGradient(
-        **vars(settled.planned()),
+        **vars(settled.planned()) | {"known": known},
+        inputs=[*leaves, *arrays],
         leaves_of_arguments=leaves,
         paths=paths,
         unused=unused,
         unflatten=unflatten,
         aux=aux,
     )
+
+
+def _known_of_batches(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:
+    """What is known of the arguments' ids, if they are being traced: the numbers of inputs from `start` on, these
+    inputs, and a function of them that returns (args, kwargs)."""
+    found = find_known((args, kwargs))
+    others, tree = jax.tree.flatten((args, kwargs))
+    found = [k for k in found if _jax.is_traced(others[k.array])]
+    if not found:
+        return [], [], lambda arrays: (args, kwargs)
+    numbers = [i for k in found for i in k[:3]]
+
+    def with_arrays(arrays: list[Any]) -> Any:
+        by_number = dict(zip(numbers, arrays, strict=True))
+        return jax.tree.unflatten(tree, [by_number.get(i, x) for i, x in enumerate(others)])
+
+    at = itertools.count(start)
+    known = [k._replace(array=next(at), ids=next(at), positions=next(at)) for k in found]
+    return known, [others[i] for i in numbers], with_arrays
 
 
 def _would_be_read(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
+from jaxsparse.device_rows import reads_of
+from jaxsparse.distinct import Scratch, sorted_distinct
 from jaxsparse.planning import Planned
-from jaxsparse.rowwise import reads_of
 from jaxsparse.values import NOBODY
 from jaxsparse.walk import Path, Space
 
@@ -43,8 +43,7 @@ class HostRows:
             self._paths.append([(path, ways.index(way)) for path, way in reads])
         self._can = not planned.plan.axes
         self._sizes: list[list[int]] = [[] for _ in self._by_class]
-        self._scratch: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()  # of scratch and sizes: steps may be called from several threads
+        self._scratch = Scratch()  # its lock is that of the sizes as well: steps may be called from several threads
 
     def sees(self, used: list[Any]) -> bool:
         """Whether ids made of these arrays are to be looked at on the host."""
@@ -62,7 +61,7 @@ class HostRows:
         Raises:
           ValueError: if there are more distinct rows than that.
         """
-        with self._lock:
+        with self._scratch.lock:
             return self._choose(ids, sizes)
 
     def _choose(self, ids: list[list[Any]], sizes: Sequence[int]) -> tuple[list[Any], list[list[Any]]]:
@@ -79,8 +78,7 @@ class HostRows:
             padded[: len(unique)] = unique
             padded[len(unique) :] = np.arange(num_rows, num_rows + size - len(unique), dtype=np.int32)
             rows.append(padded)
-            scratch = self._scratch.setdefault(num_rows, np.empty(num_rows, np.int32))  # of which few pages are used
-            scratch[unique] = np.arange(len(unique), dtype=np.int32)
+            scratch = self._scratch.positions(unique)
             found: dict[Any, np.ndarray] = {}
             for i, clip in self._ways[n]:  # alike for ids that are all rows
                 key = i, clip and outside
@@ -123,19 +121,17 @@ class HostRows:
 def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tuple[np.ndarray, bool]:
     """The distinct rows that ids name, in order, and whether some ids name none. Where they are `clipped`, an id out of
     range names the first or last row."""
-    ordered = np.sort(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts]))
-    first, last = np.searchsorted(ordered, [0, num_rows])
-    outside = first > 0 or last < len(ordered)
+    unique = sorted_distinct(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts]))
+    first, last = np.searchsorted(unique, [0, num_rows])
+    outside = first > 0 or last < len(unique)
     if outside:
         ends = []
         for x, is_clipped in zip(parts, clipped, strict=True):
             if is_clipped:
                 ends += [0] * bool(np.any(x < 0))
                 ends += [num_rows - 1] * bool(np.any((x >= num_rows) & (x != NOBODY)))
-        ordered = np.sort(np.concatenate([ordered[first:last], np.array(ends, np.int32)]))
-    new = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
-    return ordered[new], outside
+        unique = sorted_distinct(np.concatenate([unique[first:last], np.array(ends, np.int32)]))
+    return unique, outside
 
 
 def _look_up(scratch: np.ndarray, ids: np.ndarray, size: int, num_rows: int | None, clipped: bool) -> np.ndarray:

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
+from jaxsparse.device_rows import knows_all
 from jaxsparse.host_rows import HostRows
 from jaxsparse.planning import PlannedStep, announce
-from jaxsparse.rowwise import evaluate, on_rows, prepare_step, rowwise
+from jaxsparse.rowwise import evaluate, evaluate_by_ids, on_rows, prepare_step, rowwise
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -242,6 +243,7 @@ class _Program:
         self._donated = sorted(traced.donated)
         self._kept = [i for i in range(len(traced.leaves)) if i not in traced.donated]
         self._used = [i for i, used in enumerate(planned.ids.used[: self._num_leaves]) if used]
+        self._knows_all = knows_all(planned, traced.leaves)
         self._host = HostRows(planned)
         self._ids = jax.jit(lambda leaves: self._host.wanted(planned.ids(leaves)))
         # state first: JAX pairs donated arrays with outputs of their shape in order
@@ -253,8 +255,12 @@ class _Program:
         self._on_device = jax.jit(self._with_ids, donate_argnums=0)
         self._buffers: dict[Any, list[jax.Array]] = {}
 
-    def _on_rows(self, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]) -> Any:
-        outs, blocks = evaluate(self._prepared, self._together(donated, kept), self._host.spaces(rows, positions))
+    def _on_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> Any:
+        leaves = self._together(donated, kept)
+        if chosen is None:
+            outs, blocks = evaluate_by_ids(self._prepared, leaves)
+        else:
+            outs, blocks = evaluate(self._prepared, leaves, self._host.spaces(*chosen))
         return [outs[j] for j in self._order], [x for x in blocks if x.size * x.dtype.itemsize >= _LARGE]
 
     def _with_buffers(self, donated: list[Any], buffers: list[jax.Array], *args: Any) -> Any:
@@ -278,53 +284,61 @@ class _Program:
     def __call__(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]
         donated, kept = self._apart(leaves)
-        if not self._host.sees(used) or not _jax.on_one_device(leaves):
+        if self._leaves_ids_to_device(leaves, used):
             outs = self._on_device(donated, kept)
         else:
-            rows, positions = self._host.choose(self._ids(used))
+            chosen = None if self._knows_all else self._host.choose(self._ids(used))
             if all(map(_jax.is_on_host, leaves)) and jax.default_backend() == "cpu":
-                outs = self._in_buffers(_jax.placement(leaves), donated, kept, rows, positions)
+                outs = self._in_buffers(_jax.placement(leaves), donated, kept, chosen)
             else:  # accelerators have allocators of their own that keep memory
-                outs = self._with_rows(donated, kept, rows, positions)
+                outs = self._with_rows(donated, kept, chosen)
         return self._returned(outs)
+
+    def _leaves_ids_to_device(self, leaves: list[Any], used: list[Any]) -> bool:
+        """Whether ids are neither looked at on the host nor known to be all in one place."""
+        return not _jax.on_one_device(leaves) or not (self._knows_all or self._host.sees(used))
 
     def _returned(self, outs: list[Any]) -> Any:
         by_place = dict(zip(self._order, outs, strict=True))
         return self._unflatten([by_place[j] for j in range(len(outs))])
 
-    def _in_buffers(
-        self, place: Any, donated: list[Any], kept: list[Any], rows: list[Any], positions: list[Any]
-    ) -> Any:
-        key = place, tuple(map(len, rows))
+    def _in_buffers(self, place: Any, donated: list[Any], kept: list[Any], chosen: Any) -> Any:
+        key = place, chosen and tuple(map(len, chosen[0]))
         buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
         if buffers is None:
-            buffers = [jnp.zeros(x.shape, x.dtype) for x in self._blocks(donated, kept, rows, positions)]
+            buffers = [jnp.zeros(x.shape, x.dtype) for x in self._blocks(donated, kept, chosen)]
             if len(self._buffers) >= _SIZES:
                 self._buffers.pop(next(iter(self._buffers)), None)
-        outs, self._buffers[key] = self._on_host(donated, buffers, kept, rows, positions)
+        outs, self._buffers[key] = self._on_host(donated, buffers, kept, chosen)
         return outs
 
     def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
         """The program for these leaves, lowered, and a function of it, when it is compiled, and of leaves."""
         used = [leaves[i] for i in self._used]
         donated, kept = self._apart(leaves)
-        if not self._host.sees(used) or not _jax.on_one_device(leaves):
+        if self._leaves_ids_to_device(leaves, used):
 
             def with_ids(compiled: Any, leaves: list[Any]) -> Any:
                 return self._returned(compiled(*self._apart(leaves)))
 
             return self._on_device.lower(donated, kept), with_ids
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
-        rows = self._host.most(jax.eval_shape(self._ids, used)) if abstract else self._host.choose(self._ids(used))
-        sizes, shapes = [x.shape[0] for x in rows[0]], self._blocks(donated, kept, *rows)
+        if self._knows_all:
+            chosen, sizes = None, []
+        else:
+            abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
+            ids = jax.eval_shape(self._ids, used) if abstract else self._ids(used)
+            chosen = self._host.most(ids) if abstract else self._host.choose(ids)
+            sizes = [x.shape[0] for x in chosen[0]]
+        shapes = self._blocks(donated, kept, chosen)
 
         def with_rows(compiled: Any, leaves: list[Any]) -> Any:
             donated, kept = self._apart(leaves)
-            rows = self._host.choose(self._ids([leaves[i] for i in self._used]), sizes)
-            outs, _ = compiled(donated, [jnp.zeros(x.shape, x.dtype) for x in shapes], kept, *rows)
+            used = [leaves[i] for i in self._used]
+            chosen = None if self._knows_all else self._host.choose(self._ids(used), sizes)
+            outs, _ = compiled(donated, [jnp.zeros(x.shape, x.dtype) for x in shapes], kept, chosen)
             return self._returned(outs)
 
-        return self._on_host.lower(donated, shapes, kept, *rows), with_rows
+        return self._on_host.lower(donated, shapes, kept, chosen), with_rows
 
     def cache_size(self) -> int:
         programs: list[Any] = [self._on_host, self._with_rows, self._on_device]

@@ -19,6 +19,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
 from jaxsparse.batch import Batch
+from jaxsparse.distinct import Scratch, distinct_ids, room_for, sorted_distinct
 from jaxsparse.features import (
     LEVELS,
     Array,
@@ -215,6 +216,10 @@ class Batches:
         ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
         self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse) for f in features]
         self._levels = sorted(set(map(self._level, ahead)))
+        self._scratch, self._room = Scratch(), [0] * len(features)
+        if not self.is_part:
+            counts = [self._count(parts) for parts in ahead[:: max(len(ahead) // _LOOK_AT, 1)]]
+            self._room = [room_for(max(count)) for count in zip(*counts, strict=True)] or self._room
 
     def __len__(self) -> int:
         full, rest = divmod(self._num_examples, self._batch_size)
@@ -286,23 +291,50 @@ class Batches:
     def _level(self, parts: list[np.ndarray]) -> int:
         return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
 
-    def _batch(self, parts: list[np.ndarray]) -> Batch:
-        length, spare = self._batch_size // len(parts), int(parts[0][0])
+    def _count(self, parts: list[np.ndarray]) -> list[int]:
+        """Of each feature, the most distinct ids in a shard of a batch."""
+        length, sizes = self._batch_size // len(parts), self._fit(parts)
+        shards = [self._shard(part, length, sizes, int(parts[0][0])) for part in parts]
+        counts = []
+        for f, leaves in zip(self._features, zip(*shards, strict=True), strict=True):
+            ids = [f.ids(x) for x in leaves]
+            counts.append(max(0 if x is None else len(sorted_distinct(x.reshape(-1))) for x in ids))
+        return counts
+
+    def _fit(self, parts: list[np.ndarray]) -> list[int]:
+        """The size of each feature in a batch."""
         wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
         level = next((level for level in self._levels if level >= wanted), self._levels[-1])
-        sizes = [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
+        return [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
+
+    def _shard(self, part: np.ndarray, length: int, sizes: list[int], spare: int) -> list[Any]:
+        return [f.pad(f.cut(part), length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
+
+    def _batch(self, parts: list[np.ndarray]) -> Batch:
+        length, spare, sizes = self._batch_size // len(parts), int(parts[0][0]), self._fit(parts)
+        own = parts[self._own]
+        features = [self._shard(part, length, sizes, spare) for part in own]
+        known = [self._known(n, list(leaves)) for n, leaves in enumerate(zip(*features, strict=True))]
         shards = []
-        for part in parts[self._own]:
+        for part, leaves, distinct in zip(own, features, zip(*known, strict=True), strict=True):
             weight = np.zeros(length, np.float32)
             weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
-            leaves = [f.pad(f.cut(part), length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
             y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
-            shards.append((jax.tree.unflatten(self._tree, leaves), y, weight))
+            shards.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
         stack = lambda *leaves: np.stack(leaves)  # noqa: E731
-        return Batch(*(jax.tree.map(stack, *shards) if self._devices else _on_device(shards[0])))
+        x, distinct, y, weight = jax.tree.map(stack, *shards) if self._devices else _on_device(shards[0])
+        return Batch(x, y, weight, distinct)
+
+    def _known(self, n: int, leaves: list[Any]) -> list[Any]:
+        """What is known of the ids of feature n, for each shard."""
+        ids = [self._features[n].ids(x) for x in leaves]
+        if self.is_part or ids[0] is None:
+            return [None] * len(leaves)
+        return distinct_ids(ids, self._room[n], self._scratch)
 
 
 _LOOK_AHEAD = 64  # batches to learn the sizes from
+_LOOK_AT = 16  # of these, to count ids in
 
 
 @jax.jit

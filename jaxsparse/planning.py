@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._jax import Program
+from jaxsparse.known_ids import Known
 from jaxsparse.tracing import TracedStep
 from jaxsparse.values import ZERO, Note, RefusedError, Rows, Same, Value, Whole, notes_of
 from jaxsparse.walk import Plan, Read, Reason, Walk
@@ -37,6 +38,7 @@ class Planned:
       reads: the reads, in order.
       ids: evaluates the ids of the reads; its first inputs are the program's.
       dense: inputs that are read by rows, and computed as a whole all the same, with the reason.
+      known: inputs whose distinct ids are given beside them.
     """
 
     program: Program
@@ -46,6 +48,7 @@ class Planned:
     reads: list[Read]
     ids: _jax.Needed
     dense: dict[int, Reason]
+    known: list[Known]
 
     def reads_in(self, c: int) -> list[tuple[Read, int]]:
         """The reads of a class, each with the number of the array of its ids, which is equal for equal ones."""
@@ -107,7 +110,7 @@ class Settled(NamedTuple):
         leaves = {i: plan.find(i) for i in sorted(self.chosen)}
         classes = {c: _jax.shape(program.inputs[i])[0] for i, c in leaves.items()}
         dense = {i: why for i, why in self.banned.items() if i in self.tables}
-        return Planned(program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense)
+        return Planned(program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense, [])
 
 
 def settle(
@@ -242,9 +245,9 @@ def _stand_in(x: Any) -> jax.Array:
     return _jax.vary(jnp.zeros((3, *x.shape[1:]), x.dtype), _jax.varying_axes(x))
 
 
-def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array) -> Rows:
-    """Some rows of a leaf of the state."""
-    return Rows(block, i, whole=lambda walk: leaf)
+def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:
+    """Some rows of a leaf of the state. `table`: the leaf, where it is to be read there."""
+    return Rows(block, i, whole=lambda walk: leaf, table=table)
 
 
 def rows_of_update(block: jax.Array, i: int) -> Rows:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
+from jaxsparse.rows import row_ids
 from jaxsparse.values import UNIFORM, UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
 
 if TYPE_CHECKING:
@@ -59,23 +60,22 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         at = _clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
     fill = _nothing(rows.block.dtype) if fill is None else fill
-    if (
-        walk.alone
-        and not walk.planning
-        and _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
-    ):
-        along = _summed_along(walk, eqn)
-        if along is not None and along < place.ndim and sizes[1:] == shape[1:]:
-            return [Summed(_sum_of_rows(rows.block, place, along, fill))]
-    outs = _jax.bind(
-        eqn,
-        [rows.block, at.at[..., component].set(place)],
-        mode=Mode.FILL_OR_DROP,
-        fill_value=fill,
-        unique_indices=False,
-        indices_are_sorted=False,
-    )
-    return [Whole(x) for x in outs]
+    along = _summed_along(walk, eqn) if walk.alone and not walk.planning else None
+    whole_rows = _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
+    if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
+        along = None
+
+    def read(rows: jax.Array, place: jax.Array) -> jax.Array:
+        if along is not None:
+            return _sum_of_rows(rows, place, along, fill)
+        changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill, "unique_indices": False, "indices_are_sorted": False}
+        return _jax.bind(eqn, [rows, at.at[..., component].set(place)], **changes)[0]
+
+    out = read(rows.block, place)
+    if rows.table is not None:
+        inside = row_ids(jnp.clip(ids, 0, num_rows - 1) if mode in _CLIPPED else ids, num_rows)
+        out = jax.lax.platform_dependent(cpu=lambda: read(rows.table, inside), default=lambda: out)
+    return [Whole(out) if along is None else Summed(out)]
 
 
 def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
@@ -193,7 +193,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             return None
     component = tuple(numbers.scatter_dims_to_operand_dims).index(axis)
     at = array_of(index)
-    clipped = eqn.param("mode") == Mode.CLIP
+    ids, clipped = at[..., component], eqn.param("mode") == Mode.CLIP
     if clipped:
         window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
         sizes = [1] * len(shape)
@@ -231,7 +231,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
         return out.astype(block.dtype)
 
-    return _changed(walk, into, at[..., component], shape[axis], put, adds=adds, clipped=clipped)
+    return _changed(walk, into, ids, shape[axis], put, adds=adds, clipped=clipped)
 
 
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,11 +20,13 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse.collectives import in_auto_mode
-from jaxsparse.planning import Planned, PlannedStep, announce, plan_step, refused, rows_of_leaf
-from jaxsparse.rows import compact, distinct_rows, in_range, is_first, scatter_rows, zero_after
+from jaxsparse.device_rows import choose_rows, ids_of
+from jaxsparse.known_ids import find_known
+from jaxsparse.planning import PlannedStep, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.rows import scatter_rows, zero_after
 from jaxsparse.tracing import trace_step
 from jaxsparse.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
-from jaxsparse.values import NOBODY, Rows, Whole, array_of
+from jaxsparse.values import Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk, gather_blocks
 
 
@@ -86,15 +87,25 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
     def run(states: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
         by_number = dict(zip([*places, *others], [*states, *rest], strict=True))
         arrays = [by_number[i] for i in range(len(leaves))]
-        ids = planned.ids_of(arrays)
-        spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
-        outs, _ = evaluate(prepared, arrays, spaces, alone=alone)
+        outs, _ = evaluate_by_ids(prepared, arrays, axes, alone=alone)
         return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
 
     states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in others])
     outs = dict(zip(places.values(), states, strict=True))
     it = iter(rest)
     return [outs[j] if j in outs else next(it) for j in range(len(planned.traced.program.outputs))]
+
+
+def evaluate_by_ids(
+    prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
+) -> tuple[list[Any], list[jax.Array]]:
+    """As `evaluate`, on the rows that the ids of the reads name. `axes`, `alone`: as of `on_rows`."""
+    planned, leaves = prepared.planned, [jnp.asarray(x) for x in leaves]
+    ids = ids_of(planned, leaves, axes)
+    spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
+    outs, blocks = evaluate(prepared, leaves, spaces, alone=alone)
+    tables = {planned.traced.places[i] for i in planned.leaves}
+    return [x if j in tables else ids.checked(x, leaves) for j, x in enumerate(outs)], blocks
 
 
 class Prepared(NamedTuple):
@@ -113,53 +124,12 @@ def prepare_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums
     replayed = find_replayed((args, kwargs))
     traced = trace_step(step, args, kwargs, state_argnums, functools.partial(catch_up, replayed))
     planned = plan_step(traced, traced.leaves, history_of(replayed))
+    planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
         got = f"row ids made of rows of {traced.paths[i]}"
         raise refused(got, "They are needed before these rows can be brought up to date: use skipped='freeze' here.")
     return Prepared(planned, replayed)
-
-
-def reads_of(planned: Planned, c: int) -> dict[int, bool]:
-    """For a class, the numbers of its distinct arrays of ids, and whether some read of each is clipped."""
-    found: dict[int, bool] = {}
-    for read, number in planned.reads_in(c):
-        found[number] = found.get(number, False) or read.clipped
-    return found
-
-
-def choose_rows(
-    planned: Planned, c: int, ids: list[jax.Array], more_axes: Sequence[Any] = (), *, alone: bool = True
-) -> Space:
-    """The distinct rows of a class that these ids of all reads name. `alone`: as of a Walk."""
-    num_rows = planned.classes[c]
-    by_number = dict(zip(planned.ids.numbers, ids, strict=True))
-    parts = {}
-    for number, clipped in reads_of(planned, c).items():
-        x = by_number[number]
-        inside = jnp.where(x == NOBODY, num_rows, jnp.clip(x, 0, num_rows - 1)) if clipped else x
-        parts[number] = jnp.where(in_range(inside, num_rows), inside, num_rows)
-    everything = jnp.concatenate([jnp.zeros(0, jnp.int32), *parts.values()])
-    axes = {axis for node, axes in planned.plan.axes.items() if planned.plan.find(node) == c for axis in axes}
-    axes = axes.union(more_axes)
-    for axis in sorted(axes, key=str):
-        everything = _jax.all_gather(everything, axis)
-    size = min(everything.shape[0], num_rows) + 1
-    if everything.shape[0] == 0:
-        return Space(jnp.full(1, num_rows, jnp.int32), num_rows, {})
-    reads = planned.reads_in(c)
-    # the ids of a turn of a loop, or of one device of several, are looked up
-    if axes or not alone or any(read.path is None for read, _ in reads):
-        ordered = jnp.sort(everything)
-        return Space(compact(ordered, is_first(ordered, num_rows), num_rows, size), num_rows, {})
-    unique, places = distinct_rows(everything, num_rows, size)
-    ends = itertools.accumulate(x.shape[0] for x in parts.values())
-    at = {number: places[end - x.shape[0] : end] for (number, x), end in zip(parts.items(), ends, strict=True)}
-    positions: dict[Any, jax.Array] = {}
-    for read, number in reads:
-        is_row = True if read.clipped else in_range(by_number[number], num_rows)  # another read may clip these ids
-        positions[read.path] = jnp.where(is_row, at[number], size)
-    return Space(unique, num_rows, positions)
 
 
 def evaluate(

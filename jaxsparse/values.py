@@ -58,7 +58,8 @@ class Rows:
     it was made from, so that rows outside the block, which are frozen, get nothing of it. Not known any more behind a
     region's end: `whole`, which computes the array itself, while only state is among what it was made from; `add_to`,
     which adds it to another block with the same rows, where it is nothing but a scatter-add into zeros; `origin`, the
-    first of a chain of reshaped, cast and elementwise changed Rows.
+    first of a chain of reshaped, cast and elementwise changed Rows; `table`, the array itself, if on CPU it is to be
+    read there, because nothing else than reads needs the block.
     """
 
     block: Any
@@ -69,6 +70,7 @@ class Rows:
     whole: Callable[[Any], Any] | None = None  # of a walk, which remembers
     add_to: Callable[[Any], Any] | None = None
     origin: Rows | None = None
+    table: Any = None
 
     @property
     def first(self) -> Rows:

@@ -11,10 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     {"_jax", "_checks", "rows", "tracing", "uses"},
-    {"ops", "embedding", "collectives", "batch", "features", "pipeline", "nn", "losses"},
-    {"values", "walk", "row_elementwise", "row_rules", "row_reads", "row_regions", "planning"},
+    {"ops", "embedding", "collectives", "batch", "distinct", "features", "pipeline", "nn", "losses"},
+    {"values", "walk", "row_elementwise", "row_rules", "row_reads", "row_regions", "known_ids", "planning"},
     {"lazy", "optimizers", "adagrad", "catch_up", "replaying", "up_to_date", "testing", "parallel"},
-    {"rowwise", "host_rows", "jit", "grad", "explain", "refresh", "train"},
+    {"device_rows", "host_rows", "rowwise", "jit", "grad", "explain", "refresh", "train"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

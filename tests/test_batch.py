@@ -506,7 +506,7 @@ def test_what_is_not_finite_passes_unless_checked():
 def test_batch_is_a_pytree():
     (batch,) = js.batches({"a": M, "b": IDS}, [1.0, 2.0], batch_size=2)
     leaves, treedef = jax.tree.flatten(batch)
-    assert len(leaves) == 5 and isinstance(batch.x["a"], BCOO)
+    assert len(leaves) == 9 and isinstance(batch.x["a"], BCOO)
     assert jax.tree.structure(jax.tree.unflatten(treedef, leaves)) == treedef
     out = jax.jit(lambda b: jax.tree.map(lambda a: a * 2, b))(batch)
     assert isinstance(out, js.Batch) and out.x["b"].tolist() == (2 * IDS).tolist()

@@ -1,0 +1,89 @@
+"""The distinct ids of arrays, and where each id is among them: found on the host, with NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistinctIds:
+    """The distinct ids in an array, and where each of its elements is among them.
+
+    Both arrays have the leading axis of the array itself, so that a batch can be split along it over devices. Split in
+    another way, for micro-batches say, it is not known any more which ids are distinct: `counted` tells.
+
+    Attributes:
+      ids: int32 (n, m), read row after row: the distinct ids in order, then 2**31 - 1.
+      positions: int32 of the array's shape, of a BCOO's entries (nse,): of each id, where it is in `ids`.
+      counted: n, and how many elements of `ids` count.
+    """
+
+    ids: Any
+    positions: Any
+    counted: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
+NO_ID = 2**31 - 1
+
+
+class Scratch:
+    """Where ids are among distinct ones, by looking them up in an array that is kept from call to call: few of its
+    pages are used. For one thread at a time: the one that holds `lock`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._array = np.empty(0, np.int32)
+
+    def positions(self, unique: np.ndarray) -> np.ndarray:
+        """An array that has at each of these ids, none of them negative, where it is."""
+        if len(unique) and unique[-1] >= len(self._array):
+            self._array = np.empty(int(unique[-1]) + 1, np.int32)
+        self._array[unique] = np.arange(len(unique), dtype=np.int32)
+        return self._array
+
+
+def sorted_distinct(ids: np.ndarray) -> np.ndarray:
+    """The distinct ones of ids (k,), in order. np.unique, which looks for more, takes much longer."""
+    ordered = np.sort(ids)
+    new = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new]
+
+
+def round_up(n: int) -> int:
+    """The next of eight sizes an octave: at most an eighth more than n, and at least 1."""
+    step = 1 << max(int(n).bit_length() - 4, 0)
+    return max(-(-int(n) // step) * step, 1)
+
+
+def room_for(count: int) -> int:
+    """For so many distinct ids in one batch, a size that is enough for others like it, and one more."""
+    return round_up(count + count // 16 + 3 * math.isqrt(count) + 1)
+
+
+def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:
+    """Those of int32 ids (n, ...), with room for all but one of so many, or for more if there are more; and for no more
+    than there are ids."""
+    found = [sorted_distinct(ids.reshape(-1)) for ids in shards]
+    most = max(map(len, found))
+    room = min(room if most < room else room_for(most), shards[0].size + 1)
+    return [_among(unique, ids, room, scratch) for unique, ids in zip(found, shards, strict=True)]
+
+
+def _among(unique: np.ndarray, ids: np.ndarray, room: int, scratch: Scratch) -> DistinctIds:
+    if len(unique) and unique[0] < 0:
+        positions = np.searchsorted(unique, ids).astype(np.int32)
+    else:
+        with scratch.lock:
+            positions = scratch.positions(unique)[ids]
+    n = len(ids)
+    table = np.full((n, -(-room // max(n, 1))), NO_ID, np.int32)
+    table.reshape(-1)[: len(unique)] = unique
+    return DistinctIds(table, positions, (n, room))

@@ -1,0 +1,199 @@
+"""Batches that know their distinct ids: the same rows as without, in smaller blocks; and NaN where it is not so."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse
+from flax.training.train_state import TrainState
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import jaxsparse as js
+from jaxsparse.distinct import Scratch, distinct_ids, room_for
+
+V, D, N, B = 300, 4, 96, 32
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 60, (N, 5))
+LISTS = [row[:k].tolist() for row, k in zip(IDS, RNG.integers(0, 5, N), strict=True)]
+TABLE = RNG.normal(size=(V, D)).astype(np.float32)
+HEADS = {"a": IDS, "b": IDS[:, 0], "dense": RNG.normal(size=(N, 2))}
+
+
+@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(0, 5)), elements=st.integers(-3, 20)))
+def test_distinct_ids(ids):
+    (found,) = distinct_ids([ids], room_for(4), Scratch())
+    unique, inverse = np.unique(ids, return_inverse=True)
+    flat = found.ids.reshape(-1)
+    assert flat[: len(unique)].tolist() == unique.tolist() and set(flat[len(unique) :].tolist()) <= {2**31 - 1}
+    assert found.positions.ravel().tolist() == inverse.ravel().tolist() and found.positions.shape == ids.shape
+    n, size = found.counted
+    assert n == len(found.ids) and len(unique) < size <= max(ids.size + 1, 1) and flat.size >= size
+
+
+def test_shards_have_one_size_and_a_batch_with_more_has_its_own():
+    few, many = np.zeros((4, 8), np.int32), np.arange(32, dtype=np.int32).reshape(4, 8)
+    assert [x.counted for x in distinct_ids([few, few], 5, Scratch())] == [(4, 5)] * 2
+    assert [x.counted for x in distinct_ids([few, many], 5, Scratch())] == [(4, 33)] * 2
+
+
+def squared(rows, batch):
+    return js.weighted_mean(jnp.sum(rows, -1) ** 2, batch.weight)
+
+
+def csr():
+    return scipy.sparse.random(N, V, 0.05, format="csr", random_state=0)
+
+
+# name: x, options of js.batches, the rows that a loss is made of, whether the ids are followed
+PROGRAMS = {
+    "t[ids]": (IDS, {}, lambda t, b: t[b.x].sum(1), True),
+    "take that clips": (IDS, {}, lambda t, b: jnp.take(t, b.x + 5, axis=0, mode="clip").sum(1), True),
+    "negative ids": (IDS, {}, lambda t, b: t[b.x - V].sum(1), True),
+    "hashed ids": (IDS, {}, lambda t, b: t[(b.x * 7 + 3) % 97].sum(1), True),
+    "an offset that is an array": (IDS, {}, lambda t, b: t[(b.x + b.weight.sum().astype(int)) % V].sum(1), True),
+    "examples of weight 0": (IDS, {}, lambda t, b: bag(t, jnp.where(b.weight[:, None] > 0, b.x, V)), True),
+    "columns": (IDS, {}, lambda t, b: t[b.x[:, 0]] + t[b.x[:, 1:3]].sum(1), True),
+    "a column under vmap": (IDS, {}, lambda t, b: jax.vmap(lambda ids: t[ids[1]])(b.x), True),
+    "transposed": (IDS, {}, lambda t, b: t[b.x.T[::-1]].sum(0), True),
+    "ids and others": (IDS, {}, lambda t, b: t[b.x].sum(1) + t[jnp.arange(3)].sum(), False),
+    "sorted ids": (IDS, {}, lambda t, b: t[jnp.sort(b.x, 1)].sum(1), False),
+    "in a scan": (IDS, {}, lambda t, b: jax.lax.scan(lambda c, ids: (c, t[ids]), 0, b.x.T)[1].sum(0), False),
+    "features together": (HEADS, {}, lambda t, b: t[jnp.concatenate([b.x["a"], b.x["b"][:, None]], 1)].sum(1), True),
+    "features of one table": (HEADS, {}, lambda t, b: t[b.x["a"]].sum(1) + t[b.x["b"]], True),
+    "lists": (LISTS, {}, lambda t, b: bag(t, b.x), True),
+    "lists padded with -1": (LISTS, {"padding_idx": -1}, lambda t, b: js.embedding_bag(t, b.x, padding_idx=-1), True),
+    "-1 is the last row": (LISTS, {"padding_idx": -1}, lambda t, b: t[b.x].sum(1), True),
+    "a matrix": (csr(), {}, lambda t, b: js.dot(b.x, t), True),
+}
+
+
+def bag(table, ids):
+    return js.embedding_bag(table, ids, padding_idx=V)
+
+
+def state_of(tx):
+    return TrainState.create(apply_fn=None, params={"t": jnp.asarray(TABLE), "w": jnp.ones(())}, tx=tx)
+
+
+def steps_of(rows):
+    def loss_fn(params, batch):
+        return squared(rows(params["t"], batch), batch) * params["w"]
+
+    def step(state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads=grads), loss
+
+    def two_words(state, batch):
+        loss, grads = js.value_and_grad(loss_fn)(state.params, batch)
+        return state.apply_gradients(grads=grads), loss
+
+    return {"rowwise": (jax.jit(js.rowwise(step)), optax.adam), "jit": (js.jit(step), optax.adam)} | {
+        "two words": (jax.jit(two_words), js.lazy_adam)
+    }
+
+
+def without(batch):
+    return dataclasses.replace(batch, distinct=None)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_same_as_without(name):
+    x, options, rows, _ = PROGRAMS[name]
+    batches = list(js.batches(x, batch_size=B, num_rows=V, **options))
+    for way, (step, tx) in steps_of(rows).items():
+        known, unknown = state_of(tx(0.1)), state_of(tx(0.1))
+        for batch in batches:
+            (known, loss), (unknown, want) = step(known, batch), step(unknown, without(batch))
+            np.testing.assert_allclose(loss, want, rtol=1e-6, err_msg=way)
+        for a, b in zip(jax.tree.leaves(known), jax.tree.leaves(unknown), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=way)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_block_has_the_size_of_what_is_known(name):
+    x, options, rows, followed = PROGRAMS[name]
+    (batch, *_) = js.batches(x, batch_size=B, num_rows=V, **options)
+    gradient = jax.eval_shape(js.grad(lambda t, b: squared(rows(t, b), b)), jnp.asarray(TABLE), batch)
+    ids = jax.tree.leaves(batch.distinct, is_leaf=lambda x: isinstance(x, js.DistinctIds))
+    size = sum(x.counted[1] for x in ids)
+    # a value for what a mask puts there, and one row of padding
+    assert (gradient.rows.shape[0] <= min(size + 1, V) + 1) == (followed or size + 2 > V), gradient
+
+
+@pytest.mark.parametrize("way", ["rowwise", "jit", "two words"])
+@pytest.mark.parametrize("name", ["t[ids]", "lists", "a matrix", "columns"])
+def test_what_is_not_so_is_nan_and_changes_no_row(name, way):
+    x, options, rows, _ = PROGRAMS[name]
+    (first, second, *_) = js.batches(x, batch_size=B, num_rows=V, **options)
+    batch = dataclasses.replace(first, x=jax.tree.map(lambda x: x[::-1], first.x))
+    if jax.tree.map(jnp.shape, first.distinct) == jax.tree.map(jnp.shape, second.distinct):
+        batch = dataclasses.replace(first, distinct=second.distinct)
+    step, tx = steps_of(rows)[way]
+    state, loss = step(state_of(tx(0.1)), batch)
+    assert np.isnan(loss) and np.isnan(state.params["w"])
+    assert np.array_equal(state.params["t"], TABLE)
+
+
+def test_a_position_outside_is_nan_too():
+    (batch, *_) = js.batches(IDS, batch_size=B, num_rows=V)
+    positions = batch.distinct.positions.at[0, 0].set(10**6).at[1, 1].set(-1)
+    batch = dataclasses.replace(batch, distinct=dataclasses.replace(batch.distinct, positions=positions))
+    step, tx = steps_of(PROGRAMS["t[ids]"][2])["jit"]
+    state, loss = step(state_of(tx(0.1)), batch)
+    assert np.isnan(loss) and np.array_equal(state.params["t"], TABLE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: jax.tree.map(lambda x: x.reshape(2, B // 2, *x.shape[1:]), b),
+        lambda b: jax.tree.map(lambda x: x[: B // 2], b),
+        lambda b: jax.tree.map(lambda x: jnp.concatenate([x, x]), b),
+    ],
+    ids=["micro-batches", "a part", "twice"],
+)
+@pytest.mark.parametrize("way", ["rowwise", "jit", "two words"])
+def test_a_batch_cut_in_another_way_knows_nothing(change, way):
+    (batch, *_) = js.batches(IDS, batch_size=B, num_rows=V)
+    batch = change(batch)
+
+    def rows(table, batch):
+        return table[batch.x].sum(-2)
+
+    step, tx = steps_of(rows)[way]
+    (known, loss), (unknown, want) = step(state_of(tx(0.1)), batch), step(state_of(tx(0.1)), without(batch))
+    assert float(loss) == float(want) and np.array_equal(known.params["t"], unknown.params["t"])
+
+
+def test_micro_batches_in_a_scan_and_batches_in_a_scan_of_steps():
+    batches = list(js.batches(IDS, batch_size=B, num_rows=V))
+    step, tx = steps_of(PROGRAMS["t[ids]"][2])["rowwise"]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    one, _ = jax.lax.scan(step, state_of(tx(0.1)), stacked)
+    other = state_of(tx(0.1))
+    for batch in batches:
+        other, _ = step(other, batch)
+    np.testing.assert_allclose(one.params["t"], other.params["t"], rtol=1e-6)
+
+
+def test_several_hosts_do_not_count():
+    """A host would have to look at the ids of all others."""
+    for batch in js.batches(IDS, batch_size=B, num_rows=V, shard=(0, 2)):
+        assert batch.distinct is None
+
+
+def test_rows_that_a_mask_leaves_out_are_left_alone():
+    (batch, *_) = js.batches(IDS, batch_size=B, num_rows=V)
+    mask = (jnp.arange(B) % 2 == 0)[:, None]
+    steps = steps_of(lambda t, b: bag(t, jnp.where(mask, b.x, V)))
+    for step, tx in steps.values():
+        state = state_of(tx(0.1))
+        state, _ = step(state, batch)
+        state, _ = step(state, dataclasses.replace(batch, weight=0 * batch.weight))  # momentum moves what is read
+        changed = np.flatnonzero((np.asarray(state.params["t"]) != TABLE).any(1))
+        assert set(changed) == set(np.unique(IDS[:B:2]))
