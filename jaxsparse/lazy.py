@@ -10,6 +10,8 @@ In a step under js.jit or js.rowwise, whose gradients are arrays, lazy(inner) is
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +22,12 @@ import optax
 from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
-from jaxsparse.rows import RowSparse, coalesce, gather_rows, in_range, is_row_sparse, scatter_rows
+from jaxsparse.rows import RowSparse, coalesce, computed_once, in_range, is_row_sparse, scatter_rows
 from jaxsparse.tracing import tracing
-from jaxsparse.values import RefusedError, Rows, Whole, array_of
-from jaxsparse.walk import Space, Walk
+from jaxsparse.values import RefusedError, Rows, Value, Whole, array_of
+from jaxsparse.walk import Space, Walk, gather_blocks
 
+_PIECE = 1 << 18  # bytes
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 
@@ -86,36 +89,100 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
     slots, slot_tree = _flatten(state)
     shapes = [jax.ShapeDtypeStruct(g.shape, g.dtype) if i in by_row else g for i, g in enumerate(grads)]
     planned = plan_update(inner, tree, shapes, state, params, extra_args, by_row)
-    spaces = {planned.leaves[i]: Space(grads[i].ids, grads[i].num_rows, {}) for i in by_row}
-    arrays = [*grads, *slots, *jax.tree.leaves(params)]
-    used = _jax.used_inputs(planned.program)
-    of_class = {c: [i for i in used if planned.leaves.get(i) == c and i not in by_row] for c in spaces}
-    blocks: dict[int, jax.Array] = {}
-    for c, members in of_class.items():
-        blocks |= {i: gather_rows(jnp.asarray(arrays[i]), spaces[c].ids) for i in members}
-    values: list[Any] = []
-    for i, x in enumerate(arrays):
-        if i in by_row:
-            real = in_range(x.ids, x.num_rows).reshape(-1, *(1,) * (x.ndim - 1))
-            values.append(rows_of_update(jnp.where(real, x.rows, 0), i))
-        elif i in blocks:
-            values.append(rows_of_leaf(blocks[i], i, x))
-        else:
-            values.append(Whole(jnp.asarray(x)))
-    walk = Walk(planned.plan, spaces)
-    outs = walk.run(planned.program, values)
-    results = []
-    for i, (v, x) in enumerate(zip(outs, [*grads, *slots], strict=True)):
-        if i not in planned.leaves:
-            results.append(walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v)))
-            continue
-        rows, ids = walk.as_rows(v, i, 0), spaces[planned.leaves[i]].ids
-        assert rows is not None, "its rows are along the first axis, as the plan has found"
-        if i in by_row:
-            results.append(RowSparse(ids, rows.block, x.shape, unique=True))
-        else:
-            results.append(scatter_rows(x, ids, rows.block) if v is not values[i] else x)
+    arrays = [
+        x.rows if i in by_row else jnp.asarray(x) for i, x in enumerate([*grads, *slots, *jax.tree.leaves(params)])
+    ]
+    ids = {planned.leaves[i]: grads[i].ids for i in by_row}
+    update = _Update(planned, by_row)
+    walk, outs = update.evaluate(ids, arrays)
+    results: list[Any] = [
+        None if i in planned.leaves else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
+        for i, v in enumerate(outs)
+    ]
+    for c in ids:
+        for i, x in update.written(c, ids, arrays, outs).items():
+            results[i] = RowSparse(ids[c], x, grads[i].shape, unique=True) if i in by_row else x
     return tree.unflatten(results[: len(grads)]), slot_tree.unflatten(results[len(grads) :])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    """A planned update. Its arrays are the leaves; of gradients `by_row` they are the rows at ids, given by class."""
+
+    planned: Planned
+    by_row: set[int]
+
+    def evaluate(self, ids: dict[int, jax.Array], arrays: Sequence[jax.Array]) -> tuple[Walk, list[Any]]:
+        """The outputs: of what has rows, these rows, or None if they are as they were."""
+        planned, values = self.planned, list[Value]()
+        spaces = {c: Space(ids[c], planned.classes[c], {}) for c in ids}
+        used = [i for i in _jax.used_inputs(planned.program) if i in planned.leaves and i not in self.by_row]
+        blocks: dict[int, jax.Array] = {}
+        for c in spaces:
+            of_class = [i for i in used if planned.leaves[i] == c]
+            blocks |= zip(of_class, gather_blocks([arrays[i] for i in of_class], spaces[c]), strict=True)
+        for i, x in enumerate(arrays):
+            if i in self.by_row:
+                c = planned.leaves[i]
+                real = in_range(ids[c], planned.classes[c]).reshape(-1, *(1,) * (x.ndim - 1))
+                values.append(rows_of_update(jnp.where(real, x, 0), i))
+            else:
+                values.append(rows_of_leaf(blocks[i], i, x) if i in blocks else Whole(x))
+        walk = Walk(planned.plan, spaces)
+        outs = walk.run(planned.program, values)
+        for i in planned.leaves.keys() & set(range(len(outs))):
+            outs[i] = None if outs[i] is values[i] else walk.as_rows(outs[i], i, 0)
+        return walk, outs
+
+    def written(
+        self, c: int, ids: dict[int, jax.Array], arrays: Sequence[jax.Array], outs: Sequence[Any]
+    ) -> dict[int, jax.Array]:
+        """The rows of updates, and the slots with their new rows, of a class."""
+        of_class = {i: arrays[i] for i in range(len(outs)) if self.planned.leaves.get(i) == c}
+        new = {i: outs[i].block for i in of_class if outs[i] is not None}
+
+        def at_once() -> dict[int, jax.Array]:
+            return {i: x if i in self.by_row else scatter_rows(arrays[i], ids[c], x) for i, x in new.items()}
+
+        size, row = ids[c].shape[0], max((x[:1].size * x.dtype.itemsize for x in of_class.values()), default=1)
+        many = max(_PIECE // max(row, 1), 64)
+        one_type = all(x.dtype == arrays[i].dtype for i, x in new.items()) and not _jax.varying_axes(arrays)
+        if self.planned.crosses or size < 4 * many or not one_type:
+            return of_class | at_once()
+        by_pieces = functools.partial(self._by_pieces, c, ids, arrays, sorted(new), many)
+        return of_class | jax.lax.platform_dependent(cpu=by_pieces, default=at_once)
+
+    def _by_pieces(
+        self, c: int, ids: dict[int, jax.Array], arrays: Sequence[jax.Array], changed: list[int], many: int
+    ) -> dict[int, jax.Array]:
+        """What is new of a class, so many rows at a time, as far as ids are rows. There may be far fewer of these than
+        there is room for; and the processor's caches hold a piece."""
+        each, size = jnp.arange(ids[c].shape[0], dtype=jnp.int32), ids[c].shape[0]
+        end = jnp.max(jnp.where(in_range(ids[c], self.planned.classes[c]), each + 1, 0))
+
+        def piece(carry: tuple[jax.Array, dict[int, jax.Array]]) -> tuple[jax.Array, dict[int, jax.Array]]:
+            done, new = carry
+            first = jnp.minimum(done, size - many)  # the last piece meets rows that are done
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=many)
+            is_done = cut(each) < done
+            here = jnp.where(is_done, self.planned.classes[c] + size + each[:many], cut(ids[c]))
+            old = dict(enumerate(arrays)) | new
+            of_class = [i for i in self.by_row if self.planned.leaves[i] == c]
+            # copied, or XLA reads it again after it was written
+            old |= zip(of_class, computed_once(lambda: [cut(old[i]) for i in of_class], done >= 0), strict=True)
+            _, outs = self.evaluate({**ids, c: here}, [old[i] for i in range(len(arrays))])
+            for i in changed:
+                block = outs[i].block
+                if i in self.by_row:
+                    block = jnp.where(is_done.reshape(-1, *(1,) * (block.ndim - 1)), old[i], block)
+                    new[i] = jax.lax.dynamic_update_slice_in_dim(new[i], block, first, 0)
+                else:
+                    new[i] = scatter_rows(new[i], here, block)
+            return first + many, new
+
+        return jax.lax.while_loop(lambda carry: carry[0] < end, piece, (jnp.int32(0), {i: arrays[i] for i in changed}))[
+            1
+        ]
 
 
 def plan_update(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
-from jaxsparse._jax import opaque_dtype, vary, varying_axes
+from jaxsparse._jax import is_traced, opaque_dtype, vary, varying_axes
 
 
 def _not_a_key(*args: Any) -> Any:
@@ -259,7 +259,7 @@ def computed_once(
     On CPU, XLA takes a gather apart from what is done with its rows if there is more than one use of that, and does it
     over again for each use. It cannot look through a cond.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or not is_traced(always):
         return make()
 
     def zeros() -> list[jax.Array]:

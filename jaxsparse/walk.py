@@ -50,6 +50,8 @@ class Space(NamedTuple):
 
 def gather_blocks(arrays: list[jax.Array], space: Space) -> list[jax.Array]:
     """The chosen rows of several arrays, copied in one piece; not to be differentiated."""
+    if not space.ids.shape[0]:
+        return [gather_rows(x, space.ids) for x in arrays]
     axes = [_jax.varying_axes([x, space.ids]) for x in arrays]
     always = _jax.vary((space.ids[-1] | 1) != 0, frozenset().union(*axes))  # which XLA does not know
     return computed_once(lambda: [copy_rows(x, space.ids) for x in arrays], always, axes)
@@ -140,6 +142,7 @@ class Walk:
     ) -> None:
         self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
         self.reads: list[tuple[Read, jax.Array]] = []
+        self.crosses = False  # whether something that is no Rows was made of Rows, as a sum over them
         self._wholes: dict[Any, Any] = {}
         self._frames: list[Frame] = []  # of the programs that call each other, the innermost last
 
@@ -158,7 +161,11 @@ class Walk:
 
         for eqn in program.equations:
             self.within += (eqn,)
-            env.update(zip(eqn.outputs, self._step(program, eqn, [read(v) for v in eqn.inputs]), strict=True))
+            operands = [read(v) for v in eqn.inputs]
+            outs = self._step(program, eqn, operands)
+            env.update(zip(eqn.outputs, outs, strict=True))
+            if eqn.primitive not in INLINED and any(isinstance(v, Rows) for v in operands):
+                self.crosses |= not all(isinstance(v, Rows) for v in outs)
             self.within = self.within[:-1]
         self._frames.pop()
         return [read(v) for v in program.outputs]

@@ -1,6 +1,7 @@
 """lazy(inner) against dense optax on the densified gradient, untouched rows and slots put back after every step."""
 
 import functools
+import sys
 
 import chex
 import jax
@@ -15,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
 from jaxsparse.rows import is_row_sparse
+from tests.hlo import large_arrays
 
 V, D = 12, 3
 ADAM = js.lazy_adam(0.1)
@@ -542,3 +544,61 @@ def test_shapes_that_do_not_fit():
     wrong = gradient(0) | {"t": js.RowSparse(np.arange(2), np.ones((2, D), np.float32), (V + 1, D))}
     with pytest.raises(ValueError, match=r"'updates'.*\(12, 3\).*\(13, 3\)"):
         tx.update(wrong, tx.init(params()), params())
+
+
+PIECES = {
+    "adam": optax.adam(0.1),
+    "adamw, clipped by value": optax.chain(optax.clip(0.5), optax.adamw(0.1, weight_decay=0.1)),
+    "sgd": optax.sgd(0.1),  # no slots
+    "identity": optax.identity(),
+    "clip_by_global_norm": optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adam(0.1)
+    ),  # looks across rows: in one piece
+}
+
+
+def one_update(tx, grads, state):
+    params, opt_state = state
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+@pytest.mark.parametrize("many", [0, 1, 255, 256, 257, 400])
+@pytest.mark.parametrize("name", PIECES)
+def test_in_pieces(name, many, monkeypatch):
+    """What is large is updated so many rows at a time, as far as there are rows: the same as at once."""
+    rng = np.random.default_rng(many)
+    params = {"t": jnp.asarray(rng.normal(size=(2000, 3)), jnp.float32), "u": jnp.ones((700, 2)), "w": jnp.ones(3)}
+    ids = np.concatenate([rng.permutation(2000)[:many], 2000 + np.arange(401 - many)]).astype(np.int32)
+    ids[many // 2 : many // 2 + 3] = 2500 + np.arange(3)  # padding among the rows
+    rows = jnp.asarray(rng.normal(size=(401, 3)), jnp.float32)
+    few = js.RowSparse(jnp.arange(5), jnp.ones((5, 2)), (700, 2), unique=True)
+    grads = {"t": js.RowSparse(ids, rows, (2000, 3), unique=True), "u": few, "w": jnp.ones(3)}
+    results = []
+    for piece in (0, 1 << 18):
+        monkeypatch.setattr(sys.modules["jaxsparse.lazy"], "_PIECE", piece)
+        tx = js.lazy(PIECES[name])
+        step = jax.jit(functools.partial(one_update, tx, grads), donate_argnums=0)
+        state = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        lowered = step.lower(state).as_text()
+        assert ("while" in lowered) == (piece == 0 and name not in ("identity", "clip_by_global_norm"))
+        for _ in range(3):
+            state = step(state)
+        results.append(state)
+    chex.assert_trees_all_close(*results, rtol=1e-6, atol=1e-6)
+    untouched = np.setdiff1d(np.arange(2000), ids)
+    assert np.array_equal(results[0][0]["t"][untouched], params["t"][untouched])
+
+
+def test_pieces_copy_no_table():
+    """Compiled for CPU, an update in pieces makes nothing that is as large as a table."""
+    params = jnp.zeros((500_000, 16))
+    tx = js.lazy(optax.adam(0.1))
+
+    def step(state, ids, rows):
+        return one_update(tx, js.RowSparse(ids, rows, params.shape, unique=True), state)
+
+    args = (params, tx.init(params)), jnp.arange(32768), jnp.ones((32768, 16))
+    compiled = jax.jit(step, donate_argnums=0).lower(*args).compile()
+    assert "while" in compiled.as_text() and not large_arrays(compiled.as_text(), 500_000)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * args[2].nbytes
