@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse.rows import gather_rows, in_range, row_ids
+from jaxsparse.rows import at_least_int32, gather_rows, in_range, row_ids
 from jaxsparse.tracing import is_tracing
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
@@ -201,11 +201,6 @@ def _resolve(
         ids = jnp.clip(ids, 0, max(num_rows - 1, 0))
         outside = jnp.zeros_like(outside)
     return jnp.where(kept, row_ids(ids, num_rows), num_rows), kept, outside
-
-
-def at_least_int32(ids: jax.Array) -> jax.Array:
-    """Ids to compare with the sizes of arrays, which int8 would wrap."""
-    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
 def _poison(out: jax.Array, bad: jax.Array, mode: str) -> jax.Array:

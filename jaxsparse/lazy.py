@@ -131,7 +131,9 @@ class _Update:
         walk = Walk(planned.plan, spaces)
         outs = walk.run(planned.program, values)
         for i in planned.leaves.keys() & set(range(len(outs))):
-            outs[i] = None if outs[i] is values[i] else walk.as_rows(outs[i], i, 0)
+            rows = None if outs[i] is values[i] else walk.as_rows(outs[i], i, 0)
+            assert rows or outs[i] is values[i], "its rows are along the first axis, as the plan has found"
+            outs[i] = rows
         return walk, outs
 
     def written(
@@ -146,8 +148,9 @@ class _Update:
 
         size, row = ids[c].shape[0], max((x[:1].size * x.dtype.itemsize for x in of_class.values()), default=1)
         many = max(_PIECE // max(row, 1), 64)
-        one_type = all(x.dtype == arrays[i].dtype for i, x in new.items()) and not _jax.varying_axes(arrays)
-        if self.planned.crosses or size < 4 * many or not one_type:
+        one_type = all(x.dtype == arrays[i].dtype for i, x in new.items())
+        on_devices = self.planned.plan.axes or _jax.varying_axes([arrays, ids[c]])
+        if size < 4 * many or self.planned.crosses or on_devices or not one_type:
             return of_class | at_once()
         by_pieces = functools.partial(self._by_pieces, c, ids, arrays, sorted(new), many)
         return of_class | jax.lax.platform_dependent(cpu=by_pieces, default=at_once)
@@ -180,9 +183,8 @@ class _Update:
                     new[i] = scatter_rows(new[i], here, block)
             return first + many, new
 
-        return jax.lax.while_loop(lambda carry: carry[0] < end, piece, (jnp.int32(0), {i: arrays[i] for i in changed}))[
-            1
-        ]
+        start = jnp.int32(0), {i: arrays[i] for i in changed}
+        return jax.lax.while_loop(lambda carry: carry[0] < end, piece, start)[1]
 
 
 def plan_update(

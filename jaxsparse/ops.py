@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, check_bcoo, check_float, message
-from jaxsparse.embedding import at_least_int32, segment_sum, sum_by_bag
-from jaxsparse.rows import in_range
+from jaxsparse.embedding import segment_sum, sum_by_bag
+from jaxsparse.rows import at_least_int32, in_range
 
 
 def dot(x: Any, w: Any) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
-from jaxsparse.rows import row_ids
+from jaxsparse.rows import at_least_int32, row_ids
 from jaxsparse.values import UNIFORM, UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
     out = read(rows.block, place)
     if rows.table is not None:
-        inside = row_ids(jnp.clip(ids, 0, num_rows - 1) if mode in _CLIPPED else ids, num_rows)
+        wide = at_least_int32(ids)
+        inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in _CLIPPED else wide, num_rows)
         out = jax.lax.platform_dependent(cpu=lambda: read(rows.table, inside), default=lambda: out)
     return [Whole(out) if along is None else Summed(out)]
 

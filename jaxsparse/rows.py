@@ -195,10 +195,14 @@ def is_row_sparse(x: object) -> bool:
     return isinstance(x, RowSparse)
 
 
+def at_least_int32(ids: jax.Array) -> jax.Array:
+    """Ids to compare with the sizes of arrays, which int8 would wrap."""
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
+
+
 def row_ids(ids: jax.Array, num_rows: int) -> jax.Array:
     """Ids of any integer type as int32, every id outside [0, num_rows) as num_rows: padding."""
-    if ids.dtype.itemsize < 4:  # num_rows may not fit the narrow type
-        ids = ids.astype(jnp.int32)
+    ids = at_least_int32(ids)
     return jnp.where(in_range(ids, num_rows), ids, num_rows).astype(jnp.int32)
 
 

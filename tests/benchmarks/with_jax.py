@@ -4,9 +4,11 @@ The state is a stock TrainState and donated, batches are of js.batches and on th
 "linen" is the program nobody changed: flax's nn.Embed and a mean instead of js.embedding_bag. "js.jit" is a stock step,
 with optax's own optimizer where there is one, on NumPy's arrays; "arrays" is js.make_train_step on them. "words" is the
 step that is written with js.value_and_grad and js.lazy under jax.jit, which knows nothing of its ids but how many there
-are; "words js.jit" the same under js.jit. The sorting of ids is in all of these times.
+are; "words js.jit" the same under js.jit. The sorting of ids is in all of these times. "words batches" is "words" on
+batches of js.batches, which know their distinct ids, as those of "jaxsparse" do.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -89,13 +91,14 @@ def make(contestant: str, case: Case) -> Made:
         "optax": lambda: jax.jit(dense_step, donate_argnums=0),
         "js.jit": lambda: js.jit(dense_step),
         "words": lambda: jax.jit(two_words, donate_argnums=0),
+        "words batches": lambda: jax.jit(two_words, donate_argnums=0),
         "words js.jit": lambda: js.jit(two_words),
     }
     train_step = steps.get(contestant, lambda: js.make_train_step(loss_fn))()
     lazy = not dense and not (stock and case.rule in ("adam", "adagrad", "sgd"))
     batches, state = list(make_data(case)), make_state(case, make_optimizer(case, lazy=lazy))
     if contestant in ("js.jit", "arrays", "words", "words js.jit"):
-        batches = jax.tree.map(np.asarray, batches)
+        batches = [dataclasses.replace(jax.tree.map(np.asarray, batch), distinct=None) for batch in batches]
 
     def step(i: int) -> jax.Array:
         nonlocal state

@@ -17,7 +17,7 @@ RATES = {"adagrad": 1e-2, "rowwise_adagrad": 1e-2, "sgd": 1.0, "ftrl": 1.0}
 EPS = 1e-15  # of the Adagrads, beside the root; their accumulators start at 0
 FTRL = {"beta": 1.0, "l1": 1e-5}
 
-OURS = ("jaxsparse", "js.jit", "arrays", "words js.jit", "words", "linen")
+OURS = ("jaxsparse", "js.jit", "arrays", "words js.jit", "words batches", "words", "linen")
 ADAM_PEERS = ("torch", "tensorflow", "optax")
 PEERS = ("torch", "fbgemm", "tensorflow", "optax")
 
@@ -66,7 +66,7 @@ def cases() -> list[Case]:
     bags = []
     for e in (5, 6, 7):
         of_adam = {
-            "adam": (*ADAM_PEERS, *["keras", "arrays", "words js.jit", "words"] * (e == 6), "limit"),
+            "adam": (*ADAM_PEERS, *["keras", *OURS[2:6]] * (e == 6), "limit"),
             "adam_replay": (*ADAM_PEERS, "limit"),
         }
         peers = of_adam | {"adagrad": PEERS, "rowwise_adagrad": ("fbgemm",), "sgd": PEERS}
