@@ -4,7 +4,8 @@ It is `rowwise`, compiled, and what only a compiled call can do: the row ids are
 runs. A small program makes them of the batch (`Planned.ids`); NumPy sorts them, and knows how many are distinct and
 where in that list each id is. So the step works on as many rows as there are, rounded up to few sizes, and looks no id
 up. That needs ids that the host can see: they are made of NumPy arrays, or of arrays on the CPU. Where they are on an
-accelerator, nothing is copied to the host: they are sorted there, and the block has as many rows as there are ids.
+accelerator, nothing is copied to the host: they are sorted there, and the block has as many rows as there are ids. A
+batch that carries its distinct ids (`known_ids.py`) needs none of that.
 """
 
 from __future__ import annotations

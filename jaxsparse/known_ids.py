@@ -105,10 +105,10 @@ class _Entry(NamedTuple):
 
 
 def coded_ids(ids: _jax.Needed, leaves: Sequence[Any], known: Sequence[Known]) -> tuple[list[Coded | None], jax.Array]:
-    """Which ids are coded, and whether something that is known of the leaves is not so: bool ()."""
+    """Which ids are coded, and whether something that is known of the leaves they are made of is not so: bool ()."""
     entries = [_Entry(Shared(x)) for x in leaves]
     wrong = jnp.zeros((), bool)
-    for k in known:
+    for k in (k for k in known if ids.used[k.array]):
         values = jnp.reshape(leaves[k.ids], -1)[: k.counted[1]]
         array, places = jnp.asarray(leaves[k.array]), jnp.asarray(leaves[k.positions])
         coded = Coded(Shared(values), values != NO_ID, Shared(places), all_named=True)
@@ -205,7 +205,7 @@ class _Evaluation:
             if code is None and v.one_number is not None:
                 one = self._once("one", [v.one_number], lambda x=v.one_number: jnp.reshape(jnp.asarray(x.array), 1))  # type: ignore[misc]
                 nowhere_else = Shared(jnp.zeros(jnp.shape(v.array), jnp.int32))
-                code = Coded(one, jnp.ones(1, bool), nowhere_else, all_named=True)
+                code = Coded(one, jnp.ones(1, bool), nowhere_else, all_named=jnp.size(v.array) > 0)
             if code is None:
                 return None
             codes.append(code)

@@ -197,3 +197,12 @@ def test_rows_that_a_mask_leaves_out_are_left_alone():
         state, _ = step(state, dataclasses.replace(batch, weight=0 * batch.weight))  # momentum moves what is read
         changed = np.flatnonzero((np.asarray(state.params["t"]) != TABLE).any(1))
         assert set(changed) == set(np.unique(IDS[:B:2]))
+
+
+def test_what_no_row_id_is_made_of_may_be_something_else():
+    (batch, *_) = js.batches({"ids": IDS, "label": IDS[:, 0]}, batch_size=B, num_rows=V)
+    batch = dataclasses.replace(batch, x={**batch.x, "label": batch.x["label"] % 2})
+    step, tx = steps_of(lambda t, b: t[b.x["ids"]].sum(1) * b.x["label"][:, None])["rowwise"]
+    (known, loss), (unknown, want) = step(state_of(tx(0.1)), batch), step(state_of(tx(0.1)), without(batch))
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(known.params["t"], unknown.params["t"], rtol=1e-6)
