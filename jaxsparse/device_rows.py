@@ -57,7 +57,8 @@ def ids_of(planned: Planned, leaves: Sequence[Any], axes: Sequence[Any] = ()) ->
     if not planned.known:
         return Ids(arrays, [None] * len(arrays), None)
     codes, wrong = coded_ids(planned.ids, leaves, planned.known)
-    for axis in sorted({axis for c in planned.classes for axis in axes_of(planned, c)}.union(axes), key=str):
+    over = {axis for c in planned.classes for axis in axes_of(planned, c)}
+    for axis in sorted(over.union(axes, _jax.varying_axes(wrong)), key=str):
         wrong = jnp.any(_jax.all_gather(wrong[None], axis))
     return Ids(arrays, codes, wrong)
 
@@ -166,9 +167,10 @@ class _Part:
         return jnp.where(real, self.inside, num_rows)
 
     def in_order(self) -> jax.Array:
-        """Whether values of ids are distinct because each is larger than the one before."""
+        """Whether values of ids are distinct because each is larger than the one before, and that is of an id too."""
         assert self.code is not None
-        return jnp.all((self.inside[1:] > self.inside[:-1]) | ~self.code.is_id[1:])
+        is_id = self.code.is_id
+        return jnp.all((self.inside[1:] > self.inside[:-1]) & is_id[:-1] | ~is_id[1:])
 
 
 def _part(ids: jax.Array, clipped: bool, num_rows: int, code: Coded | None) -> _Part:

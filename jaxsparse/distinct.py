@@ -17,20 +17,22 @@ class DistinctIds:
     """The distinct ids in an array, and where each of its elements is among them.
 
     Both arrays have the leading axis of the array itself, so that a batch can be split along it over devices. Split in
-    another way, for micro-batches say, it is not known any more which ids are distinct: `counted` tells.
+    another way, for micro-batches say, it is not known any more which ids are distinct: `shape` tells.
 
     Attributes:
-      ids: int32 (n, m), read row after row: the distinct ids in order, then 2**31 - 1.
-      positions: int32 of the array's shape, of a BCOO's entries (nse,): of each id, where it is in `ids`.
-      counted: n, and how many elements of `ids` count.
+      ids: int32 (n, m), read row after row: the distinct ids in order, then -2**31.
+      positions: int32 of the array's shape (n, ...), of a BCOO's entries (nse,): of each id, where it is in `ids`.
+      shape: the positions' when the ids were counted.
+      size: how many elements of `ids` count.
     """
 
     ids: Any
     positions: Any
-    counted: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})
 
 
-NO_ID = 2**31 - 1
+NO_ID = -(2**31)
 
 
 class Scratch:
@@ -78,7 +80,7 @@ def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[
 
 
 def _among(unique: np.ndarray, ids: np.ndarray, room: int, scratch: Scratch) -> DistinctIds:
-    if len(unique) and unique[0] < 0:
+    if len(unique) and not 0 <= unique[0] <= unique[-1] < _LOOKED_UP:
         positions = np.searchsorted(unique, ids).astype(np.int32)
     else:
         with scratch.lock:
@@ -86,4 +88,7 @@ def _among(unique: np.ndarray, ids: np.ndarray, room: int, scratch: Scratch) -> 
     n = len(ids)
     table = np.full((n, -(-room // max(n, 1))), NO_ID, np.int32)
     table.reshape(-1)[: len(unique)] = unique
-    return DistinctIds(table, positions, (n, room))
+    return DistinctIds(table, positions, ids.shape, room)
+
+
+_LOOKED_UP = 1 << 28  # larger ids are searched for: the array would have some gigabytes

@@ -243,7 +243,7 @@ def _checked_ids(
             raise ValueError(message("batches", "num_rows", f"between 0 and {MAX_ROWS - 1}", num_rows))
         bad |= ids >= num_rows
     if padding_idx is not None:
-        if not -(2**31) <= padding_idx < 2**31:
+        if not -(2**31) < padding_idx < 2**31:
             raise ValueError(message("batches", "padding_idx", "within int32", padding_idx))
         bad &= ids != padding_idx
     if bad.any():

@@ -32,7 +32,7 @@ class Known(NamedTuple):
     array: int
     ids: int
     positions: int
-    counted: tuple[int, int]
+    size: int
     is_column: bool  # it is the second column of the array, the indices of a BCOO
 
 
@@ -46,22 +46,21 @@ def find_known(tree: Any) -> list[Known]:
             continue
         arrays = jax.tree.leaves(batch.x, is_leaf=lambda x: isinstance(x, BCOO))
         about = jax.tree.leaves(batch.distinct, is_leaf=lambda x: x is None or isinstance(x, DistinctIds))
-        for x, distinct in zip(arrays, about, strict=False):
+        for x, distinct in zip(arrays, about, strict=True) if len(arrays) == len(about) else ():
             if isinstance(distinct, DistinctIds):
                 is_column = isinstance(x, BCOO)
                 array = x.indices if is_column else x
-                known = Known(array, distinct.ids, distinct.positions, distinct.counted, is_column)
-                if _fits(known, leaves):
+                known = Known(array, distinct.ids, distinct.positions, distinct.size, is_column)
+                if _fits(known, leaves, distinct.shape):
                     found.append(known)
     return found
 
 
-def _fits(known: Known, leaves: Sequence[Any]) -> bool:
+def _fits(known: Known, leaves: Sequence[Any], counted: tuple[int, ...]) -> bool:
     """Whether an array still has the shape of which its ids were counted."""
     array, ids, positions = (jnp.shape(leaves[i]) for i in known[:3])
-    n, size = known.counted
     same = array == (*positions, 2) if known.is_column else array == positions
-    return same and len(ids) == 2 and ids[0] == n == positions[0] and ids[0] * ids[1] >= size
+    return same and positions == counted and len(ids) == 2 and ids[0] == counted[0] and ids[0] * ids[1] >= known.size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +108,7 @@ def coded_ids(ids: _jax.Needed, leaves: Sequence[Any], known: Sequence[Known]) -
     entries = [_Entry(Shared(x)) for x in leaves]
     wrong = jnp.zeros((), bool)
     for k in (k for k in known if ids.used[k.array]):
-        values = jnp.reshape(leaves[k.ids], -1)[: k.counted[1]]
+        values = jnp.reshape(leaves[k.ids], -1)[: k.size]
         array, places = jnp.asarray(leaves[k.array]), jnp.asarray(leaves[k.positions])
         coded = Coded(Shared(values), values != NO_ID, Shared(places), all_named=True)
         given = Shared(array)

@@ -150,7 +150,7 @@ class _Update:
         many = max(_PIECE // max(row, 1), 64)
         one_type = all(x.dtype == arrays[i].dtype for i, x in new.items())
         on_devices = self.planned.plan.axes or _jax.varying_axes([arrays, ids[c]])
-        if size < 4 * many or self.planned.crosses or on_devices or not one_type:
+        if size < 4 * many or self.planned.plan.crosses or on_devices or not one_type:
             return of_class | at_once()
         by_pieces = functools.partial(self._by_pieces, c, ids, arrays, sorted(new), many)
         return of_class | jax.lax.platform_dependent(cpu=by_pieces, default=at_once)

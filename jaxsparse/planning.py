@@ -39,7 +39,6 @@ class Planned:
       ids: evaluates the ids of the reads; its first inputs are the program's.
       dense: inputs that are read by rows, and computed as a whole all the same, with the reason.
       known: inputs whose distinct ids are given beside them.
-      crosses: whether something that is not by row is made of rows.
     """
 
     program: Program
@@ -50,7 +49,6 @@ class Planned:
     ids: _jax.Needed
     dense: dict[int, Reason]
     known: list[Known]
-    crosses: bool
 
     def reads_in(self, c: int) -> list[tuple[Read, int]]:
         """The reads of a class, each with the number of the array of its ids, which is equal for equal ones."""
@@ -112,9 +110,7 @@ class Settled(NamedTuple):
         leaves = {i: plan.find(i) for i in sorted(self.chosen)}
         classes = {c: _jax.shape(program.inputs[i])[0] for i, c in leaves.items()}
         dense = {i: why for i, why in self.banned.items() if i in self.tables}
-        return Planned(
-            program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense, [], self.walked.crosses
-        )
+        return Planned(program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense, [])
 
 
 def settle(
@@ -230,7 +226,6 @@ class Walked:
             plan.part_sums.clear()
             self.outs = [_without_arrays(v) for v in outs]
             self.reads = [read for read, _ in walk.reads]
-            self.crosses = walk.crosses
             return [ids for _, ids in walk.reads]
 
         self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins))

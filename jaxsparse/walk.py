@@ -103,6 +103,7 @@ class Plan:
     whole_scatters: dict[str, None] = dataclasses.field(default_factory=dict)  # into as many rows as a table has
     gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
     read: set[int] = dataclasses.field(default_factory=set)
+    crosses: bool = False  # something that is no Rows is made of Rows, as a sum over them
     _parent: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def find(self, node: int) -> int:
@@ -142,7 +143,6 @@ class Walk:
     ) -> None:
         self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
         self.reads: list[tuple[Read, jax.Array]] = []
-        self.crosses = False  # whether something that is no Rows was made of Rows, as a sum over them
         self._wholes: dict[Any, Any] = {}
         self._frames: list[Frame] = []  # of the programs that call each other, the innermost last
 
@@ -165,7 +165,7 @@ class Walk:
             outs = self._step(program, eqn, operands)
             env.update(zip(eqn.outputs, outs, strict=True))
             if eqn.primitive not in INLINED and any(isinstance(v, Rows) for v in operands):
-                self.crosses |= not all(isinstance(v, Rows) for v in outs)
+                self.plan.crosses |= not all(isinstance(v, Rows) for v in outs)
             self.within = self.within[:-1]
         self._frames.pop()
         return [read(v) for v in program.outputs]

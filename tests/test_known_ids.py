@@ -17,9 +17,11 @@ import jaxsparse as js
 from jaxsparse.distinct import Scratch, distinct_ids, room_for
 
 V, D, N, B = 300, 4, 96, 32
+QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 60, (N, 5))
 LISTS = [row[:k].tolist() for row, k in zip(IDS, RNG.integers(0, 5, N), strict=True)]
+Y = RNG.integers(0, 2, N)
 TABLE = RNG.normal(size=(V, D)).astype(np.float32)
 HEADS = {"a": IDS, "b": IDS[:, 0], "dense": RNG.normal(size=(N, 2))}
 
@@ -29,16 +31,16 @@ def test_distinct_ids(ids):
     (found,) = distinct_ids([ids], room_for(4), Scratch())
     unique, inverse = np.unique(ids, return_inverse=True)
     flat = found.ids.reshape(-1)
-    assert flat[: len(unique)].tolist() == unique.tolist() and set(flat[len(unique) :].tolist()) <= {2**31 - 1}
+    assert flat[: len(unique)].tolist() == unique.tolist() and set(flat[len(unique) :].tolist()) <= {-(2**31)}
     assert found.positions.ravel().tolist() == inverse.ravel().tolist() and found.positions.shape == ids.shape
-    n, size = found.counted
-    assert n == len(found.ids) and len(unique) < size <= max(ids.size + 1, 1) and flat.size >= size
+    assert found.shape == ids.shape and len(found.ids) == len(ids)
+    assert len(unique) < found.size <= max(ids.size + 1, 1) and flat.size >= found.size
 
 
 def test_shards_have_one_size_and_a_batch_with_more_has_its_own():
     few, many = np.zeros((4, 8), np.int32), np.arange(32, dtype=np.int32).reshape(4, 8)
-    assert [x.counted for x in distinct_ids([few, few], 5, Scratch())] == [(4, 5)] * 2
-    assert [x.counted for x in distinct_ids([few, many], 5, Scratch())] == [(4, 33)] * 2
+    assert [x.size for x in distinct_ids([few, few], 5, Scratch())] == [5, 5]
+    assert [x.size for x in distinct_ids([few, many], 5, Scratch())] == [33, 33]
 
 
 def squared(rows, batch):
@@ -62,8 +64,16 @@ PROGRAMS = {
     "transposed": (IDS, {}, lambda t, b: t[b.x.T[::-1]].sum(0), True),
     "ids and others": (IDS, {}, lambda t, b: t[b.x].sum(1) + t[jnp.arange(3)].sum(), False),
     "sorted ids": (IDS, {}, lambda t, b: t[jnp.sort(b.x, 1)].sum(1), False),
+    "a number before hashed ids": (IDS, {}, lambda t, b: t[jnp.where(b.x[:, :1] > 30, 30, b.x % 40)].sum(1), True),
+    "a number by another array": (IDS, {}, lambda t, b: t[jnp.where(b.y[:, None] > 0, 30, b.x % 40)].sum(1), True),
     "in a scan": (IDS, {}, lambda t, b: jax.lax.scan(lambda c, ids: (c, t[ids]), 0, b.x.T)[1].sum(0), False),
     "features together": (HEADS, {}, lambda t, b: t[jnp.concatenate([b.x["a"], b.x["b"][:, None]], 1)].sum(1), True),
+    "features hashed together": (
+        HEADS,
+        {},
+        lambda t, b: t[jnp.concatenate([b.x["a"], b.x["b"][:, None]], 1) % 40].sum(1),
+        True,
+    ),
     "features of one table": (HEADS, {}, lambda t, b: t[b.x["a"]].sum(1) + t[b.x["b"]], True),
     "lists": (LISTS, {}, lambda t, b: bag(t, b.x), True),
     "lists padded with -1": (LISTS, {"padding_idx": -1}, lambda t, b: js.embedding_bag(t, b.x, padding_idx=-1), True),
@@ -92,8 +102,10 @@ def steps_of(rows):
         loss, grads = js.value_and_grad(loss_fn)(state.params, batch)
         return state.apply_gradients(grads=grads), loss
 
-    return {"rowwise": (jax.jit(js.rowwise(step)), optax.adam), "jit": (js.jit(step), optax.adam)} | {
-        "two words": (jax.jit(two_words), js.lazy_adam)
+    return {
+        "rowwise": (jax.jit(js.rowwise(step), **QUICKLY), optax.adam),
+        "jit": (js.jit(step), optax.adam),
+        "two words": (jax.jit(two_words, **QUICKLY), js.lazy_adam),
     }
 
 
@@ -104,8 +116,10 @@ def without(batch):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_same_as_without(name):
     x, options, rows, _ = PROGRAMS[name]
-    batches = list(js.batches(x, batch_size=B, num_rows=V, **options))
-    for way, (step, tx) in steps_of(rows).items():
+    batches = list(js.batches(x, Y, batch_size=B, num_rows=V, **options))
+    steps = steps_of(rows)
+    for way in ("rowwise", "two words"):  # js.jit runs what rowwise is
+        step, tx = steps[way]
         known, unknown = state_of(tx(0.1)), state_of(tx(0.1))
         for batch in batches:
             (known, loss), (unknown, want) = step(known, batch), step(unknown, without(batch))
@@ -117,10 +131,10 @@ def test_the_same_as_without(name):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_block_has_the_size_of_what_is_known(name):
     x, options, rows, followed = PROGRAMS[name]
-    (batch, *_) = js.batches(x, batch_size=B, num_rows=V, **options)
+    (batch, *_) = js.batches(x, Y, batch_size=B, num_rows=V, **options)
     gradient = jax.eval_shape(js.grad(lambda t, b: squared(rows(t, b), b)), jnp.asarray(TABLE), batch)
     ids = jax.tree.leaves(batch.distinct, is_leaf=lambda x: isinstance(x, js.DistinctIds))
-    size = sum(x.counted[1] for x in ids)
+    size = sum(x.size for x in ids)
     # a value for what a mask puts there, and one row of padding
     assert (gradient.rows.shape[0] <= min(size + 1, V) + 1) == (followed or size + 2 > V), gradient
 
@@ -129,7 +143,7 @@ def test_the_block_has_the_size_of_what_is_known(name):
 @pytest.mark.parametrize("name", ["t[ids]", "lists", "a matrix", "columns"])
 def test_what_is_not_so_is_nan_and_changes_no_row(name, way):
     x, options, rows, _ = PROGRAMS[name]
-    (first, second, *_) = js.batches(x, batch_size=B, num_rows=V, **options)
+    (first, second, *_) = js.batches(x, Y, batch_size=B, num_rows=V, **options)
     batch = dataclasses.replace(first, x=jax.tree.map(lambda x: x[::-1], first.x))
     if jax.tree.map(jnp.shape, first.distinct) == jax.tree.map(jnp.shape, second.distinct):
         batch = dataclasses.replace(first, distinct=second.distinct)
@@ -174,7 +188,7 @@ def test_micro_batches_in_a_scan_and_batches_in_a_scan_of_steps():
     batches = list(js.batches(IDS, batch_size=B, num_rows=V))
     step, tx = steps_of(PROGRAMS["t[ids]"][2])["rowwise"]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    one, _ = jax.lax.scan(step, state_of(tx(0.1)), stacked)
+    one, _ = jax.lax.scan(step.__wrapped__, state_of(tx(0.1)), stacked)
     other = state_of(tx(0.1))
     for batch in batches:
         other, _ = step(other, batch)
@@ -206,3 +220,49 @@ def test_what_no_row_id_is_made_of_may_be_something_else():
     (known, loss), (unknown, want) = step(state_of(tx(0.1)), batch), step(state_of(tx(0.1)), without(batch))
     np.testing.assert_allclose(loss, want, rtol=1e-6)
     np.testing.assert_allclose(known.params["t"], unknown.params["t"], rtol=1e-6)
+
+
+def test_an_id_of_31_bits():
+    ids = np.array([2**31 - 1, 5, 7, 9])
+    (batch,) = js.batches(ids, batch_size=4)
+    for step, tx in steps_of(lambda t, b: t[b.x % 64]).values():
+        (known, loss), (unknown, want) = step(state_of(tx(0.1)), batch), step(state_of(tx(0.1)), without(batch))
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
+        np.testing.assert_allclose(known.params["t"], unknown.params["t"], rtol=1e-6)
+
+
+def test_cut_along_another_axis():
+    """Where not every distinct id is in the array any more, rows that are not read are left alone."""
+    (batch,) = js.batches(IDS[:B] % 3 + np.arange(5) * 3, batch_size=B, num_rows=V)
+    batch = jax.tree.map(lambda x: x[:, :2] if x.ndim == 2 else x, batch)
+    for step, tx in steps_of(lambda t, b: t[b.x].sum(1)).values():
+        (known, loss), (unknown, want) = step(state_of(tx(0.1)), batch), step(state_of(tx(0.1)), without(batch))
+        assert float(loss) == float(want) and np.array_equal(known.params["t"], unknown.params["t"])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_with_states_of_their_own(check_vma):
+    """A loss that is the same on all devices stays so: what is wrong on one is wrong on all."""
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    (batch,) = js.batches(IDS[:B], batch_size=B, num_rows=V, devices=2)
+
+    def step(table, batch):
+        loss, gradient = jax.value_and_grad(lambda t: squared(t[batch.x].sum(1), batch))(table)
+        return table - gradient, jax.lax.pmean(loss, "d")
+
+    def one(tables, batch):
+        table, loss = js.rowwise(step)(tables[0], jax.tree.map(lambda x: x[0], batch))
+        return table[None], loss
+
+    run = jax.shard_map(
+        one, mesh=mesh, in_specs=(spec, spec), out_specs=(spec, jax.sharding.PartitionSpec()), check_vma=check_vma
+    )
+    tables = jnp.stack([TABLE, TABLE])
+    (known, loss), (unknown, want) = jax.jit(run)(tables, batch), jax.jit(run)(tables, without(batch))
+    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    np.testing.assert_allclose(known, unknown, rtol=1e-6)
+    wrong = dataclasses.replace(batch, x=jnp.asarray(batch.x).at[0, 0, 0].add(1))
+    tables_after, loss = jax.jit(run)(tables, wrong)
+    assert np.isnan(loss) or not check_vma
+    assert np.array_equal(tables_after[0], TABLE)

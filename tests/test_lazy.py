@@ -551,6 +551,9 @@ PIECES = {
     "adamw, clipped by value": optax.chain(optax.clip(0.5), optax.adamw(0.1, weight_decay=0.1)),
     "sgd": optax.sgd(0.1),  # no slots
     "identity": optax.identity(),
+    "a norm in a cond": optax.chain(
+        optax.conditionally_transform(optax.clip_by_global_norm(1.0), lambda step, **_: step >= 0), optax.sgd(0.1)
+    ),
     "clip_by_global_norm": optax.chain(
         optax.clip_by_global_norm(0.1), optax.adam(0.1)
     ),  # looks across rows: in one piece
@@ -581,7 +584,9 @@ def test_in_pieces(name, many, monkeypatch):
         step = jax.jit(functools.partial(one_update, tx, grads), donate_argnums=0)
         state = jax.tree.map(jnp.copy, (params, tx.init(params)))
         lowered = step.lower(state).as_text()
-        assert ("while" in lowered) == (piece == 0 and name not in ("identity", "clip_by_global_norm"))
+        assert ("while" in lowered) == (
+            piece == 0 and name not in ("identity", "clip_by_global_norm", "a norm in a cond")
+        )
         for _ in range(3):
             state = step(state)
         results.append(state)
