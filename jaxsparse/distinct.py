@@ -24,6 +24,12 @@ class DistinctIds:
       positions: int32 of the array's shape (n, ...), of a BCOO's entries (nse,): of each id, where it is in `ids`.
       shape: the positions' when the ids were counted.
       size: how many elements of `ids` count.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> (batch,) = js.batches([[3, 0], [3, 3]], num_rows=4, batch_size=2)
+      >>> batch.distinct.ids.ravel()[:2].tolist(), batch.distinct.positions.tolist()
+      ([0, 3], [[1, 0], [1, 1]])
     """
 
     ids: Any

@@ -101,7 +101,8 @@ def batches(
         examples for each device: what jax.pmap maps over.
       shard: if given, (index, count): of every batch only this slice of batch_size / count examples, cut into `devices`
         slices in its turn. With (jax.process_index(), jax.process_count()) and everything else the same on every
-        host, each example is on one host, and all hosts make the same number of steps with the same shapes.
+        host, each example is on one host, and all hosts make the same number of steps with the same shapes. Such
+        batches do not carry their distinct ids: a host would have to look at those of all others.
       check_finite: whether NaN and inf in x, y and weight are errors.
 
     Returns:
