@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse.known_ids import Coded, coded_ids
 from jaxsparse.planning import Planned
-from jaxsparse.rows import compact, distinct_rows, in_range, is_first
+from jaxsparse.rows import compact, distinct_rows, in_range, is_first, look_up
 from jaxsparse.values import NOBODY
 from jaxsparse.walk import Space
 
@@ -102,11 +102,11 @@ def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *,
         return Space(jnp.full(1, num_rows, jnp.int32), num_rows, {})
     size = min(everything.shape[0], num_rows) + 1
     # the ids of a turn of a loop, or of one device of several, are looked up, among rows in order
-    look_up = bool(over) or not alone or any(read.path is None for read, _ in reads)
-    if look_up:
+    looked_up = bool(over) or not alone or any(read.path is None for read, _ in reads)
+    if looked_up:
         ordered = jnp.sort(everything)
         unique = compact(ordered, is_first(ordered, num_rows), num_rows, size)
-        at = {key: _look_up(unique, x, num_rows) for key, x in rows.items() if parts[key].code is not None}
+        at = {key: look_up(unique, x, num_rows) for key, x in rows.items() if parts[key].code is not None}
     else:
         (first, *others) = parts.values()
         if first.code is not None and not others and size > everything.shape[0]:
@@ -187,9 +187,3 @@ def _as_they_are(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     each = jnp.arange(k + 1, dtype=jnp.int32)
     unique = jnp.where(jnp.append(rows, num_rows) < num_rows, jnp.append(rows, num_rows), num_rows + each)
     return unique, jnp.where(rows < num_rows, each[:-1], k + 1)
-
-
-def _look_up(unique: jax.Array, rows: jax.Array, num_rows: int) -> jax.Array:
-    """Where rows are among `unique`, which are in order; its size for those that are none."""
-    at = jnp.searchsorted(unique, rows, method="scan_unrolled").astype(jnp.int32)
-    return jnp.where(rows < num_rows, at, unique.shape[0])

@@ -77,8 +77,13 @@ def room_for(count: int) -> int:
 
 
 def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:
-    """Those of int32 ids (n, ...), with room for all but one of so many, or for more if there are more; and for no more
-    than there are ids."""
+    """The `DistinctIds` of each shard, all of one size.
+
+    Args:
+      shards: int32 (n, ...), of one shape.
+      room: the size. If some shard has as many distinct ids or more, it is larger; and never larger than the number of
+        ids and one.
+    """
     found = [sorted_distinct(ids.reshape(-1)) for ids in shards]
     most = max(map(len, found))
     room = min(room if most < room else room_for(most), shards[0].size + 1)

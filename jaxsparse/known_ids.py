@@ -65,7 +65,7 @@ def _fits(known: Known, leaves: Sequence[Any], counted: tuple[int, ...]) -> bool
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
-    """An array that several others may have, which are known to have the same by that."""
+    """An array that is compared as an object: two codes with one `Shared` have the same values, or the same places."""
 
     array: Any
 
@@ -74,7 +74,7 @@ class Coded(NamedTuple):
     """An array that is values[places].
 
     values: (m,).
-    is_id: bool (m,), which of them are of an id, and not there to fill up.
+    is_id: bool (m,), which of them are real; the others fill the array up.
     places: int32, the array's shape.
     all_named: whether each of the values is known to be at some place.
     """

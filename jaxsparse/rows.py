@@ -326,10 +326,15 @@ def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, 
     def by_sorting() -> tuple[jax.Array, jax.Array]:
         ordered = jnp.sort(jnp.where(in_range(ids, num_rows), ids, num_rows))
         unique = compact(ordered, is_first(ordered, num_rows), num_rows, size)
-        at = jnp.searchsorted(unique, ids, method="scan_unrolled").astype(jnp.int32)
-        return unique, jnp.where(in_range(ids, num_rows), at, size)
+        return unique, look_up(unique, ids, num_rows)
 
     return jax.lax.platform_dependent(cpu=lambda: _distinct_by_hash(ids, num_rows, size), default=by_sorting)
+
+
+def look_up(unique: jax.Array, ids: jax.Array, num_rows: int) -> jax.Array:
+    """Where ids (k,) are among `unique` (n,), which has them all, in order: int32 (k,), n for what is no row."""
+    at = jnp.searchsorted(unique, ids, method="scan_unrolled").astype(jnp.int32)
+    return jnp.where(in_range(ids, num_rows), at, unique.shape[0])
 
 
 def _distinct_by_hash(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
