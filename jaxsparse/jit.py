@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse.device_rows import knows_all
@@ -223,17 +222,8 @@ class Compiled:
         return getattr(self._compiled, name)
 
 
-_LARGE = 1 << 18  # bytes: what is smaller is left to XLA
-_SIZES = 4  # of blocks whose buffers are kept
-
-
 class _Program:
-    """A step for arguments of some structure, shapes and dtypes.
-
-    The blocks that are written back are outputs, and in the next call their buffers are donated to its blocks. For each
-    call XLA takes one piece of memory for all temporaries; beyond 32 MB the C library gets it from the system and
-    returns it there, with a page fault for every 4 KB, which can cost more than what a step does with it.
-    """
+    """A step for arguments of some structure, shapes and dtypes."""
 
     def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...]) -> None:
         self._prepared = prepare_step(step, args, kwargs, states)
@@ -250,26 +240,16 @@ class _Program:
         # state first: JAX pairs donated arrays with outputs of their shape in order
         self._order = [traced.places[i] for i in self._donated if i in traced.places]
         self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
-        self._evaluate = jax.jit(self._on_rows)  # traced once: for the blocks' shapes, and in the program with buffers
-        self._on_host = jax.jit(self._with_buffers, donate_argnums=(0, 1), keep_unused=True)
-        self._with_rows = jax.jit(lambda *args: self._evaluate(*args)[0], donate_argnums=0)
+        self._on_host = jax.jit(self._with_rows, donate_argnums=0)
         self._on_device = jax.jit(self._with_ids, donate_argnums=0)
-        self._buffers: dict[Any, list[jax.Array]] = {}
 
-    def _on_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> Any:
+    def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
         leaves = self._together(donated, kept)
         if chosen is None:
-            outs, blocks = evaluate_by_ids(self._prepared, leaves)
+            outs = evaluate_by_ids(self._prepared, leaves)
         else:
-            outs, blocks = evaluate(self._prepared, leaves, self._host.spaces(*chosen))
-        return [outs[j] for j in self._order], [x for x in blocks if x.size * x.dtype.itemsize >= _LARGE]
-
-    def _with_buffers(self, donated: list[Any], buffers: list[jax.Array], *args: Any) -> Any:
-        del buffers
-        return self._evaluate(donated, *args)
-
-    def _blocks(self, *args: Any) -> list[jax.ShapeDtypeStruct]:
-        return jax.eval_shape(self._evaluate, *args)[1]
+            outs = evaluate(self._prepared, leaves, self._host.spaces(*chosen))
+        return [outs[j] for j in self._order]
 
     def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:
         outs = on_rows(self._prepared, self._together(donated, kept), alone=False)
@@ -289,10 +269,7 @@ class _Program:
             outs = self._on_device(donated, kept)
         else:
             chosen = None if self._knows_all else self._host.choose(self._ids(used))
-            if all(map(_jax.is_on_host, leaves)) and jax.default_backend() == "cpu":
-                outs = self._in_buffers(_jax.placement(leaves), donated, kept, chosen)
-            else:  # accelerators have allocators of their own that keep memory
-                outs = self._with_rows(donated, kept, chosen)
+            outs = self._on_host(donated, kept, chosen)
         return self._returned(outs)
 
     def _leaves_ids_to_device(self, leaves: list[Any], used: list[Any]) -> bool:
@@ -302,16 +279,6 @@ class _Program:
     def _returned(self, outs: list[Any]) -> Any:
         by_place = dict(zip(self._order, outs, strict=True))
         return self._unflatten([by_place[j] for j in range(len(outs))])
-
-    def _in_buffers(self, place: Any, donated: list[Any], kept: list[Any], chosen: Any) -> Any:
-        key = place, chosen and tuple(map(len, chosen[0]))
-        buffers = self._buffers.pop(key, None)  # not there again if the call fails, which has used them up
-        if buffers is None:
-            buffers = [jnp.zeros(x.shape, x.dtype) for x in self._blocks(donated, kept, chosen)]
-            if len(self._buffers) >= _SIZES:
-                self._buffers.pop(next(iter(self._buffers)), None)
-        outs, self._buffers[key] = self._on_host(donated, buffers, kept, chosen)
-        return outs
 
     def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
         """The program for these leaves, lowered, and a function of it, when it is compiled, and of leaves."""
@@ -330,17 +297,15 @@ class _Program:
             ids = jax.eval_shape(self._ids, used) if abstract else self._ids(used)
             chosen = self._host.most(ids) if abstract else self._host.choose(ids)
             sizes = [x.shape[0] for x in chosen[0]]
-        shapes = self._blocks(donated, kept, chosen)
 
         def with_rows(compiled: Any, leaves: list[Any]) -> Any:
             donated, kept = self._apart(leaves)
             used = [leaves[i] for i in self._used]
             chosen = None if self._knows_all else self._host.choose(self._ids(used), sizes)
-            outs, _ = compiled(donated, [jnp.zeros(x.shape, x.dtype) for x in shapes], kept, chosen)
-            return self._returned(outs)
+            return self._returned(compiled(donated, kept, chosen))
 
-        return self._on_host.lower(donated, shapes, kept, chosen), with_rows
+        return self._on_host.lower(donated, kept, chosen), with_rows
 
     def cache_size(self) -> int:
-        programs: list[Any] = [self._on_host, self._with_rows, self._on_device]
+        programs: list[Any] = [self._on_host, self._on_device]
         return sum(program._cache_size() for program in programs)

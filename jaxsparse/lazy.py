@@ -10,8 +10,6 @@ In a step under js.jit or js.rowwise, whose gradients are arrays, lazy(inner) is
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +19,13 @@ import optax
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
+from jaxsparse.pieces import rows_of, write
 from jaxsparse.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
-from jaxsparse.rows import RowSparse, coalesce, computed_once, in_range, is_row_sparse, scatter_rows
+from jaxsparse.rows import RowSparse, coalesce, is_row_sparse
 from jaxsparse.tracing import tracing
-from jaxsparse.values import RefusedError, Rows, Value, Whole, array_of
-from jaxsparse.walk import Space, Walk, gather_blocks
+from jaxsparse.values import RefusedError, Rows, Whole, array_of
+from jaxsparse.walk import Space, Walk
 
-_PIECE = 1 << 18  # bytes
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 
@@ -93,98 +91,33 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
         x.rows if i in by_row else jnp.asarray(x) for i, x in enumerate([*grads, *slots, *jax.tree.leaves(params)])
     ]
     ids = {planned.leaves[i]: grads[i].ids for i in by_row}
-    update = _Update(planned, by_row)
-    walk, outs = update.evaluate(ids, arrays)
+    spaces = {c: Space(ids[c], planned.classes[c], {}) for c in ids}
+    walk = Walk(planned.plan, spaces, later=not (planned.plan.axes or _jax.varying_axes([arrays, ids])))
+
+    def block(i: int) -> Any:
+        if i not in by_row:
+            return walk.leaf(arrays[i], i)
+        given, num_rows = rows_of(arrays[i], i, walk.ids(i), aligned=True), walk.num_rows(i)  # anything in padding rows
+        return walk.by_row(i, arrays[i], 0, [given], lambda part, x: jnp.where(part.is_real(num_rows, x.ndim), x, 0))
+
+    def value(i: int) -> Any:
+        if i not in planned.leaves:
+            return Whole(arrays[i])
+        return rows_of_update(block(i), i) if i in by_row else rows_of_leaf(block(i), i, arrays[i])
+
+    values = [value(i) for i in range(len(arrays))]
+    outs = walk.run(planned.program, values)
     results: list[Any] = [
         None if i in planned.leaves else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
         for i, v in enumerate(outs)
     ]
-    for c in ids:
-        for i, x in update.written(c, ids, arrays, outs).items():
-            results[i] = RowSparse(ids[c], x, grads[i].shape, unique=True) if i in by_row else x
+    for c, space in spaces.items():
+        old = {i: arrays[i] for i in planned.leaves if planned.leaves[i] == c}
+        new = walk.changed({i: (values[i], outs[i]) for i in old if i < len(outs)})
+        written = write(new, old, space.ids, space.num_rows, by_row & old.keys())
+        for i in old.keys() & set(range(len(outs))):
+            results[i] = RowSparse(ids[c], written[i], grads[i].shape, unique=True) if i in by_row else written[i]
     return tree.unflatten(results[: len(grads)]), slot_tree.unflatten(results[len(grads) :])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Update:
-    """A planned update. Its arrays are the leaves; of gradients `by_row` they are the rows at ids, given by class."""
-
-    planned: Planned
-    by_row: set[int]
-
-    def evaluate(self, ids: dict[int, jax.Array], arrays: Sequence[jax.Array]) -> tuple[Walk, list[Any]]:
-        """The outputs: of what has rows, these rows, or None if they are as they were."""
-        planned, values = self.planned, list[Value]()
-        spaces = {c: Space(ids[c], planned.classes[c], {}) for c in ids}
-        used = [i for i in _jax.used_inputs(planned.program) if i in planned.leaves and i not in self.by_row]
-        blocks: dict[int, jax.Array] = {}
-        for c in spaces:
-            of_class = [i for i in used if planned.leaves[i] == c]
-            blocks |= zip(of_class, gather_blocks([arrays[i] for i in of_class], spaces[c]), strict=True)
-        for i, x in enumerate(arrays):
-            if i in self.by_row:
-                c = planned.leaves[i]
-                real = in_range(ids[c], planned.classes[c]).reshape(-1, *(1,) * (x.ndim - 1))
-                values.append(rows_of_update(jnp.where(real, x, 0), i))
-            else:
-                values.append(rows_of_leaf(blocks[i], i, x) if i in blocks else Whole(x))
-        walk = Walk(planned.plan, spaces)
-        outs = walk.run(planned.program, values)
-        for i in planned.leaves.keys() & set(range(len(outs))):
-            rows = None if outs[i] is values[i] else walk.as_rows(outs[i], i, 0)
-            assert rows or outs[i] is values[i], "its rows are along the first axis, as the plan has found"
-            outs[i] = rows
-        return walk, outs
-
-    def written(
-        self, c: int, ids: dict[int, jax.Array], arrays: Sequence[jax.Array], outs: Sequence[Any]
-    ) -> dict[int, jax.Array]:
-        """The rows of updates, and the slots with their new rows, of a class."""
-        of_class = {i: arrays[i] for i in range(len(outs)) if self.planned.leaves.get(i) == c}
-        new = {i: outs[i].block for i in of_class if outs[i] is not None}
-
-        def at_once() -> dict[int, jax.Array]:
-            return {i: x if i in self.by_row else scatter_rows(arrays[i], ids[c], x) for i, x in new.items()}
-
-        size, row = ids[c].shape[0], max((x[:1].size * x.dtype.itemsize for x in of_class.values()), default=1)
-        many = max(_PIECE // max(row, 1), 64)
-        one_type = all(x.dtype == arrays[i].dtype for i, x in new.items())
-        on_devices = self.planned.plan.axes or _jax.varying_axes([arrays, ids[c]])
-        if size < 4 * many or self.planned.plan.crosses or on_devices or not one_type:
-            return of_class | at_once()
-        by_pieces = functools.partial(self._by_pieces, c, ids, arrays, sorted(new), many)
-        return of_class | jax.lax.platform_dependent(cpu=by_pieces, default=at_once)
-
-    def _by_pieces(
-        self, c: int, ids: dict[int, jax.Array], arrays: Sequence[jax.Array], changed: list[int], many: int
-    ) -> dict[int, jax.Array]:
-        """What is new of a class, so many rows at a time, as far as ids are rows. There may be far fewer of these than
-        there is room for; and the processor's caches hold a piece."""
-        each, size = jnp.arange(ids[c].shape[0], dtype=jnp.int32), ids[c].shape[0]
-        end = jnp.max(jnp.where(in_range(ids[c], self.planned.classes[c]), each + 1, 0))
-
-        def piece(carry: tuple[jax.Array, dict[int, jax.Array]]) -> tuple[jax.Array, dict[int, jax.Array]]:
-            done, new = carry
-            first = jnp.minimum(done, size - many)  # the last piece meets rows that are done
-            cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=many)
-            is_done = cut(each) < done
-            here = jnp.where(is_done, self.planned.classes[c] + size + each[:many], cut(ids[c]))
-            old = dict(enumerate(arrays)) | new
-            of_class = [i for i in self.by_row if self.planned.leaves[i] == c]
-            # copied, or XLA reads it again after it was written
-            old |= zip(of_class, computed_once(lambda: [cut(old[i]) for i in of_class], done >= 0), strict=True)
-            _, outs = self.evaluate({**ids, c: here}, [old[i] for i in range(len(arrays))])
-            for i in changed:
-                block = outs[i].block
-                if i in self.by_row:
-                    block = jnp.where(is_done.reshape(-1, *(1,) * (block.ndim - 1)), old[i], block)
-                    new[i] = jax.lax.dynamic_update_slice_in_dim(new[i], block, first, 0)
-                else:
-                    new[i] = scatter_rows(new[i], here, block)
-            return first + many, new
-
-        start = jnp.int32(0), {i: arrays[i] for i in changed}
-        return jax.lax.while_loop(lambda carry: carry[0] < end, piece, start)[1]
 
 
 def plan_update(

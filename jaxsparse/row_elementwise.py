@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
+from jaxsparse.pieces import Part
 from jaxsparse.values import (
     NOTHING,
     UNIFORM,
@@ -90,9 +91,16 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
         return [added]
     given = [v for v in values if isinstance(v, Rows)]
     origin = like.first if all(v is like for v in given) else None
-    (out,) = _jax.bind(eqn, [x.block for x in operands])
-    if outside == ZERO and any(x.outside == UNKNOWN for x in operands) and jnp.issubdtype(out.dtype, jnp.inexact):
-        out = jnp.where(walk.is_real(like), out, 0)  # what is unknown may be infinite, and 0 times that is NaN
+    # what is unknown may be infinite, and 0 times that is NaN
+    unclear = outside == ZERO and any(x.outside == UNKNOWN for x in operands)
+    unclear = unclear and jnp.issubdtype(_jax.dtype(eqn.outputs[0]), jnp.inexact)
+    num_rows, axis = walk.num_rows(like.node), like.axis
+
+    def make(part: Part, *blocks: Any) -> Any:
+        (out,) = _jax.bind(eqn, blocks)
+        return jnp.where(part.is_real(num_rows, out.ndim, axis), out, 0) if unclear else out
+
+    out = walk.by_row(like.node, eqn.outputs[0], axis, [x.made for x in operands], make)
     return [Rows(out, like.node, like.axis, outside, updated, whole, origin=origin)]
 
 
@@ -101,7 +109,7 @@ def _added(operands: Sequence[Rows]) -> Rows | None:
     a, b = operands
     if b.add_to is None:
         a, b = b, a
-    if b.add_to is None or a.block.dtype != b.block.dtype or a.block.shape != b.block.shape:
+    if b.add_to is None or a.made.dtype != b.made.dtype or a.made.shape != b.made.shape:
         return None
     first, second = a.add_to, b.add_to
     add_to = None if first is None else lambda block: second(first(block))
@@ -130,8 +138,8 @@ def barrier(walk: Walk, eqn: Equation, values: Values) -> Outs:
     """optimization_barrier: of each operand itself. Ids that pass it do not need what passes it beside them."""
     if walk.planning:
         return list(values)
-    field = {Rows: "block", Same: "row", Whole: "array"}
-    outs = _jax.bind(eqn, [getattr(v, field[type(v)]) for v in values])
+    field = {Rows: "made", Same: "row", Whole: "array"}
+    outs = _jax.bind(eqn, [v.block if isinstance(v, Rows) else getattr(v, field[type(v)]) for v in values])
     return [dataclasses.replace(v, **{field[type(v)]: x}) for v, x in zip(values, outs, strict=True)]
 
 

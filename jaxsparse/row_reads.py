@@ -45,7 +45,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if sizes[axis] != num_rows:
             return None
         kept = _axes_left(shape, numbers.collapsed_slice_dims, numbers.operand_batching_dims)
-        sizes = _replaced(sizes, axis, rows.block.shape[axis])
+        sizes = _replaced(sizes, axis, rows.made.shape[axis])
         (block,) = _jax.bind(eqn, [rows.block, at], slice_sizes=sizes)
         return [Rows(block, rows.node, numbers.offset_dims[kept.index(axis)], UNKNOWN, rows.updated)]
     if sizes[axis] != 1:
@@ -59,7 +59,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if mode in _CLIPPED:
         at = _clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
-    fill = _nothing(rows.block.dtype) if fill is None else fill
+    fill = _nothing(rows.made.dtype) if fill is None else fill
     along = _summed_along(walk, eqn) if walk.alone and not walk.planning else None
     whole_rows = _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
     if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
@@ -71,18 +71,22 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill, "unique_indices": False, "indices_are_sorted": False}
         return _jax.bind(eqn, [rows, at.at[..., component].set(place)], **changes)[0]
 
-    out = read(rows.block, place)
     if rows.table is not None:
         wide = at_least_int32(ids)
         inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in _CLIPPED else wide, num_rows)
-        out = jax.lax.platform_dependent(cpu=lambda: read(rows.table, inside), default=lambda: out)
+        out = jax.lax.platform_dependent(
+            cpu=lambda: read(rows.table, inside), default=lambda: read(rows.for_branch(), place)
+        )
+        walk.tables_read.append(out)
+    else:
+        out = read(rows.block, place)
     return [Whole(out) if along is None else Summed(out)]
 
 
 def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
     """What rows of indices read in an array that is no table."""
     numbers = eqn.param("dimension_numbers")
-    if index.axis in numbers.start_indices_batching_dims or index.axis == index.block.ndim - 1:
+    if index.axis in numbers.start_indices_batching_dims or index.axis == index.made.ndim - 1:
         return None
     (block,) = _jax.bind(eqn, [array.array, index.block])
     axis = _axes_left(block.shape, numbers.offset_dims)[index.axis]
@@ -156,7 +160,7 @@ def dynamic_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     axis, sizes = rows.axis, tuple(eqn.param("slice_sizes"))
     num_rows, many, arrays = _jax.shape(eqn.inputs[0])[axis], sizes[axis], [array_of(v) for v in starts]
     if many == num_rows:
-        sizes = _replaced(sizes, axis, rows.block.shape[axis])
+        sizes = _replaced(sizes, axis, rows.made.shape[axis])
         (block,) = _jax.bind(eqn, [rows.block, *arrays], slice_sizes=sizes)
         return [Rows(block, rows.node, axis, rows.outside, rows.updated)]
     place = walk.note_read(rows.node, _from(arrays[axis], many, num_rows), num_rows, rows.updated, clipped=False)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
+from jaxsparse.pieces import Part
 from jaxsparse.row_elementwise import ELEMENTWISE, barrier, bitcast, elementwise, is_zero
 from jaxsparse.tracing import UNKNOWN_SOURCE
 from jaxsparse.values import (
@@ -86,7 +87,7 @@ def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
     v = values[0]
     if len(values) != 1 or isinstance(v, Whole):
         return None
-    found = moved(eqn, v.axis, 1 if isinstance(v, Same) else v.block.shape[v.axis])
+    found = moved(eqn, v.axis, 1 if isinstance(v, Same) else v.made.shape[v.axis])
     if found is None:
         return over_rows(walk, eqn, v) if isinstance(v, Rows) and eqn.primitive in _REDUCTIONS else None
     changes, axis = found
@@ -94,7 +95,12 @@ def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if isinstance(v, Same):
         (row,) = _jax.bind(eqn, [v.row], **changes)
         return [Same(row, axis, v.size, v.zero and keeps_zero, v.notes)]
-    (block,) = _jax.bind(eqn, [v.block], **changes)
+
+    def make(part: Part, block: Any) -> Any:
+        changes, _ = moved(eqn, v.axis, block.shape[v.axis]) or ({}, 0)
+        return _jax.bind(eqn, [block], **changes)[0]
+
+    block = walk.by_row(v.node, eqn.outputs[0], v.axis or axis, [v.made], make)
     whole = v.whole and (lambda walk: _jax.bind(eqn, [walk.whole(v)])[0])
     outside = v.outside if keeps_zero else min(v.outside, UNIFORM)
     return [Rows(block, v.node, axis, outside, v.updated, whole, origin=v.first)]
@@ -163,7 +169,7 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
         return [Whole(x) for x in _jax.bind(eqn, [rows.block])]
     is_real = walk.is_real(rows)
     if rows.outside >= UNIFORM:  # the last row is padding, and like each of the others
-        row = jax.lax.slice_in_dim(rows.block, rows.block.shape[rows.axis] - 1, None, axis=rows.axis)
+        row = jax.lax.slice_in_dim(rows.block, rows.made.shape[rows.axis] - 1, None, axis=rows.axis)
         num_others = num_rows - jnp.sum(is_real)
         if primitive is _jax.REDUCE_SUM:
             (inside,), (one,) = _jax.bind(eqn, [jnp.where(is_real, rows.block, 0)]), _jax.bind(eqn, [row])
@@ -171,7 +177,7 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
         first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
         return [Whole(x) for x in _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])]
     if rows.updated:  # frozen rows get no update
-        neutral = jnp.asarray(_NEUTRAL[primitive](rows.block.dtype), rows.block.dtype)
+        neutral = jnp.asarray(_NEUTRAL[primitive](rows.made.dtype), rows.made.dtype)
         notes = _note_part_sum(walk, eqn, rows)
         return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
     if rows.whole is not None:
@@ -184,7 +190,7 @@ def _note_part_sum(walk: Walk, eqn: Equation, rows: Rows) -> Notes:
     """Of a sum over the rows that were chosen of an update: what its result was made from."""
     source = f"{eqn.primitive} at {walk.source}"
     walk.plan.part_sums.append((rows, source))
-    if jnp.issubdtype(rows.block.dtype, jnp.bool_):
+    if jnp.issubdtype(rows.made.dtype, jnp.bool_):
         return NOTHING
     if walk.source != UNKNOWN_SOURCE:  # and no metric of this library's own step
         walk.plan.part_sources[source] = None
@@ -239,7 +245,7 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if isinstance(other, Rows):
         return None
     array = array_of(other)
-    free = [a for a in range(rows.block.ndim) if a not in contracted[side] and a not in batch[side]]
+    free = [a for a in range(rows.made.ndim) if a not in contracted[side] and a not in batch[side]]
     before = jnp.ndim(array) - len(contracted[0]) - len(batch[0]) if side == 1 else 0
     out_axis = len(batch[0]) + before + free.index(axis)
     # without a whole: what sums this over all rows, as a tied softmax does, uses the table as a whole

@@ -15,19 +15,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse.collectives import in_auto_mode
 from jaxsparse.device_rows import choose_rows, ids_of
 from jaxsparse.known_ids import find_known
+from jaxsparse.pieces import arrays_in, known, write
 from jaxsparse.planning import PlannedStep, announce, plan_step, refused, rows_of_leaf
-from jaxsparse.rows import scatter_rows, zero_after
+from jaxsparse.rows import zero_after
 from jaxsparse.tracing import trace_step
 from jaxsparse.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
 from jaxsparse.values import Rows, Whole, array_of
-from jaxsparse.walk import Space, Walk, gather_blocks
+from jaxsparse.walk import Space, Walk
 
 
 def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
     def run(states: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
         by_number = dict(zip([*places, *others], [*states, *rest], strict=True))
         arrays = [by_number[i] for i in range(len(leaves))]
-        outs, _ = evaluate_by_ids(prepared, arrays, axes, alone=alone)
+        outs = evaluate_by_ids(prepared, arrays, axes, alone=alone)
         return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
 
     states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in others])
@@ -98,14 +98,14 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
 
 def evaluate_by_ids(
     prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
-) -> tuple[list[Any], list[jax.Array]]:
+) -> list[Any]:
     """As `evaluate`, on the rows that the ids of the reads name. `axes`, `alone`: as of `on_rows`."""
     planned, leaves = prepared.planned, [jnp.asarray(x) for x in leaves]
     ids = ids_of(planned, leaves, axes)
     spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
-    outs, blocks = evaluate(prepared, leaves, spaces, alone=alone)
+    outs = evaluate(prepared, leaves, spaces, alone=alone)
     tables = {planned.traced.places[i] for i in planned.leaves}
-    return [x if j in tables else ids.checked(x, leaves) for j, x in enumerate(outs)], blocks
+    return [x if j in tables else ids.checked(x, leaves) for j, x in enumerate(outs)]
 
 
 class Prepared(NamedTuple):
@@ -132,19 +132,14 @@ def prepare_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums
     return Prepared(planned, replayed)
 
 
-def evaluate(
-    prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True
-) -> tuple[list[Any], list[jax.Array]]:
-    """The step's outputs, on the rows of these spaces, and the blocks that were written back."""
+def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
+    """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
-    walk = Walk(planned.plan, spaces, alone=alone)
     arrays = flush_before(prepared.replayed, [jnp.asarray(x) for x in leaves], planned.leaves)
-    gathered = {
-        c: gather_blocks([arrays[i] for i in planned.leaves if planned.leaves[i] == c], spaces[c]) for c in spaces
-    }
-    blocks = {c: iter(rows) for c, rows in gathered.items()}
+    later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
+    walk = Walk(planned.plan, spaces, alone=alone, later=later)
     values = [
-        rows_of_leaf(next(blocks[planned.leaves[i]]), i, x) if i in planned.leaves else Whole(x)
+        rows_of_leaf(walk.leaf(x, i), i, x, x if later else None) if i in planned.leaves else Whole(x)
         for i, x in enumerate(arrays)
     ]
     outs = walk.run(planned.program, values)
@@ -154,19 +149,19 @@ def evaluate(
         for j, v in enumerate(outs)
     ]
     # written after everything that is read from the tables has been read
-    small = [x for x in results if x is not None and x.size < _SMALL and jnp.issubdtype(x.dtype, jnp.number)]
-    after = zero_after(*small, *(x.reshape(-1)[:1] for rows in gathered.values() for x in rows))
-    blocks_written = []
-    for j, i in leaf_at.items():
-        v = outs[j]
-        if v is values[i]:
-            results[j] = arrays[i]
-            continue
-        rows = walk.as_rows(v, i, 0)
-        assert rows is not None, "its rows are along the first axis, as the plan has found"
-        results[j] = scatter_rows(arrays[i], spaces[planned.leaves[i]].ids + after, rows.block)
-        blocks_written.append(rows.block)
-    return results, blocks_written
+    of_class = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
+    new = {c: walk.changed({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
+    numbers = [x for x in results if x is not None and jnp.issubdtype(x.dtype, jnp.number)]
+    read = [v.made for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
+    after = zero_after(
+        *(x for x in numbers if x.size < _SMALL or walk.tables_read),
+        *(x.reshape(-1)[:1] for x in map(known, read) if x is not None),
+    )
+    for c, space in spaces.items():
+        old = {i: arrays[i] for i in of_class[c]}
+        for i, x in write(new[c], old, space.ids + after, space.num_rows).items():
+            results[places[i]] = x
+    return results
 
 
 _SMALL = 1 << 12

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._jax import vary, varying_axes
+from jaxsparse.pieces import Later
 
 # What the rows of a `Rows` are outside of its block: anything; what the padding rows at the block's end are; zero.
 UNKNOWN, UNIFORM, ZERO = range(3)
@@ -54,15 +55,15 @@ class Whole:
 class Rows:
     """Some rows of an array that has as many as a table, along `axis`.
 
-    `node` names these rows in the plan, where nodes with the same rows are joined. `updated`: a scatter is among what
-    it was made from, so that rows outside the block, which are frozen, get nothing of it. Not known any more behind a
-    region's end: `whole`, which computes the array itself, while only state is among what it was made from; `add_to`,
-    which adds it to another block with the same rows, where it is nothing but a scatter-add into zeros; `origin`, the
-    first of a chain of reshaped, cast and elementwise changed Rows; `table`, the array itself, if on CPU it is to be
-    read there, because nothing else than reads needs the block.
+    `made` is the block, or what makes it (`pieces.Later`). `node` names these rows in the plan, where nodes with the
+    same rows are joined. `updated`: a scatter is among what it was made from, so that rows outside the block, which are
+    frozen, get nothing of it. Not known any more behind a region's end: `whole`, which computes the array itself, while
+    only state is among what it was made from; `add_to`, which adds it to another block with the same rows, where it is
+    nothing but a scatter-add into zeros; `origin`, the first of a chain of reshaped, cast and elementwise changed Rows;
+    `table`, the array itself, in which reads are made on CPU.
     """
 
-    block: Any
+    made: Any
     node: int
     axis: int = 0
     outside: int = UNKNOWN
@@ -71,6 +72,15 @@ class Rows:
     add_to: Callable[[Any], Any] | None = None
     origin: Rows | None = None
     table: Any = None
+
+    @property
+    def block(self) -> Any:
+        """The rows that were chosen."""
+        return self.made.block() if isinstance(self.made, Later) else self.made
+
+    def for_branch(self) -> Any:
+        """The block, computed here."""
+        return self.made.compute() if isinstance(self.made, Later) else self.made
 
     @property
     def first(self) -> Rows:

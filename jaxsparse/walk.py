@@ -11,7 +11,7 @@ the rows that those ids name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 
 from jaxsparse import _jax, row_elementwise, row_reads, row_regions, row_rules
 from jaxsparse._jax import Equation, Program
-from jaxsparse.rows import computed_once, copy_rows, gather_rows
+from jaxsparse.pieces import Later, Part, rows_of
+from jaxsparse.rows import gather_rows
 from jaxsparse.tracing import ROWS_OF, source_line
 from jaxsparse.uses import INLINED, Frame, only_use, uses_of
 from jaxsparse.values import (
@@ -46,15 +47,6 @@ class Space(NamedTuple):
     num_rows: int
     # where in `ids` the ids of a read are, k for no row, if that is known already; else `ids` are in order
     positions: dict[Path, jax.Array]
-
-
-def gather_blocks(arrays: list[jax.Array], space: Space) -> list[jax.Array]:
-    """The chosen rows of several arrays, copied in one piece; not to be differentiated."""
-    if not space.ids.shape[0]:
-        return [gather_rows(x, space.ids) for x in arrays]
-    axes = [_jax.varying_axes([x, space.ids]) for x in arrays]
-    always = _jax.vary((space.ids[-1] | 1) != 0, frozenset().union(*axes))  # which XLA does not know
-    return computed_once(lambda: [copy_rows(x, space.ids) for x in arrays], always, axes)
 
 
 class Read(NamedTuple):
@@ -103,7 +95,6 @@ class Plan:
     whole_scatters: dict[str, None] = dataclasses.field(default_factory=dict)  # into as many rows as a table has
     gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
     read: set[int] = dataclasses.field(default_factory=set)
-    crosses: bool = False  # something that is no Rows is made of Rows, as a sum over them
     _parent: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def find(self, node: int) -> int:
@@ -131,6 +122,7 @@ class Walk:
       plan: what is found out, or was.
       spaces: for each class of nodes the rows that were chosen; None while planning.
       alone: whether the program is one device's, and is not to be split over several.
+      later: whether blocks that are made row by row are computed when something needs them.
     """
 
     def __init__(
@@ -140,8 +132,11 @@ class Walk:
         within: tuple[Equation, ...] = (),
         depth: int = 0,
         alone: bool = True,
+        later: bool = False,
     ) -> None:
         self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
+        self.later = later
+        self.tables_read: list[jax.Array] = []  # what was read in tables themselves
         self.reads: list[tuple[Read, jax.Array]] = []
         self._wholes: dict[Any, Any] = {}
         self._frames: list[Frame] = []  # of the programs that call each other, the innermost last
@@ -164,8 +159,6 @@ class Walk:
             operands = [read(v) for v in eqn.inputs]
             outs = self._step(program, eqn, operands)
             env.update(zip(eqn.outputs, outs, strict=True))
-            if eqn.primitive not in INLINED and any(isinstance(v, Rows) for v in operands):
-                self.plan.crosses |= not all(isinstance(v, Rows) for v in outs)
             self.within = self.within[:-1]
         self._frames.pop()
         return [read(v) for v in program.outputs]
@@ -185,6 +178,7 @@ class Walk:
         region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
         rule = _RULES.get(primitive, _RULES.get(primitive.name))
         if region and (not all_whole or self._is_tall(eqn)):
+            values = [dataclasses.replace(v, made=v.block) if isinstance(v, Rows) else v for v in values]
             outs = region(self, eqn, values)
         elif _jax.summed_axes(eqn) is not None and not all_whole:
             outs = row_rules.across_devices(self, eqn, values)
@@ -280,9 +274,38 @@ class Walk:
 
     def is_real(self, rows: Rows) -> jax.Array:
         """Which of the block's rows are no padding, of the block's rank, size 1 but along the rows."""
-        num_rows = 0 if self.spaces is None else self.spaces[self.plan.find(rows.node)].num_rows
-        real = self.ids(rows.node) < num_rows
-        return real.reshape([-1 if axis == rows.axis else 1 for axis in range(rows.block.ndim)])
+        return Part(self.ids(rows.node)).is_real(self.num_rows(rows.node), rows.made.ndim, rows.axis)
+
+    def changed(self, leaves: dict[int, tuple[Value, Value]]) -> dict[int, Any]:
+        """The new blocks of leaves, given as they were and are, where they are others."""
+        new: dict[int, Any] = {}
+        for i, (before, after) in leaves.items():
+            if after is not before:
+                rows = self.as_rows(after, i, 0)
+                assert rows is not None, "its rows are along the first axis, as the plan has found"
+                new[i] = rows.made
+        return new
+
+    def num_rows(self, node: int) -> int:
+        return 0 if self.spaces is None else self.spaces[self.plan.find(node)].num_rows
+
+    def leaf(self, array: jax.Array, i: int) -> Any:
+        """The chosen rows of a leaf."""
+        made = rows_of(array, i, self.ids(i))
+        return made if self.later else made.block()
+
+    def by_row(self, node: int, out: Any, axis: int, operands: Sequence[Any], make: Callable[..., Any]) -> Any:
+        """The block of an equation's output `out`, with rows along `axis`, each made of the same rows of the operands.
+
+        Args:
+          node: whose rows.
+          operands: blocks, made or not, with their rows along `axis`, or arrays without rows.
+          make: as of a Later.
+        """
+        ids = self.ids(node)
+        if axis or not self.later:
+            return make(Part(ids), *(x.block() if isinstance(x, Later) else x for x in operands))
+        return Later(ids, operands, make, (*ids.shape, *_jax.shape(out)[1:]), _jax.dtype(out))
 
     def _rows_of(self, eqn: Equation, v: Value) -> list[Value]:
         """Of `tracing.rows_of`."""
@@ -308,7 +331,9 @@ class Walk:
             return v
         if isinstance(v, Same) and (v.axis == axis or v.zero):
             v = v.along(axis)
-            block = v.times(self.ids(node).shape[0])
+            block: Any = v.times(self.ids(node).shape[0])
+            if self.later and axis == 0:
+                block = Later(self.ids(node), (), lambda part: v.times(len(part.ids)), block.shape, block.dtype)
             return Rows(block, node, axis, v.outside, whole=lambda walk: array_of(v))
         array = array_of(v)
         if isinstance(v, Whole) and v.made_by is not None:

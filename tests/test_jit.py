@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
+from jaxsparse import pieces
 from jaxsparse.host_rows import _distinct, _look_up
 from tests.stepwise import (
     P0,
@@ -339,3 +340,75 @@ def test_a_copy_of_a_step():
     again = copy.deepcopy(step)
     assert again._cache_size() == 0
     again(copied(create(ADAM)), *batch())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is large is updated so many rows at a time
+
+
+def averaged(state, ids):
+    """A state with averages of the parameters, as in many programs."""
+    params, opt_state, average = state
+    loss, gradient = jax.value_and_grad(lambda p: jnp.mean(jnp.tanh(p["t"][ids]) @ p["w"]) + p["b"][ids].sum())(params)
+    updates, opt_state = PIECES["adam, clipped"].update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    average = jax.tree.map(lambda a, p: (0.9 * a + 0.1 * p).astype(a.dtype), average, params)
+    return (params, opt_state, average), loss
+
+
+def plain(tx):
+    def step(state, ids):
+        params, opt_state, average = state
+        loss, gradient = jax.value_and_grad(
+            lambda p: jnp.mean(jnp.tanh(p["t"][ids]).astype(jnp.float32) @ p["w"]) + p["b"][ids].sum()
+        )(params)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, average), loss
+
+    return step
+
+
+PIECES = {
+    "adam, clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.1)),
+    "sgd": optax.sgd(0.1),
+    "apply_if_finite": optax.apply_if_finite(optax.adagrad(0.1), 3),
+    "factored by row": optax.chain(
+        optax.stateless(lambda u, p: jax.tree.map(lambda g: g / (1 + jnp.sum(g**2, -1, keepdims=True)), u)),
+        optax.sgd(0.1, momentum=0.9),
+    ),
+    "replay": js.lazy_adamw(0.1, weight_decay=0.1, skipped="replay"),
+}
+STEPS = {name: (plain(tx), tx) for name, tx in PIECES.items()}
+STEPS["averages"] = averaged, PIECES["adam, clipped"]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, jnp.float32) for name in STEPS), ("adam, clipped", jnp.bfloat16)])
+def test_in_pieces(name, dtype, monkeypatch):
+    """The same as at once, whatever part of the block is rows."""
+    rng = np.random.default_rng(0)
+    t = jnp.asarray(rng.normal(size=(2000, 4)), dtype)
+    params = {"t": t, "b": jnp.ones(2000), "w": jnp.ones(4)}
+    step, tx = STEPS[name]
+    batches = [rng.integers(0, high, (100, 5)).astype(np.int32) for high in (2000, 257, 1)]
+    results, loops = [], []
+    for piece in (0, 1 << 18):
+        monkeypatch.setattr(pieces, "_PIECE", piece)
+        program = js.jit(step)
+        state = copied((params, tx.init(params), params if name == "averages" else None))
+        losses = []
+        for ids in batches:
+            state, loss = program(state, ids)
+            losses.append(loss)
+        loops.append(program.lower(state, batches[0]).as_text().count("stablehlo.while"))
+        results.append((state, jnp.stack(losses)))
+    assert loops[0] > loops[1]
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            np.testing.assert_allclose(
+                *(np.asarray(z, np.float32) for z in (x, y)), rtol=tolerance, atol=tolerance / 10
+            )
+        else:
+            assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), x, y))
+    left_alone = np.setdiff1d(np.arange(2000), np.concatenate([b.ravel() for b in batches]))
+    assert name == "replay" or np.array_equal(results[0][0][0]["t"][left_alone], t[left_alone])

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
+from jaxsparse import pieces
 from tests.hlo import large_arrays
 from tests.stepwise import (
     P0,
@@ -419,7 +420,7 @@ def accumulating(state, ids, y):
         return jax.tree.map(jnp.add, total, grads), value
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    total, values = jax.lax.scan(one, zeros, (ids.reshape(3, 4, 4), y.reshape(3, 4)))
+    total, values = jax.lax.scan(one, zeros, (ids.reshape(3, -1, 4), y.reshape(3, -1)))
     return state.apply_gradients(grads=jax.tree.map(lambda g: g / 3, total)), values.mean()
 
 
@@ -611,7 +612,7 @@ REFUSED = {
         "rows that are read after an update by other ids than before it",
     ),
     "a scan over steps": (
-        lambda s, ids, y: jax.lax.scan(lambda s, b: STEP(s, *b), s, (ids.reshape(3, 4, 4), y.reshape(3, 4))),
+        lambda s, ids, y: jax.lax.scan(lambda s, b: STEP(s, *b), s, (ids.reshape(3, -1, 4), y.reshape(3, -1))),
         create(optax.adam(0.1)),
         "make it the body of the scan",
     ),
@@ -762,6 +763,18 @@ LARGE = {
 @EVERY_ROAD
 @pytest.mark.parametrize("name", LARGE)
 def test_nothing_of_the_tables_size(name, transform):
+    assert not large_arrays(compiled_step(name, transform, 12), NUM_ROWS)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_in_pieces_nothing_of_the_tables_size(name, monkeypatch):
+    monkeypatch.setattr(pieces, "_PIECE", 0)
+    text = compiled_step(name, js.jit, 84)
+    assert not large_arrays(text, NUM_ROWS)
+    assert "dynamic-slice" in text  # of a piece
+
+
+def compiled_step(name, transform, num_examples):
     step, tx = LARGE[name]
     params = {
         "t": jax.ShapeDtypeStruct((NUM_ROWS, D), jnp.float32),
@@ -769,9 +782,8 @@ def test_nothing_of_the_tables_size(name, transform):
     }
     params["w"] = jax.ShapeDtypeStruct((D, 3), jnp.float32)
     state = jax.eval_shape(lambda p: create(tx, p), params)
-    ids, y = jax.ShapeDtypeStruct((12, 4), jnp.int32), jax.ShapeDtypeStruct((12,), jnp.float32)
-    text = transform(step).lower(state, ids, y).compile().as_text()
-    assert not large_arrays(text, NUM_ROWS)
+    ids, y = (jax.ShapeDtypeStruct((num_examples, *s), t) for s, t in (((4,), jnp.int32), ((), jnp.float32)))
+    return transform(step).lower(state, ids, y).compile().as_text()
 
 
 def test_a_scan_of_steps_makes_nothing_of_the_tables_size():
