@@ -43,7 +43,8 @@ from jaxsparse.refresh import flush as flush
 from jaxsparse.refresh import from_optax_state as from_optax_state
 from jaxsparse.refresh import refresh as refresh  # type: ignore[no-redef]
 from jaxsparse.refresh import to_optax_state as to_optax_state
-from jaxsparse.rows import RowSparse as RowSparse
+from jaxsparse.row_sparse import RowSparse as RowSparse
+from jaxsparse.row_sparse import global_norm as global_norm
 from jaxsparse.rowwise import rowwise as rowwise  # type: ignore[no-redef]
 from jaxsparse.train import evaluate as evaluate
 from jaxsparse.train import fit as fit

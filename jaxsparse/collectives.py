@@ -18,7 +18,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._jax import all_gather
-from jaxsparse.rows import RowSparse, is_row_sparse, scale
+from jaxsparse.row_sparse import RowSparse, is_row_sparse
 
 
 def psum(tree: Any, axis_name: Any) -> Any:
@@ -62,10 +62,7 @@ def pmean(tree: Any, axis_name: Any) -> Any:
     """
     size = jax.lax.axis_size(axis_name)
 
-    def mean(leaf: Any) -> Any:
-        return leaf / size if not is_row_sparse(leaf) else scale(leaf, 1 / size)
-
-    return jax.tree.map(mean, psum(tree, axis_name), is_leaf=is_row_sparse)
+    return jax.tree.map(lambda x: x / size, psum(tree, axis_name), is_leaf=is_row_sparse)
 
 
 def in_auto_mode(fun: Callable[..., Any], state: Any, *args: Any) -> Any:

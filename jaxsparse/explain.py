@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse.grad import Tables, closed_advice, plan_gradient
 from jaxsparse.jit import JittedStep
+from jaxsparse.plan import Reason
 from jaxsparse.planning import Planned
 from jaxsparse.rows import gather_rows, scatter_rows
-from jaxsparse.walk import Reason
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05

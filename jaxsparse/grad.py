@@ -21,11 +21,13 @@ from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.device_rows import choose_rows, ids_of
 from jaxsparse.known_ids import Known, find_known
+from jaxsparse.plan import Reason
 from jaxsparse.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
-from jaxsparse.rows import RowSparse, gather_rows, zero_after
+from jaxsparse.row_sparse import RowSparse
+from jaxsparse.rows import gather_rows, zero_after
 from jaxsparse.tracing import is_tracing, source_line, tracing
 from jaxsparse.values import ZERO, Rows, Same, Whole, array_of
-from jaxsparse.walk import Reason, Walk, is_closed
+from jaxsparse.walk import Walk, is_closed
 
 
 def value_and_grad(

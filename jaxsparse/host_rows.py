@@ -14,9 +14,10 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse.device_rows import reads_of
 from jaxsparse.distinct import Scratch, sorted_distinct
+from jaxsparse.plan import Path
 from jaxsparse.planning import Planned
 from jaxsparse.values import NOBODY
-from jaxsparse.walk import Path, Space
+from jaxsparse.walk import Space
 
 
 class HostRows:

@@ -21,7 +21,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse.pieces import rows_of, write
 from jaxsparse.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
-from jaxsparse.rows import RowSparse, coalesce, is_row_sparse
+from jaxsparse.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.tracing import tracing
 from jaxsparse.values import RefusedError, Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk

@@ -19,9 +19,10 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._jax import Program
 from jaxsparse.known_ids import Known
+from jaxsparse.plan import Plan, Read, Reason
 from jaxsparse.tracing import TracedStep
 from jaxsparse.values import ZERO, Note, RefusedError, Rows, Same, Value, Whole, notes_of
-from jaxsparse.walk import Plan, Read, Reason, Walk
+from jaxsparse.walk import Walk
 
 
 def refused(got: str, do: str) -> RefusedError:

@@ -24,7 +24,8 @@ from jaxsparse import catch_up
 from jaxsparse._checks import message
 from jaxsparse._jax import is_traced
 from jaxsparse.lazy import lazy, named_leaves, per_leaf
-from jaxsparse.rows import RowSparse, coalesce, gather_rows, in_range, is_row_sparse, scatter_rows, zero_after
+from jaxsparse.row_sparse import RowSparse, coalesce, is_row_sparse
+from jaxsparse.rows import gather_rows, in_range, scatter_rows, zero_after
 from jaxsparse.tracing import is_tracing, rows_of
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods

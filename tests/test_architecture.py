@@ -10,9 +10,20 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    {"_jax", "_checks", "rows", "tracing", "uses"},
+    {"_jax", "_checks", "rows", "row_sparse", "tracing", "uses"},
     {"ops", "embedding", "collectives", "batch", "distinct", "features", "pipeline", "nn", "losses"},
-    {"values", "walk", "row_elementwise", "row_rules", "row_reads", "row_regions", "known_ids", "planning"},
+    {
+        "pieces",
+        "values",
+        "plan",
+        "walk",
+        "row_elementwise",
+        "row_rules",
+        "row_reads",
+        "row_regions",
+        "known_ids",
+        "planning",
+    },
     {"lazy", "optimizers", "adagrad", "catch_up", "replaying", "up_to_date", "testing", "parallel"},
     {"device_rows", "host_rows", "rowwise", "jit", "grad", "explain", "refresh", "train"},
     {"__main__"},

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxsparse as js
-from jaxsparse.rows import is_row_sparse
+from jaxsparse.row_sparse import is_row_sparse
 
 V, D = 11, 4
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)

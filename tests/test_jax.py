@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import _jax
-from jaxsparse.rows import is_row_sparse
+from jaxsparse.row_sparse import is_row_sparse
 
 V, D = 11, 4
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
 from jaxsparse import pieces
-from jaxsparse.rows import is_row_sparse
+from jaxsparse.row_sparse import is_row_sparse
 from tests.hlo import large_arrays
 
 V, D = 12, 3

@@ -10,7 +10,7 @@ import scipy.special
 
 import jaxsparse as js
 from jaxsparse.losses import log_uniform_draw, log_uniform_log_probability
-from jaxsparse.rows import is_row_sparse
+from jaxsparse.row_sparse import is_row_sparse
 
 V, D, B = 20, 4, 6
 RNG = np.random.default_rng(0)

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
-from jaxsparse.rows import _distinct_by_hash, coalesce, concatenate_blocks, distinct_rows
+from jaxsparse.row_sparse import coalesce, concatenate_blocks, is_row_sparse
+from jaxsparse.rows import _distinct_by_hash, distinct_rows
 
 
 def dense(ids, rows, shape):
@@ -312,3 +313,85 @@ def test_wide_ids_do_not_wrap():
         np.testing.assert_array_equal(got, dense([9, 1, 9], np.ones((3, 2)), (4, 2)))
     g = js.RowSparse(jnp.array([2**32 - 1], jnp.uint32), jnp.ones((1, 2)), (4, 2))
     assert not g.todense().any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arithmetic, and one gradient an example
+
+
+def test_scalars():
+    g = js.RowSparse(jnp.array([1, 1, 3]), jnp.array([[1.0], [2.0], [5.0]]), (3, 1))
+    for got, want in [
+        (2 * g, 2 * g.todense()),
+        (g * np.float32(2), 2 * g.todense()),
+        (jnp.float32(2) * g, 2 * g.todense()),
+        (g / 4, g.todense() / 4),
+        (-g, -g.todense()),
+        (g - g, 0 * g.todense()),
+    ]:
+        assert isinstance(got, js.RowSparse)
+        np.testing.assert_array_equal(got.todense(), want)
+    np.testing.assert_array_equal(jnp.ones((3, 1)) - 0.5 * g, 1 - 0.5 * g.todense())
+    np.testing.assert_array_equal(np.ones((3, 1), np.float32) - 0.5 * g, 1 - 0.5 * g.todense())
+
+
+@pytest.mark.parametrize("factor", [jnp.ones((3, 1)), np.ones(3)], ids=["jax", "numpy"])
+def test_only_scalars(factor):
+    g = js.RowSparse(jnp.array([1]), jnp.ones((1, 1)), (3, 1))
+    for product in (lambda: g * factor, lambda: factor * g, lambda: g / factor, lambda: g * g):
+        with pytest.raises(TypeError, match=r"must be a scalar\. Got .* Put the whole optax chain inside js\.lazy"):
+            product()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_many_duplicates_of_16_bits(dtype):
+    """Sums are made in float32: 256 + 1 is 256 in bfloat16, 2048 + 1 is 2048 in float16."""
+    many = 1000 if dtype == jnp.bfloat16 else 4000
+    g = js.RowSparse(jnp.zeros(many, jnp.int32), jnp.ones((many, 1), dtype), (3, 1))
+    table = jnp.zeros((3, 1), dtype)
+    for dense in (g.todense(), table + g, table - -g, g.to_bcoo().todense()):
+        assert dense.dtype == dtype and dense[0, 0] == many
+    assert (jnp.zeros((3, 1)) + g)[0, 0] == many
+    assert js.grad(lambda t: jnp.sum(t[jnp.zeros(many, jnp.int32)]))(table).todense()[0, 0] == many
+    assert js.global_norm(g) == many
+
+
+def per_example_loss(params, ids, y):
+    return (jnp.tanh(params["t"][ids]).sum() - y) ** 2 * (1 + params["w"].sum())
+
+
+def test_gradients_of_examples_are_clipped_one_by_one():
+    """DP-SGD: the mean of clipped gradients, at the cost of the rows, is that of dense gradients."""
+    rng = np.random.default_rng(0)
+    params = {"t": jnp.asarray(rng.normal(size=(50, 3)), jnp.float32), "w": jnp.ones(2)}
+    ids, y = rng.integers(0, 50, (6, 4)), jnp.asarray(rng.normal(size=6), jnp.float32)
+    ids[0] = 7  # one row four times
+
+    def clipped_mean(grads, norm):
+        norms = jax.vmap(norm)(grads)
+        factor = jnp.minimum(1, 1 / norms)
+        one = jax.vmap(lambda g, f: jax.tree.map(lambda x: x * f, g, is_leaf=is_row_sparse))
+        return norms, jax.tree.map(lambda x: x.sum(0) / len(y), one(grads, factor), is_leaf=is_row_sparse)
+
+    sparse = jax.vmap(js.grad(per_example_loss), (None, 0, 0))(params, ids, y)
+    dense = jax.vmap(jax.grad(per_example_loss), (None, 0, 0))(params, ids, y)
+    assert is_row_sparse(sparse["t"]) and sparse["t"].rows.shape[:2] == (6, 5)
+    np.testing.assert_allclose(sparse["t"].todense(), dense["t"], rtol=1e-6)
+    (norms, got), (want_norms, want) = clipped_mean(sparse, js.global_norm), clipped_mean(dense, optax.tree.norm)
+    np.testing.assert_allclose(norms, want_norms, rtol=1e-6)
+    assert 0 < jnp.sum(norms > 1) < 6  # are clipped
+    np.testing.assert_allclose(got["t"].todense(), want["t"], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)
+
+
+def test_gradients_of_examples_are_no_one_gradient():
+    g = jax.vmap(js.grad(lambda t, i: jnp.sum(t[i])), (None, 0))(jnp.zeros((3, 1)), jnp.array([[0], [0]]))
+    for use in (
+        lambda: jnp.zeros((3, 1)) + g,
+        lambda: g + g,
+        lambda: js.lazy(optax.identity()).update(g, optax.EmptyState(), None),
+    ):
+        with pytest.raises(ValueError, match=r"one gradient\. Got one for each example.*g\.sum\(0\)"):
+            use()
+    with pytest.raises(ValueError, match=r"'axis'.*must be 0"):
+        g.sum(1)
