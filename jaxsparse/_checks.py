@@ -6,6 +6,7 @@ Checks that need values live on the host, in `features.py`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,3 +118,31 @@ def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2
                 "Use jax.vmap over batch dimensions.",
             )
         )
+
+
+class Modules:
+    """The nnx modules among some arguments, and what was in them.
+
+    Args:
+      tree: the arguments that a function is called with, made anew for this call.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        nnx: Any = sys.modules.get("flax.nnx")  # not imported: there are none
+        is_module = lambda x: nnx is not None and isinstance(x, nnx.Pytree)  # noqa: E731
+        self._modules = [x for x in jax.tree.leaves(tree, is_leaf=is_module) if is_module(x)]
+        self._before = list(map(jax.tree.leaves, self._modules))
+
+    def check_unchanged(self, function: str) -> None:
+        """Raises TypeError if the function that was called has changed a module, which would be lost."""
+        for module, before in zip(self._modules, self._before, strict=True):
+            after = jax.tree_util.tree_flatten_with_path(module)[0]
+            same = len(after) == len(before) and all(x is y for (_, x), y in zip(after, before, strict=True))
+            if not same:
+                changed = [jax.tree_util.keystr(path) for path, x in after if not any(x is y for y in before)]
+                got = f"one that changes {', '.join(changed[:3])} of its {type(module).__name__}, which would be lost,"
+                do = (
+                    "Take the module apart before, and put it together inside: graph, params, rest = "
+                    "nnx.split(module, nnx.Param, ...); nnx.merge(graph, params, rest, copy=True)."
+                )
+                raise TypeError(message(function, "function", "one that changes no module that it is given", got, do))

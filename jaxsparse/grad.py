@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse._checks import chosen_paths, message
+from jaxsparse._checks import Modules, chosen_paths, message
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.device_rows import choose_rows, ids_of
 from jaxsparse.known_ids import Known, find_known
@@ -166,8 +166,10 @@ def plan_gradient(
             must = f"positions among the {len(args)} positional arguments"
             raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
     numbers = [n % len(args) for n in numbers]
-    leaves, treedef = jax.tree.flatten([args[n] for n in numbers])
-    leaves = vary([_check_leaf(x) for x in leaves], varying_axes((args, kwargs)))
+    with_paths = jax.tree_util.tree_flatten_with_path([args[n] for n in numbers])[0]
+    treedef = jax.tree.structure([args[n] for n in numbers])
+    leaves: Any = [_check_leaf(x, jax.tree_util.keystr(path[1:])) for path, x in with_paths]
+    leaves = vary(leaves, varying_axes((args, kwargs)))
     shape_of_aux: list[Any] = []
 
     def both(leaves: Sequence[Any], args: Any, kwargs: Any) -> list[Any]:
@@ -175,7 +177,9 @@ def plan_gradient(
             full = list(args)
             for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
                 full[n] = arg
+            modules = Modules((full, kwargs))
             out = fun(*full, **kwargs)
+            modules.check_unchanged("value_and_grad")
             if has_aux and not (isinstance(out, tuple) and len(out) == 2):
                 must = "a function that returns (scalar, aux), as has_aux=True says"
                 raise TypeError(message("value_and_grad", "fun", must, repr(out)))
@@ -330,19 +334,15 @@ def closed_advice(why: Reason) -> str:
     return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
 
 
-def _check_leaf(x: Any) -> Any:
+def _check_leaf(x: Any, path: str) -> Any:
+    must, at = "arguments whose leaves are floating arrays", f" at {path}" if path else ""
     if not hasattr(x, "dtype") and not isinstance(x, float):
-        raise TypeError(
-            message("value_and_grad", "argnums", "arguments whose leaves are floating arrays", type(x).__name__)
-        )
+        do = "Pass what is no parameter in another argument, or close over it (eqx.partition, nnx.split)."
+        raise TypeError(message("value_and_grad", "argnums", must, f"a {type(x).__name__}{at}", do))
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         do = "Pass integers and keys in another argument."
-        raise TypeError(
-            message(
-                "value_and_grad", "argnums", "arguments whose leaves are floating arrays", f"a leaf of {x.dtype=}", do
-            )
-        )
+        raise TypeError(message("value_and_grad", "argnums", must, f"a leaf of dtype {x.dtype}{at}", do))
     return x
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from jaxsparse import _jax
+from jaxsparse._checks import message
 from jaxsparse.device_rows import knows_all
 from jaxsparse.host_rows import HostRows
 from jaxsparse.planning import PlannedStep, announce
@@ -30,9 +31,11 @@ _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 def jit(
     step: Callable[..., Any] | None = None,
     *,
-    donate_argnums: int | Sequence[int] = 0,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
+    **others: Any,
 ) -> Any:
     """jax.jit for a train step, at the cost of the rows that it reads.
 
@@ -60,8 +63,9 @@ def jit(
 
     Args:
       step: step(state, ...) -> state, or (state, ...), any pytrees.
-      donate_argnums: the arguments that are state, whose memory the results take over: each is an output of the step,
-        in the structure that it came in. Do not use them after the call.
+      donate_argnums, donate_argnames: the arguments that are state, whose memory the results take over: each comes back
+        as a part of the output, in the structure that it came in. Do not use them after the call. None: the first one
+        that does, and all after it that do and have arrays of its shapes, as in step(params, opt_state, batch).
       static_argnums, static_argnames: as in jax.jit.
 
     Returns:
@@ -70,7 +74,8 @@ def jit(
 
     Raises:
       ValueError: at the first call, if the step cannot be right on the rows that it reads.
-      TypeError: if no argument of donate_argnums is an output.
+      TypeError: if no argument of donate_argnums is an output; for other options of jax.jit, which
+        `jax.jit(js.rowwise(step), ...)` takes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -89,11 +94,21 @@ def jit(
     References:
       torch.optim.SparseAdam, tf.keras's LazyAdam.
     """
+    if others:
+        do = f"Write jax.jit(js.rowwise(step), donate_argnums=0, {next(iter(others))}=...)."
+        raise TypeError(message("jit", next(iter(others)), "left out", "it, which is one of jax.jit's", do))
     if step is None:
         return functools.partial(
-            jit, donate_argnums=donate_argnums, static_argnums=static_argnums, static_argnames=static_argnames
+            jit,
+            donate_argnums=donate_argnums,
+            donate_argnames=donate_argnames,
+            static_argnums=static_argnums,
+            static_argnames=static_argnames,
         )
-    return JittedStep(step, _sequence(donate_argnums), _sequence(static_argnums), _sequence(static_argnames))
+    donated = None if donate_argnums is None and donate_argnames is None else _sequence(donate_argnums)
+    if donate_argnames is not None:
+        donated, _ = _both_ways(step, donated or (), _sequence(donate_argnames))
+    return JittedStep(step, donated, _sequence(static_argnums), _sequence(static_argnames))
 
 
 def _sequence(x: Any) -> tuple[Any, ...]:
@@ -104,11 +119,16 @@ class JittedStep:
     """What `js.jit` returns."""
 
     def __init__(
-        self, step: Callable[..., Any], donate: tuple[int, ...], static: tuple[int, ...], static_names: tuple[str, ...]
+        self,
+        step: Callable[..., Any],
+        donate: tuple[int, ...] | None,
+        static: tuple[int, ...],
+        static_names: tuple[str, ...],
     ) -> None:
         functools.update_wrapper(self, step)
         self._step, self._donate = step, donate
-        self._static, self._static_names = _static(step, static, static_names)
+        self._static, self._static_names = _both_ways(step, static, static_names)
+        self._signature = _signature(step)
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +151,7 @@ class JittedStep:
         leaves, program = self._program(args, kwargs)
         if program is None:
             step, args, kwargs, states = self._dynamic(args, kwargs)
-            return jax.jit(rowwise(step, state_argnums=states), donate_argnums=states).lower(*args, **kwargs)
+            return jax.jit(rowwise(step, state_argnums=states), donate_argnums=states or ()).lower(*args, **kwargs)
         lowered, call = program.lower(leaves)
         return Lowered(lowered, lambda compiled, args, kwargs: call(compiled, self._program(args, kwargs)[0]))
 
@@ -145,7 +165,7 @@ class JittedStep:
         """How many programs were compiled."""
         return sum(program.cache_size() for program in self._programs.values())
 
-    def _dynamic(self, args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any, tuple[int, ...]]:
+    def _dynamic(self, args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any, tuple[int, ...] | None]:
         """The step as a function of what is not static, these arguments, and which of them are state."""
         if not self._static and not self._static_names:
             return self._step, args, kwargs, self._donate
@@ -157,12 +177,20 @@ class JittedStep:
             by_position = fixed | dict(zip(kept, dynamic, strict=True))
             return self._step(*(by_position[n] for n in range(len(by_position))), **others, **named)
 
-        states = tuple(kept.index(n % len(args)) for n in self._donate if n % len(args) in kept)
+        donate = self._donate
+        states = None if donate is None else tuple(kept.index(n % len(args)) for n in donate if n % len(args) in kept)
         return step, tuple(args[n] for n in kept), {k: x for k, x in kwargs.items() if k not in named}, states
 
     def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], _Program | None]:
         """The leaves of what is not static, and the program for such leaves: none inside of another trace."""
         static: Any = ()
+        if kwargs and self._signature is not None:
+            try:
+                bound = self._signature.bind(*args, **kwargs)
+            except TypeError:
+                pass  # which the step itself says
+            else:
+                args, kwargs = bound.args, bound.kwargs
         if self._static or self._static_names:
             static = (
                 tuple(x for n, x in enumerate(args) if n in self._static),
@@ -182,14 +210,21 @@ class JittedStep:
         return leaves, program
 
 
-def _static(
+def _signature(step: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(step)
+    except (TypeError, ValueError):
+        return None
+
+
+def _both_ways(
     step: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Static arguments by position and by name, each also the other way, as in jax.jit."""
-    try:
-        parameters = list(inspect.signature(step).parameters.values())
-    except (TypeError, ValueError):
+    """Arguments given by position and by name, each also the other way, as in jax.jit."""
+    signature = _signature(step)
+    if signature is None:
         return numbers, names
+    parameters = signature.parameters.values()
     by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     numbers = tuple(n % len(by_position) if n < 0 else n for n in numbers)
     both = dict.fromkeys((*names, *(by_position[n] for n in numbers if n < len(by_position))))
@@ -225,7 +260,7 @@ class Compiled:
 class _Program:
     """A step for arguments of some structure, shapes and dtypes."""
 
-    def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...]) -> None:
+    def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...] | None) -> None:
         self._prepared = prepare_step(step, args, kwargs, states)
         self.planned = planned = self._prepared.planned
         traced = planned.traced

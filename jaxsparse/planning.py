@@ -26,7 +26,17 @@ from jaxsparse.walk import Walk
 
 
 def refused(got: str, do: str) -> RefusedError:
-    return RefusedError(message("rowwise", "step", "one that is right on the rows that it reads", got, do), got, do)
+    return RefusedError(
+        message("jit or js.rowwise", "step", "one that is right on the rows that it reads", got, do), got, do
+    )
+
+
+class NoStateError(RefusedError):
+    """What comes back in the structure of a table is its gradient."""
+
+    def __init__(self, path: str) -> None:
+        got, do = f"the gradient of {path or 'the table'} in its place", "Return the new state, or use jax.jit."
+        super().__init__(str(refused(got, do)), got, do)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +100,10 @@ def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[i
         would = settle(traced.again(filled), filled, places, can).chosen
     settled = settle(program, leaves, places, can, would)
     walked, chosen, tables = settled.walked, settled.chosen, settled.tables
+    for i in sorted(tables & chosen):
+        v = walked.outs[places[i]]
+        if isinstance(v, Rows) and v.updated and v.outside == ZERO:
+            raise NoStateError(traced.paths[i])
     check(walked, places, traced.paths, tables & chosen, chosen, settled.lost)
     whole = [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}]
     planned = PlannedStep(**vars(settled.planned()), traced=traced, whole_outputs=whole)
@@ -321,7 +335,10 @@ def announce(planned: PlannedStep) -> None:
     traced = planned.traced
     said = [f"{traced.paths[i]} is dense, with its slots: {why}." for i, why in planned.dense.items()]
     said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
-    if not planned.leaves:
+    if not traced.places:
+        do = "return the new state, in the structure that it was given, or leave this function to jax.jit."
+        said.append(f"no argument comes back as an output, so that nothing is updated on its rows: {do}")
+    elif not planned.leaves:
         said.append("no array of the state is read by rows: the step costs what it does under jax.jit.")
     warn_once(traced.name, planned, said)
 

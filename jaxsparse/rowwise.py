@@ -22,7 +22,7 @@ from jaxsparse.collectives import in_auto_mode
 from jaxsparse.device_rows import choose_rows, ids_of
 from jaxsparse.known_ids import find_known
 from jaxsparse.pieces import arrays_in, known, write
-from jaxsparse.planning import PlannedStep, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
 from jaxsparse.rows import zero_after
 from jaxsparse.tracing import trace_step
 from jaxsparse.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
@@ -30,7 +30,7 @@ from jaxsparse.values import Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk
 
 
-def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
+def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] | None = None) -> Callable[..., Any]:
     """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
 
     It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
@@ -39,8 +39,9 @@ def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] = 0)
 
     Args:
       step: step(state, ...) -> state, or (state, ...): any pytrees, and any optax transformation.
-      state_argnums: which arguments are state. Each of them is an output of the step, alone or in a tuple in the order
-        of the arguments.
+      state_argnums: which arguments are state: each comes back as a part of the output, in the structure that it came
+        in. None: the first one that does, and all after it that do and have arrays of its shapes, as in
+        step(params, opt_state, batch).
 
     Returns:
       A function of the step's arguments that returns what the step returns.
@@ -119,11 +120,20 @@ class Prepared(NamedTuple):
         return self._replace(planned=dataclasses.replace(self.planned, program=_jax.needed_only(self.planned.program)))
 
 
-def prepare_step(step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int]) -> Prepared:
+def prepare_step(
+    step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None
+) -> Prepared:
     """Traces a step, behind a catch-up of what it replays, and plans it."""
     replayed = find_replayed((args, kwargs))
-    traced = trace_step(step, args, kwargs, state_argnums, functools.partial(catch_up, replayed))
-    planned = plan_step(traced, traced.leaves, history_of(replayed))
+    prepare = functools.partial(catch_up, replayed)
+    traced = trace_step(step, args, kwargs, state_argnums, prepare)
+    try:
+        planned = plan_step(traced, traced.leaves, history_of(replayed))
+    except NoStateError:
+        if state_argnums is not None:
+            raise
+        traced = trace_step(step, args, kwargs, (), prepare)
+        planned = plan_step(traced, traced.leaves, history_of(replayed))
     planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:

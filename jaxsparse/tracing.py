@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse._checks import message
+from jaxsparse._checks import Modules, message
 from jaxsparse._jax import Equation, Program
 
 _LIBRARIES = re.compile(
@@ -96,16 +96,20 @@ def trace_step(
     step: Callable[..., Any],
     args: Any,
     kwargs: Any,
-    state_argnums: int | Sequence[int],
+    state_argnums: int | Sequence[int] | None,
     prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda leaves: leaves,
 ) -> TracedStep:
-    """Traces step(*args, **kwargs), whose leaves are what `prepare` makes of the given ones."""
-    numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums)
+    """Traces step(*args, **kwargs), whose leaves are what `prepare` makes of the given ones.
+
+    Args:
+      state_argnums: as of `rowwise`.
+    """
+    numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums or ())
     for n in numbers:
         if not -len(args) <= n < len(args):
             do = "Pass it by position."
             must = f"positions among the {len(args)} positional arguments"
-            raise TypeError(message("rowwise", "state_argnums", must, n, do))
+            raise TypeError(message("jit or js.rowwise", "donate_argnums or state_argnums", must, n, do))
     numbers = [n % len(args) for n in numbers]
     leaves, tree = jax.tree.flatten((args, kwargs))
     out_tree: list[Any] = []
@@ -113,7 +117,9 @@ def trace_step(
     def flat_step(*leaves: Any) -> list[Any]:
         with tracing():
             args, kwargs = jax.tree.unflatten(tree, prepare(leaves))
+            modules = Modules((args, kwargs))
             out = step(*args, **kwargs)
+            modules.check_unchanged("jit or js.rowwise")
         out_leaves, tree_of_out = jax.tree.flatten(out)
         out_tree[:] = [tree_of_out]
         return out_leaves
@@ -122,10 +128,18 @@ def trace_step(
     (structure,) = out_tree
     starts = [len(jax.tree.leaves(args[:n])) for n in range(len(args))]
     with_paths = jax.tree_util.tree_flatten_with_path(args)[0]
-    leaves_of = {n: range(starts[n], starts[n] + len(jax.tree.leaves(args[n]))) for n in numbers}
-    found = _states_in(
-        jax.tree.unflatten(structure, range(structure.num_leaves)), {n: args[n] for n in numbers}, program
-    )
+    leaves_of = {n: range(starts[n], starts[n] + len(jax.tree.leaves(args[n]))) for n in range(len(args))}
+    out = jax.tree.unflatten(structure, range(structure.num_leaves))
+    if state_argnums is None:
+        found = _states_in(out, dict(enumerate(args)), program)
+        numbers = _states_among(args, found)
+        found = {n: found[n] for n in numbers}
+    else:
+        found = _states_in(out, {n: args[n] for n in numbers}, program)
+        if numbers and not found:
+            must = "one that returns its new state, in the structure that it was given"
+            do = "Name the arguments that are state with donate_argnums (js.jit) or state_argnums (js.rowwise)."
+            raise TypeError(message("jit or js.rowwise", "step", must, f"no output like argument {numbers}", do))
     places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
     donated = [i for n in numbers for i in leaves_of[n]]
     return TracedStep(
@@ -141,27 +155,47 @@ def trace_step(
 
 
 def _states_in(out: Any, states: dict[int, Any], program: Program) -> dict[int, Any]:
-    """The parts of a step's output that are the new states, by the argument's number. `out` has the outputs' numbers
-    for leaves. Of several parts with a state's structure it is the first whose arrays are like the state's."""
+    """The parts of a step's output that have the structure of states, by the argument's number, and if there are
+    several, arrays like the state's. They are taken in the order of the arguments. `out` has the outputs' numbers for
+    leaves."""
     structure: Any = jax.tree.structure
-
-    def kinds(state: Any) -> list[Any]:
-        return [_jax.kind_of_array(x)[:2] for x in jax.tree.leaves(state)]
+    parts = _parts(out)
 
     def is_like(part: Any, state: Any) -> bool:
         outs = [program.outputs[j] for j in jax.tree.leaves(part)]
-        return [(_jax.shape(v), _jax.dtype(v)) for v in outs] == kinds(state)
+        return [(_jax.shape(v), _jax.dtype(v)) for v in outs] == [
+            _jax.kind_of_array(x)[:2] for x in jax.tree.leaves(state)
+        ]
 
-    parts = [out] if len(states) == 1 and structure(out) == structure(next(iter(states.values()))) else out
-    parts = list(parts) if isinstance(parts, tuple | list) else [parts]
-    found = {}
+    found: dict[int, Any] = {}
+    taken: set[int] = set()
     for n, state in states.items():
-        same = [i for i, part in enumerate(parts) if structure(part) == structure(state)]
-        at = next((i for i in same if is_like(parts[i], state)), next(iter(same), None))
-        if at is not None:
-            found[n], parts = parts[at], parts[at + 1 :]
-    if not found:
-        must = "one that returns its new state, or a tuple with it, in the structure that it was given"
-        do = "Name the arguments that are state with donate_argnums (js.jit) or state_argnums (js.rowwise)."
-        raise TypeError(message("rowwise", "step", must, f"no output like {list(map(structure, states.values()))}", do))
+        free = [part for part in parts if not taken & set(jax.tree.leaves(part))]
+        same = [part for part in free if structure(part) == structure(state) and jax.tree.leaves(part)]
+        part = next((part for part in same if is_like(part, state)), next(iter(same), None))
+        if part is not None:
+            found[n] = part
+            taken |= set(jax.tree.leaves(part))
     return found
+
+
+def _parts(out: Any) -> list[Any]:
+    """A step's output, what is in it, if it is a tuple, list or dictionary, and so on; the outer ones first."""
+    parts = [out]
+    for part in parts:  # which grows
+        if isinstance(part, tuple | list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += part.values()
+    return parts
+
+
+def _states_among(args: Any, found: dict[int, Any]) -> list[int]:
+    """Which arguments are state, of those that come back: the first argument; if that is a key or a counter, or does not
+    come back, the first that is a tree; and all that have an array of a shape that these have, as slots do."""
+    leaves = {n: jax.tree.leaves(args[n]) for n in found}
+    states = [n for n in found if n == 0]
+    if not any(jnp.issubdtype(jnp.result_type(x), jnp.floating) for n in states for x in leaves[n]):
+        states += [n for n in found if n and not jax.tree_util.all_leaves([args[n]])][:1]
+    shapes = {jnp.shape(x) for n in states for x in leaves[n]} - {()}
+    return sorted({*states, *(n for n in found if shapes & set(map(jnp.shape, leaves[n])))})

@@ -254,3 +254,28 @@ def test_partitioned_nnx_parameters(tx):
         changed = np.flatnonzero(np.any(np.asarray(new["embedding"][...]) != before, axis=1))
         assert changed.tolist() == [0, 1, 3, 7, 29]
         nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+class WithStatistics(nnx.Module):
+    def __init__(self, rngs):
+        self.embed, self.norm = nnx.Embed(V, D, rngs=rngs), nnx.BatchNorm(D, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.norm(self.embed(ids)).sum()
+
+
+def test_what_changes_a_module_is_refused():
+    """The module that a function gets is another one: what changes in it would be lost."""
+    model = WithStatistics(nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"changes .*mean.* of its WithStatistics, which would be lost.*nnx\.split"):
+        js.value_and_grad(lambda model, ids: model(ids))(model, IDS)
+    model.eval()
+    grads = js.grad(lambda model, ids: model(ids))(model, IDS)
+    assert any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+
+
+def test_what_is_no_parameter_is_named():
+    with pytest.raises(TypeError, match=r"a leaf of dtype int32 at \['a'\]\['b'\]"):
+        js.grad(lambda p: jnp.sum(p["a"]["b"]))({"a": {"b": jnp.zeros(3, int)}})
+    with pytest.raises(TypeError, match=r"a bool at \['a'\].*eqx\.partition"):
+        js.grad(lambda p: 0.0)({"a": True})

@@ -412,3 +412,74 @@ def test_in_pieces(name, dtype, monkeypatch):
             assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), x, y))
     left_alone = np.setdiff1d(np.arange(2000), np.concatenate([b.ravel() for b in batches]))
     assert name == "replay" or np.array_equal(results[0][0][0]["t"][left_alone], t[left_alone])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which arguments are state
+
+
+def read_loss(table, ids):
+    return jnp.sum(table[ids] ** 2)
+
+
+def new_state(table, slots, ids):
+    updates, slots = ADAM.update(jax.grad(read_loss)(table, ids), slots, table)
+    return optax.apply_updates(table, updates), slots
+
+
+# how a step is written: what it takes and returns of table and slots
+ORDERS = {
+    "(p, o) -> p, o": new_state,
+    "(o, p) -> p, o": lambda o, p, ids: new_state(p, o, ids),
+    "(o, p) -> loss, o, p": lambda o, p, ids: (read_loss(p, ids), *new_state(p, o, ids)[::-1]),
+    "(key, p, o) -> (p, o), key": lambda key, p, o, ids: (new_state(p, o, ids), key),
+    "(p, o) -> {p, o}": lambda p, o, ids: dict(zip("po", new_state(p, o, ids), strict=True)),
+    "(None, o, p) -> o, p, None": lambda none, o, p, ids: (*new_state(p, o, ids)[::-1], none),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_states_in_any_order(order, donate):
+    given = {"p": jnp.ones((50, 2)), "key": jax.random.key(0), "None": None}
+    given["o"] = ADAM.init(given["p"])
+    names = order[1 : order.index(")")].split(", ")
+    args = [copied(given[name]) for name in names]
+    states = [n for n, name in enumerate(names) if name != "key"] if donate else None
+    step = js.jit(ORDERS[order], donate_argnums=states)
+    ids = np.array([3, 1, 3])
+    plan = step.plan(*args, ids)
+    assert len(plan.leaves) == 3
+    out = step(*args, ids)
+    want, slots = new_state(given["p"], given["o"], ids)
+    got = [x for x in jax.tree.leaves(out) if x.shape == (50, 2)]
+    for x in got:
+        assert min(float(jnp.max(jnp.abs(x - y))) for y in (want, slots[0].mu, slots[0].nu)) < 1e-6
+    assert len(got) == 3 and all(x.is_deleted() for x in jax.tree.leaves([args[names.index(n)] for n in "po"]))
+
+
+def test_a_batch_that_comes_back_is_no_state():
+    step = js.jit(lambda p, o, batch: (*new_state(p, o, batch["ids"]), batch, batch["y"]))
+    batch = {"ids": jnp.array([1, 2]), "y": jnp.ones(7)}
+    table = jnp.ones((50, 2))
+    step(table, ADAM.init(table), batch)
+    assert table.is_deleted() and not batch["y"].is_deleted() and not batch["ids"].is_deleted()
+
+
+def test_state_by_name():
+    step = js.jit(new_state)
+    table = jnp.ones((50, 2))
+    got, _ = step(ids=np.array([3]), slots=ADAM.init(table), table=copied(table))
+    np.testing.assert_allclose(got, new_state(table, ADAM.init(table), np.array([3]))[0], rtol=1e-6)
+
+
+def test_a_gradient_is_no_state():
+    """It has the structure of its parameters: it must not be written into them."""
+    gradient = jax.value_and_grad(read_loss)
+    table = jnp.ones((50, 2))
+    with pytest.warns(UserWarning, match="no argument comes back as an output"):
+        _, got = js.jit(gradient)(table, np.array([3, 3]))
+    np.testing.assert_array_equal(got, jax.grad(read_loss)(table, np.array([3, 3])))
+    assert not table.is_deleted()
+    with pytest.raises(ValueError, match=r"the gradient of the table in its place.*jax\.jit"):
+        js.jit(gradient, donate_argnums=0)(table, np.array([3]))
