@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxsparse._checks import as_ids, message
 from jaxsparse.embedding import embedding_lookup
+from jaxsparse.rows import at_least_int32, in_range
 
 
 def weighted_mean(values: Any, weight: Any) -> jax.Array:
@@ -81,6 +83,8 @@ def sampled_softmax(
     *,
     num_samples: int,
     bias: Any = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     draw: Callable[[Any, int, int], Any] | None = None,
     log_probability: Callable[[Any, int], Any] | None = None,
     remove_accidental_hits: bool = True,
@@ -98,17 +102,20 @@ def sampled_softmax(
     Args:
       table: (num_classes, d).
       hidden: (B, d).
-      labels: integers (B,) in [0, num_classes).
-      key: a jax.random key for the draw.
+      labels: integers (B,) in [0, num_classes), or (B, n) for several of each example, of which o_label is the mean.
+      key: a jax.random key for the draw: a new one for each step, as jax.random.fold_in(key, step) makes it, or every
+        step has the same others.
       num_samples: classes to draw, with replacement, the same for the whole batch.
       bias: (num_classes,), or None.
+      ignore_index: a label that counts nothing and touches no row. An example without another has loss 0.
+      label_smoothing: the share of the target that is spread evenly over the label and the sampled classes.
       draw: (key, num_samples, num_classes) -> classes (num_samples,); log-uniform by default, for classes in the order
         of their frequency.
       log_probability: (classes, num_classes) -> log P of each under `draw`; required with it.
       remove_accidental_hits: leave sampled classes out where they are the example's own label.
 
     Returns:
-      A loss for each example, (B,), in float32 or wider.
+      A loss for each example, (B,), in float32 or wider; NaN, without a gradient, where another label is out of range.
 
     Raises:
       TypeError: if labels are not integers.
@@ -125,36 +132,55 @@ def sampled_softmax(
       model"; tf.nn.sampled_softmax_loss
     """
     f = "sampled_softmax"
-    table, hidden, labels = jnp.asarray(table), jnp.asarray(hidden), as_ids(f, "labels", labels)
-    if hidden.ndim != 2 or hidden.shape[1:] != table.shape[1:] or labels.shape != hidden.shape[:1]:
+    table, hidden, labels = jnp.asarray(table), jnp.asarray(hidden), at_least_int32(as_ids(f, "labels", labels))
+    if hidden.ndim != 2 or hidden.shape[1:] != table.shape[1:] or labels.shape[:1] != hidden.shape[:1]:
         got = f"{table.shape=}, {hidden.shape=}, {labels.shape=}"
         raise ValueError(message(f, "hidden", "of shape (B, d), with table (num_classes, d) and labels (B,)", got))
+    if labels.ndim > 2:
+        raise ValueError(message(f, "labels", "of shape (B,) or (B, n)", labels.shape))
     if (draw is None) != (log_probability is None):
         raise ValueError(message(f, "log_probability", "given with draw, and only then", log_probability))
-    num_classes = table.shape[0]
+    num_classes, labels = table.shape[0], labels.reshape(len(hidden), -1)
     draw, log_probability = draw or log_uniform_draw, log_probability or log_uniform_log_probability
     sampled = jax.lax.stop_gradient(draw(key, num_samples, num_classes))  # (S,)
 
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    hidden = hidden.astype(wide)
-    own = jnp.sum(embedding_lookup(table, labels).astype(wide) * hidden, axis=1)  # (B,)
+    hidden, log_samples = hidden.astype(wide), float(np.log(num_samples))
+    counts = labels != ignore_index  # (B, n)
+    real = counts & in_range(labels, num_classes)
+    read = functools.partial(embedding_lookup, ids=jnp.where(real, labels, num_classes), padding_idx=num_classes)
+    own = jnp.sum(read(table).astype(wide) * hidden[:, None], axis=-1)  # (B, n)
     others = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
     if bias is not None:
-        own = own + embedding_lookup(bias, labels)
-        others = others + embedding_lookup(bias, sampled)[None, :]
-    own = own - log_probability(labels, num_classes) - np.log(num_samples)
-    others = others - (log_probability(sampled, num_classes) + np.log(num_samples))[None, :]
+        own = own + read(bias).astype(wide)
+        others = others + embedding_lookup(bias, sampled).astype(wide)[None, :]
+    own = own - log_probability(jnp.where(real, labels, 0), num_classes).astype(wide) - log_samples
+    others = others - (log_probability(sampled, num_classes).astype(wide) + log_samples)[None, :]
+    kept = jnp.ones(others.shape, bool)
     if remove_accidental_hits:
-        others = jnp.where(sampled[None, :] == labels[:, None], -jnp.inf, others)
-    return jax.nn.logsumexp(jnp.concatenate([own[:, None], others], axis=1), axis=1) - own
+        kept = ~jnp.any(sampled[None, None, :] == labels[:, :, None], axis=1)
+    logits = jnp.concatenate([own, others], axis=1)
+    among = jnp.concatenate([real, kept], axis=1)
+    target = _mean_where(own, real)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing * _mean_where(logits, among)
+    loss = jax.nn.logsumexp(jnp.where(among, logits, -jnp.inf), axis=1) - target
+    loss = jnp.where(jnp.any(real, axis=1), loss, 0)
+    return jnp.where(jnp.any(counts & ~real, axis=1), jnp.nan, loss)
+
+
+def _mean_where(x: jax.Array, chosen: jax.Array) -> jax.Array:
+    """The mean of each row over what is chosen, and 0 where nothing is."""
+    count = jnp.maximum(jnp.sum(chosen, axis=1, dtype=x.dtype), 1)
+    return jnp.sum(jnp.where(chosen, x, 0), axis=1) / count
 
 
 def log_uniform_draw(key: Any, num_samples: int, num_classes: int) -> jax.Array:
     """Classes (num_samples,), with replacement, with P(k) = log((k + 2) / (k + 1)) / log(num_classes + 1)."""
-    power = jax.random.uniform(key, (num_samples,)) * np.log(num_classes + 1)
+    power = jax.random.uniform(key, (num_samples,)) * float(np.log(num_classes + 1))
     return jnp.clip(jnp.exp(power).astype(jnp.int32) - 1, 0, num_classes - 1)
 
 
 def log_uniform_log_probability(classes: Any, num_classes: int) -> jax.Array:
     """log P of each class under `log_uniform_draw`."""
-    return jnp.log(jnp.log1p(1 / (classes + 1.0)) / np.log(num_classes + 1))
+    return jnp.log(jnp.log1p(1 / (classes.astype(jnp.float32) + 1)) / float(np.log(num_classes + 1)))

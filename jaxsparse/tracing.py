@@ -191,8 +191,8 @@ def _parts(out: Any) -> list[Any]:
 
 
 def _states_among(args: Any, found: dict[int, Any]) -> list[int]:
-    """Which arguments are state, of those that come back: the first argument; if that is a key or a counter, or does not
-    come back, the first that is a tree; and all that have an array of a shape that these have, as slots do."""
+    """Which arguments are state, of those that come back: the first argument; if that is a key or a counter, or does
+    not come back, the first that is a tree; and all that have an array of a shape that these have, as slots do."""
     leaves = {n: jax.tree.leaves(args[n]) for n in found}
     states = [n for n in found if n == 0]
     if not any(jnp.issubdtype(jnp.result_type(x), jnp.floating) for n in states for x in leaves[n]):

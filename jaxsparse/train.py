@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from jaxsparse._checks import message
@@ -76,10 +78,19 @@ def make_train_step(
             "rows_touched": sum((jnp.maximum(n, 0) for n in rows), jnp.int32(0)),
         }
         with jax.named_scope("update"):
-            state = state.apply_gradients(grads=grads)
+            state = _apply_gradients(state, grads, loss)
         return state, metrics | ({"aux": aux} if has_aux else {})
 
     return js_jit(train_step) if jit else rowwise(train_step)
+
+
+def _apply_gradients(state: Any, grads: Any, loss: jax.Array) -> Any:
+    """state.apply_gradients, whose optimizer gets the loss as `value` if it takes further arguments."""
+    tx = getattr(state, "tx", None)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return state.apply_gradients(grads=grads)
+    with_value = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, value=loss))
+    return state.replace(tx=with_value).apply_gradients(grads=grads).replace(tx=tx)
 
 
 def _square(g: jax.Array) -> jax.Array:

@@ -136,3 +136,50 @@ def test_errors():
         js.sampled_softmax(TABLE, HIDDEN[:, :2], LABELS, None, num_samples=3)
     with pytest.raises(ValueError, match=r"'log_probability'.*with draw"):
         js.sampled_softmax(TABLE, HIDDEN, LABELS, None, num_samples=3, draw=everything)
+
+
+def full_softmax(labels, **kwargs):
+    return js.sampled_softmax(
+        TABLE, HIDDEN, labels, None, num_samples=V, bias=BIAS, draw=everything, log_probability=uniform, **kwargs
+    )
+
+
+def test_several_labels_and_smoothing():
+    """With everything sampled: 1/n for each of n as tf.nn.sampled_softmax_loss, label_smoothing as torch."""
+    log_p = np.asarray(jax.nn.log_softmax(HIDDEN @ TABLE.T + BIAS[None]), np.float64)
+    several = np.stack([np.asarray(LABELS), (np.asarray(LABELS) + 1) % V], axis=1)
+    want = -log_p[np.arange(B)[:, None], several].mean(axis=1)
+    np.testing.assert_allclose(full_softmax(several), want, rtol=1e-5)
+    smooth = -0.9 * log_p[np.arange(B), LABELS] - 0.1 * log_p.mean(axis=1)
+    np.testing.assert_allclose(full_softmax(LABELS, label_smoothing=0.1), smooth, rtol=1e-5)
+    several[:, 1] = -100  # counts nothing
+    np.testing.assert_allclose(full_softmax(several), full_softmax(LABELS), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, V, 2**31 - 1])
+def test_labels_that_are_none(ignored):
+    """Under weight 0 they touch nothing, in value and gradient; the ignored one is 0 under any weight."""
+    labels = jnp.asarray(LABELS).at[1].set(ignored)
+    weight = jnp.ones(B).at[1].set(0)
+
+    def loss(table, hidden, bias, labels, weight):
+        each = js.sampled_softmax(table, hidden, labels, jax.random.key(0), num_samples=8, bias=bias)
+        return js.weighted_mean(each, weight), each
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (value, each), grads = both(TABLE, HIDDEN, BIAS, labels, weight)
+    (want, _), want_grads = both(TABLE, HIDDEN, BIAS, jnp.asarray(LABELS), weight)
+    assert each[1] == 0 if ignored == -100 else jnp.isnan(each[1])
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for got, expected in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+    rows = js.grad(lambda table: loss(table, HIDDEN, BIAS, labels, weight)[0])(TABLE)
+    drawn = set(np.asarray(log_uniform_draw(jax.random.key(0), 8, V)).tolist())
+    others = set(np.delete(np.asarray(LABELS), 1).tolist())
+    assert set(np.asarray(rows.ids).tolist()) & set(range(V)) == drawn | others
+
+
+def test_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        table, bias = TABLE.astype(jnp.bfloat16), BIAS.astype(jnp.bfloat16)
+        js.sampled_softmax(table, HIDDEN, LABELS, jax.random.key(0), num_samples=4, bias=bias, label_smoothing=0.1)

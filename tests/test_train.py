@@ -458,3 +458,16 @@ def test_a_loss_that_prints_prints_once(capsys):
     js.make_train_step(loss)(state, jnp.array([1, 2]))
     jax.effects_barrier()
     assert capsys.readouterr().out.count("loss of 2.0") == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, js.lazy], ids=["stock", "lazy"])
+def test_the_loss_is_passed_on_as_value(wrap):
+    """As optax's loops pass it: to a schedule that waits until the loss stops falling."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1, factor=0.5)
+    state = TrainState.create(
+        apply_fn=None, params={"t": jnp.ones((50, 2))}, tx=wrap(optax.chain(optax.sgd(0.0), plateau))
+    )
+    step = js.make_train_step(lambda params, ids: jnp.sum(params["t"][ids] ** 2))
+    for _ in range(4):
+        state, _ = step(state, jnp.array([3, 1]))
+    assert optax.tree.get(state.opt_state, "scale") < 1 and state.step == 4
