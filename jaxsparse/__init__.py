@@ -2,7 +2,8 @@
 
 A training step costs what the rows of its batch cost, not what its tables cost. The data's way through the library, top
 to bottom: `pipeline` (SciPy and id lists to static shapes), `ops` and `embedding` (pure functions), `grad` (row-sparse
-gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together).
+gradients), `lazy` (any optax optimizer on them), `train` (the step that ties them together), `loops` and
+`evaluation` (what goes around it).
 """
 
 from jaxsparse import nn as nn
@@ -16,11 +17,15 @@ from jaxsparse.collectives import psum as psum
 from jaxsparse.distinct import DistinctIds as DistinctIds
 from jaxsparse.embedding import embedding_bag as embedding_bag
 from jaxsparse.embedding import embedding_lookup as embedding_lookup
+from jaxsparse.evaluation import evaluate as evaluate
+from jaxsparse.evaluation import predict as predict
 from jaxsparse.explain import explain as explain  # type: ignore[no-redef]
 from jaxsparse.grad import grad as grad  # type: ignore[no-redef]
 from jaxsparse.grad import value_and_grad as value_and_grad
 from jaxsparse.jit import jit as jit  # type: ignore[no-redef]
 from jaxsparse.lazy import lazy as lazy  # type: ignore[no-redef]
+from jaxsparse.loops import FitEvent as FitEvent
+from jaxsparse.loops import fit as fit
 from jaxsparse.losses import inverse_frequency_weights as inverse_frequency_weights
 from jaxsparse.losses import sampled_softmax as sampled_softmax
 from jaxsparse.losses import weighted_mean as weighted_mean
@@ -46,9 +51,6 @@ from jaxsparse.refresh import to_optax_state as to_optax_state
 from jaxsparse.row_sparse import RowSparse as RowSparse
 from jaxsparse.row_sparse import global_norm as global_norm
 from jaxsparse.rowwise import rowwise as rowwise  # type: ignore[no-redef]
-from jaxsparse.train import evaluate as evaluate
-from jaxsparse.train import fit as fit
 from jaxsparse.train import make_train_step as make_train_step
-from jaxsparse.train import predict as predict
 
 __version__ = "0.1.0"

@@ -276,6 +276,11 @@ class Batches:
         if start >= len(self):  # an empty epoch, or a position at the end of one
             self._epoch, self._step, self._start = epoch + 1, 0, 0
 
+    def one_epoch(self) -> Iterator[Batch]:
+        """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
+        order = self._order(self._epoch)
+        return (self._batch(self._chunk(order, step)) for step in range(len(self)))
+
     def _order(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             return np.arange(self._num_examples)

@@ -1,23 +1,17 @@
-"""The training step, gradients, combination across devices and update in one function; and the loops around it."""
+"""The training step: gradients, combination across devices and update in one function."""
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from tqdm import tqdm
 
-from jaxsparse._checks import message
 from jaxsparse._jax import vary, varying_axes
 from jaxsparse.jit import jit as js_jit
-from jaxsparse.pipeline import Batches
-from jaxsparse.refresh import check_flushed, flush
 from jaxsparse.rowwise import rowwise
 from jaxsparse.tracing import rows_of
 
@@ -108,141 +102,3 @@ def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
     total = jax.lax.psum(own, axis_name)
     share = own / jnp.where(total == 0, 1, total)
     return jax.lax.psum(jax.tree.map(lambda x: jnp.where(own == 0, 0, x) * share.astype(x.dtype), tree), axis_name)
-
-
-def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any) -> dict[str, float]:
-    """The means of some metrics over the examples of one epoch.
-
-    Args:
-      metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
-        weight.
-      state: what has the parameters, in `state.params`.
-      batches: an iterable of batches, usually a `js.Batches`.
-
-    Returns:
-      The metrics, each batch counting by the sum of its weights; NaN if there is no weight at all.
-
-    Raises:
-      ValueError: with skipped="replay", if the state needs js.flush.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> from flax.training.train_state import TrainState
-      >>> state = TrainState.create(apply_fn=None, params={"b": jnp.float32(1)}, tx=js.lazy_sgd(0.1))
-      >>> batches = js.batches([[0], [1], [2]], [1., 2., 6.], num_rows=3, batch_size=2)
-      >>> metric_fn = lambda params, batch: {"error": js.weighted_mean(batch.y - params["b"], batch.weight)}
-      >>> js.evaluate(metric_fn, state, batches)
-      {'error': 2.0}
-    """
-    check_flushed("evaluate", getattr(state, "opt_state", None))
-    compiled = jax.jit(metric_fn)
-    totals: dict[str, float] = {}
-    weight = 0.0
-    for batch in batches:
-        own = float(np.asarray(batch.weight).sum(dtype=np.float64))
-        weight += own
-        if own:
-            for name, value in compiled(state.params, batch).items():
-                totals[name] = totals.get(name, 0.0) + own * float(value)
-    return {name: total / weight if weight else float("nan") for name, total in totals.items()}
-
-
-def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.ndarray:
-    """What a model says of every example, in the order of the data, padding dropped.
-
-    Args:
-      apply_fn: apply_fn(params, x) -> an array (B, ...).
-      state: what has the parameters, in `state.params`.
-      batches: of `js.batches`, without shuffle, drop_remainder and devices, at the beginning of an epoch.
-
-    Returns:
-      A NumPy array (n, ...).
-
-    Raises:
-      ValueError: if the batches leave examples out or have another order; or, with skipped="replay", if the state needs
-        js.flush.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> from flax.training.train_state import TrainState
-      >>> state = TrainState.create(apply_fn=None, params=jnp.arange(4.), tx=js.lazy_sgd(0.1))
-      >>> batches = js.batches([[3], [1, 2], [0]], num_rows=4, batch_size=2)
-      >>> apply_fn = lambda table, ids: js.embedding_bag(table, ids, combiner="sum", padding_idx=4)
-      >>> js.predict(apply_fn, state, batches).tolist()
-      [3.0, 3.0, 0.0]
-    """
-    check_flushed("predict", getattr(state, "opt_state", None))
-    at = batches.state
-    if at["shuffle"] or at["drop_remainder"] or at["step"] or batches.num_devices is not None or batches.is_part:
-        got = f"{at}, devices={batches.num_devices}, part of a shard: {batches.is_part}"
-        do = "Make batches of their own for predictions."
-        raise ValueError(message("predict", "batches", "all examples in their order, from the first", got, do))
-    compiled, out = jax.jit(apply_fn), []
-    left = batches.num_examples
-    for batch in batches:
-        out.append(np.asarray(compiled(state.params, batch.x))[:left])
-        left -= len(out[-1])
-    if not out:
-        raise ValueError(message("predict", "batches", "at least one example", "none"))
-    return np.concatenate(out)
-
-
-def fit(
-    step: Callable[..., Any],
-    state: Any,
-    batches: Any,
-    *,
-    epochs: int = 1,
-    validation: Any = None,
-    metrics: Callable[..., dict[str, Any]] | None = None,
-    progress: bool = True,
-) -> tuple[Any, list[dict[str, float]]]:
-    """Runs a step over epochs of batches, with a progress bar and validation after each, before which it calls
-    js.flush.
-
-    Args:
-      step: of `js.make_train_step`, or any step(state, batch) -> (state, metrics) whose metrics have a "loss".
-      state: the state to start from. It is donated to the step: use the returned one.
-      batches: a `js.Batches`, whose position it goes on from, or any iterable of batches that can be iterated anew.
-      epochs: how many to run, a resumed one counting as one.
-      validation: batches to evaluate `metrics` on after each epoch.
-      metrics: metric_fn of `js.evaluate`; required with validation, and only there.
-      progress: whether to show the bar.
-
-    Returns:
-      The state, and a dict for each epoch: "loss", the mean over its steps, "steps", "seconds", and the validation's
-        metrics.
-
-    Raises:
-      ValueError: if only one of validation and metrics is given.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsparse as js
-      >>> from flax.training.train_state import TrainState
-      >>> loss_fn = lambda params, batch: js.weighted_mean((params["t"][batch.x] - batch.y) ** 2, batch.weight)
-      >>> batches = js.batches(jnp.arange(6), jnp.ones(6), batch_size=4, shuffle=True)
-      >>> state = TrainState.create(apply_fn=None, params={"t": jnp.zeros(6)}, tx=js.lazy_sgd(1.0))
-      >>> state, history = js.fit(js.make_train_step(loss_fn), state, batches, epochs=3, progress=False)
-      >>> len(history), history[-1]["steps"], history[-1]["loss"] < history[0]["loss"]
-      (3, 2, True)
-    """
-    if (validation is None) != (metrics is None):
-        raise ValueError(message("fit", "metrics", "given with validation, and only there", metrics))
-    history: list[dict[str, float]] = []
-    for epoch in range(epochs):
-        start, losses = time.perf_counter(), []
-        with tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", unit="step", disable=not progress) as bar:
-            for batch in bar:
-                state, reported = step(state, batch)
-                losses.append(reported["loss"])
-                if (progress and len(losses) in (1, 3)) or len(losses) % 10 == 0:  # early numbers, then few: each waits
-                    bar.set_postfix(loss=f"{np.mean(losses[-1]):.4f}")
-            said = {"loss": float(np.mean(jax.device_get(losses))) if losses else float("nan")}
-            said |= {"steps": len(losses), "seconds": time.perf_counter() - start}
-            if metrics is not None:
-                state = flush(state)
-                measured = evaluate(metrics, state, validation)
-                bar.set_postfix({name: f"{value:.4f}" for name, value in [("loss", said["loss"]), *measured.items()]})
-                said |= measured
-        history.append(said)
-    return state, history
