@@ -1,7 +1,7 @@
 """Static checks, and the one way this library phrases an error.
 
 Everything here looks at types, shapes and dtypes only, so it works on tracers and costs nothing on the device.
-Checks that need values live on the host, in `features.py`.
+Checks that need values live on the host, in `inputs.py`.
 """
 
 from __future__ import annotations

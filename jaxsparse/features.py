@@ -4,15 +4,13 @@ side only.
 Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
 shard of a batch; `ids`, what is ids in that; and `nse`, a size that is fixed.
 
-This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
-behind it need not check anything. Nothing is clipped, wrapped or dropped.
+What they are made of comes through `inputs`, which looks at the values.
 """
 
 from __future__ import annotations
 
 import functools
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +19,18 @@ import numpy as np
 import scipy.sparse
 from jax.experimental.sparse import BCOO
 
-from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse._checks import message
 from jaxsparse.distinct import round_up
+from jaxsparse.inputs import (
+    as_array,
+    as_jax_dtype,
+    canonical_csr,
+    checked_ids,
+    entry_at,
+    id_list,
+    positions_in,
+    where_bad,
+)
 
 
 class Sizes:
@@ -54,7 +62,7 @@ class Sparse:
         self.csr, self.name, self.nse = canonical_csr(matrix, "batches", name), name, nse
         if check_finite and not np.isfinite(self.csr.data).all():
             at = int(np.flatnonzero(~np.isfinite(self.csr.data))[0])
-            raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {_entry(self.csr, at)}"))
+            raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {entry_at(self.csr, at)}"))
         self.num_examples = self.csr.shape[0]
         self.lengths = np.diff(self.csr.indptr).astype(np.int64)
 
@@ -82,7 +90,7 @@ class Lists:
     nse = None
 
     def __init__(self, lists: Any, name: str, num_rows: int | None, padding_idx: int | None) -> None:
-        rows = [_id_list(row, name, i) for i, row in enumerate(lists)]
+        rows = [id_list(row, name, i) for i, row in enumerate(lists)]
         if num_rows is None:
             do = "It is the number of rows of the table that the ids go into."
             raise ValueError(message("batches", "num_rows", f"given, because {name} is a list of id lists", None, do))
@@ -96,7 +104,7 @@ class Lists:
             row = int(np.searchsorted(self.starts, at, side="right")) - 1
             return f"position {at - self.starts[row]} of list {row}"
 
-        self.flat = _checked_ids(flat, name, num_rows, padding_idx, position)
+        self.flat = checked_ids(flat, name, num_rows, padding_idx, position)
         self.padding = num_rows if padding_idx is None else padding_idx
 
     def need(self, parts: list[np.ndarray]) -> int:
@@ -123,7 +131,7 @@ class Ids:
 
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         self.name, self.num_examples = name, len(ids)
-        flat = _checked_ids(ids.reshape(-1), name, num_rows, padding_idx, lambda at: _position(at, ids.shape))
+        flat = checked_ids(ids.reshape(-1), name, num_rows, padding_idx, positions_in(ids.shape))
         self.values = flat.reshape(ids.shape)
         self.padding = padding_idx
 
@@ -148,8 +156,8 @@ class Array:
     nse = None
 
     def __init__(self, values: Any, name: str, check_finite: bool) -> None:
-        given = _as_array(values, name)
-        self.values = _jax_dtype(given, "batches", name, lambda at: _position(at, given.shape))
+        given = as_array(values, name)
+        self.values = as_jax_dtype(given, "batches", name, positions_in(given.shape))
         if given.ndim < 1:
             raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {given.shape}"))
         # after the cast: what overflows float32 is inf on the device
@@ -176,51 +184,48 @@ def make_features(
     x: Any, path: str, key: str | None, per_name: dict[str, Any], check_finite: bool, names: set[str]
 ) -> Any:
     """x with every feature wrapped in its class."""
-    if isinstance(x, Mapping):
+    if isinstance(x, Mapping) and not scipy.sparse.issparse(x):  # a DOK matrix is both
         return {k: make_features(v, f"{path}[{k!r}]", k, per_name, check_finite, names) for k, v in x.items()}
     if key is not None:
         names.add(key)
     num_rows, padding_idx, nse = (v.get(key) if isinstance(v, Mapping) else v for v in per_name.values())
+    feature = _feature(x, path, num_rows, padding_idx, nse, check_finite)
+    if isinstance(per_name["num_rows"], Mapping) and num_rows is not None:
+        check_num_rows([feature], num_rows)
+    return feature
+
+
+def _feature(x: Any, path: str, num_rows: Any, padding_idx: Any, nse: Any, check_finite: bool) -> Any:
     if scipy.sparse.issparse(x):
         return Sparse(x, path, nse, check_finite)
     if isinstance(x, (list, tuple)) and (not x or any(isinstance(row, (list, tuple, np.ndarray)) for row in x)):
         return Lists(x, path, num_rows, padding_idx)
-    array = _as_array(x, path)
+    array = as_array(x, path)
     if array.ndim and array.dtype.kind in "iu":
         return Ids(array, path, num_rows, padding_idx)
     return Array(array, path, check_finite)
 
 
-def where_bad(values: np.ndarray, bad: np.ndarray) -> str:
-    if not bad.any():
-        return f"shape {values.shape}"
-    at = int(np.flatnonzero(bad)[0])
-    return f"{values.reshape(-1)[at]} at {_position(at, values.shape)}"
+def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
+    """One num_rows for these features is for the ids among them. Where there are none it is for the matrices, whose
+    columns have to be rows; and where there are none either, it would be ignored.
 
-
-def _position(at: int, shape: tuple[int, ...]) -> str:
-    return f"position {at if len(shape) == 1 else tuple(map(int, np.unravel_index(at, shape)))}"
-
-
-def _entry(csr: Any, at: int) -> str:
-    return f"row {int(np.searchsorted(csr.indptr, at, side='right')) - 1}, column {csr.indices[at]}"
-
-
-def _as_array(x: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(x)
-    except ValueError:  # rows of several lengths
-        must = "an array, or rows of one length"
-        do = "Ragged features are lists of id lists, or SciPy matrices."
-        raise TypeError(message("batches", name, must, reprlib.repr(x), do)) from None
-
-
-def _id_list(row: Any, name: str, at: int) -> np.ndarray:
-    ids = _as_array(row, name)
-    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        do = "Numbers that are no ids go into an array or a SciPy matrix."
-        raise TypeError(message("batches", name, "lists of integers", f"{reprlib.repr(row)} at position {at}", do))
-    return ids
+    Raises:
+      ValueError: if a matrix has more columns.
+      TypeError: if there is nothing that it could be for.
+    """
+    if any(isinstance(f, (Ids, Lists)) for f in features):
+        return
+    matrices = [f for f in features if isinstance(f, Sparse)]
+    for f in matrices:
+        if f.csr.shape[1] > num_rows:
+            must = f"at least {f.csr.shape[1]}, the number of columns of {f.name}"
+            raise ValueError(message("batches", "num_rows", must, num_rows, "A column is a row of the table."))
+    if not matrices:
+        must = "left out, or given for ids: integers, lists of them, or the columns of a SciPy matrix"
+        got = f"{num_rows} for {', '.join(f'{f.name} of {f.values.dtype}' for f in features)}"
+        do = "Cast ids to integers: .astype('int32'). Missing ids make floats of a column: fill them first."
+        raise TypeError(message("batches", "num_rows", must, got, do))
 
 
 def _pad(values: np.ndarray, length: int, fill: Any) -> np.ndarray:
@@ -231,73 +236,6 @@ def _pad(values: np.ndarray, length: int, fill: Any) -> np.ndarray:
     out[: len(values)] = values
     out[len(values) :] = fill
     return out
-
-
-def _checked_ids(
-    ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None, position: Callable[[int], str]
-) -> np.ndarray:
-    """Flat ids as int32, or the error that says which one is wrong and where."""
-    bad = (ids < 0) | (ids > 2**31 - 1)
-    if num_rows is not None:
-        if not 0 <= num_rows < MAX_ROWS:
-            raise ValueError(message("batches", "num_rows", f"between 0 and {MAX_ROWS - 1}", num_rows))
-        bad |= ids >= num_rows
-    if padding_idx is not None:
-        if not -(2**31) < padding_idx < 2**31:
-            raise ValueError(message("batches", "padding_idx", "within int32", padding_idx))
-        bad &= ids != padding_idx
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        value = int(ids[at])
-        must = f"ids in [0, {num_rows})" if num_rows is not None else "ids in [0, 2**31)"
-        do = (
-            "Integer arrays are ids; cast them to float if these are numbers. Rows that mean padding want padding_idx=."
-        )
-        error = OverflowError if value > 2**31 - 1 else ValueError
-        raise error(message("batches", name, must, f"{value} at {position(at)}", do))
-    return ids.astype(np.int32)
-
-
-def canonical_csr(matrix: Any, function: str, argument: str) -> Any:
-    """The matrix as CSR with sorted indices and no duplicates; the caller's own is left as it is."""
-    if not scipy.sparse.issparse(matrix):
-        raise TypeError(
-            message(
-                function, argument, "a SciPy sparse matrix", type(matrix).__name__, "Dense arrays need no conversion."
-            )
-        )
-    if matrix.ndim != 2:
-        raise ValueError(message(function, argument, "of two dimensions", f"shape {matrix.shape}"))
-    for size in matrix.shape:
-        if size >= MAX_ROWS:
-            raise OverflowError(message(function, argument, f"of dimensions below {MAX_ROWS}", f"shape {matrix.shape}"))
-    if matrix.format in ("csr", "csc"):  # SciPy's constructors do not look, and its conversions then write anywhere
-        major, minor = (0, 1) if matrix.format == "csr" else (1, 0)
-        bad = (matrix.indices < 0) | (matrix.indices >= matrix.shape[minor])
-        if bad.any():
-            at, axes = int(np.flatnonzero(bad)[0]), ("row", "column")
-            where = f"{axes[major]} {int(np.searchsorted(matrix.indptr, at, side='right')) - 1}"
-            must = f"of {axes[minor]} indices in [0, {matrix.shape[minor]})"
-            raise ValueError(message(function, argument, must, f"{matrix.indices[at]} in {where}"))
-    csr = matrix.tocsr(copy=True)
-    csr.sum_duplicates()  # sorts too; keeps explicit zeros
-    csr.data = _jax_dtype(csr.data, function, argument, lambda at: _entry(csr, at))
-    return csr
-
-
-def _jax_dtype(values: np.ndarray, function: str, argument: str, position: Callable[[int], str]) -> np.ndarray:
-    """In the dtype that JAX keeps them in: 64 bits become 32 unless jax_enable_x64 is on. Integers that do not fit
-    raise, and so do dtypes that JAX has not."""
-    try:
-        dtype = jax.typeof(np.empty(0, values.dtype)).dtype
-    except TypeError:
-        raise TypeError(message(function, argument, "of numbers that JAX has a dtype for", f"{values.dtype}")) from None
-    if values.dtype.kind in "iu" and values.size:
-        limits, flat = np.iinfo(dtype), values.reshape(-1)
-        for at in (int(flat.argmax()), int(flat.argmin())):
-            if not limits.min <= int(flat[at]) <= limits.max:
-                raise OverflowError(message(function, argument, f"within {dtype}", f"{flat[at]} at {position(at)}"))
-    return values.astype(dtype, copy=False)
 
 
 @functools.lru_cache

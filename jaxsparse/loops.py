@@ -207,8 +207,8 @@ class _Run:
     def _tells(self, event: FitEvent) -> bool:
         """Whether the callback, being told this, stops the run."""
         said = None if self._callback is None else self._callback(event)
-        is_bool = isinstance(said, bool) or (getattr(said, "dtype", None) == np.bool_ and said.shape == ())
-        if said is not None and not is_bool:
+        is_array = isinstance(said, (np.ndarray, jax.Array)) and said.shape == () and said.dtype == np.bool_
+        if not (said is None or isinstance(said, (bool, np.bool_)) or is_array):
             must = "a function that returns True to stop, or else None or False"
             raise TypeError(message("fit", "callback", must, f"one that returns {type(said).__name__}"))
         return bool(said)

@@ -25,11 +25,11 @@ from jaxsparse.features import (
     Array,
     Sizes,
     bcoo,
-    canonical_csr,
+    check_num_rows,
     entries,
     make_features,
-    where_bad,
 )
+from jaxsparse.inputs import canonical_csr, where_bad
 
 
 def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
@@ -85,14 +85,16 @@ def batches(
     Args:
       x: the examples, n of them: a SciPy sparse matrix (n, num_features); integers (n, L) or (n,), which are ids; a
         list of n lists of ids, which become (B, L), L being the batch's longest, rounded up to one of a few sizes; any
-        other array (n, ...); or a dict of these, nested at will.
-      y: the targets, (n, ...), or None.
+        other array (n, ...); or a dict of these, nested at will. Columns of data frames are arrays, if they are numbers
+        without missing values. No examples, n = 0, are no batches.
+      y: the targets, an array (n, ...), or None.
       batch_size: examples a batch; the last batch of an epoch is padded up to it with weight 0.
       shuffle: another order each epoch, all of them from `seed`.
       seed: of the orders.
       drop_remainder: leave out the last batch where it is not full.
       num_rows: the size of the table that ids go into: an int, or one by feature name. Ids are checked against it.
-        Lists of ids need it.
+        Lists of ids need it. An int is for the ids in x, if there are any, and otherwise for its matrices, which must
+        not have more columns.
       padding_idx: what pads lists of ids, an int or one by feature name; give embedding_bag or embedding_lookup the
         same one. num_rows by default. An id equal to it is legal in the data and means padding there too.
       weight: a weight for each example, (n,); 1 by default.
@@ -109,9 +111,10 @@ def batches(
       A `Batches`: each iteration over it is one epoch of `Batch`.
 
     Raises:
-      TypeError: for an x that is none of the above, and for sizes and ids that are no integers.
-      ValueError: for sizes that do not fit together, ids outside [0, num_rows), nse too small, or, with check_finite,
-        NaN and inf.
+      TypeError: for an x that is none of the above, for sizes and ids that are no integers, and for a num_rows of
+        features that are no ids. It names the column: sparse, categorical, missing, of strings, of lists.
+      ValueError: for sizes that do not fit together, ids outside [0, num_rows), more columns than num_rows, nse too
+        small, or, with check_finite, NaN and inf.
       OverflowError: for ids past the int32 range.
 
     Example:
@@ -190,6 +193,8 @@ class Batches:
                 )
         if not features:
             raise ValueError(message("batches", "x", "at least one feature", "an empty dict"))
+        if num_rows is not None and not isinstance(num_rows, Mapping):
+            check_num_rows(features, num_rows)
         self._features, self._num_examples = features, features[0].num_examples
         for feature in features[1:]:
             if feature.num_examples != self._num_examples:

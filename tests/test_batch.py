@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.experimental.sparse import BCOO
+from jax.experimental.sparse import BCOO, BCSR
 
 import jaxsparse as js
 
@@ -43,6 +43,11 @@ KINDS = {
         "more": {"items": KINDS["lists"](rng, n), "clicks": KINDS["ids"](rng, n)},
     },
 }
+
+
+def rows_for(x):
+    """num_rows for the ids of x, if it has any."""
+    return V if sp.issparse(x) or isinstance(x, (list, dict)) or x.dtype.kind in "iu" else None
 
 
 def densify(x):
@@ -210,7 +215,7 @@ def test_every_row_once_an_epoch(kind, n, size_and_devices, shuffle, drop_remain
     x = KINDS[kind](rng_of(seed), n)
     options = {"batch_size": batch_size, "devices": devices, "shuffle": shuffle, "drop_remainder": drop_remainder}
     options["seed"] = seed
-    batches, again = (js.batches(x, np.arange(n), num_rows=V, **options) for _ in range(2))
+    batches, again = (js.batches(x, np.arange(n), num_rows=rows_for(x), **options) for _ in range(2))
     assert len(batches) == (n // batch_size if drop_remainder else -(-n // batch_size)) and batches.num_examples == n
     for epoch in range(3):
         assert batches.state["epoch"] == epoch
@@ -304,8 +309,9 @@ def test_fixed_length_data_compiles_once(n, batch_size, shuffle):
         "lists": rng.integers(0, 50, (n, 3)).tolist(),
         "dense": rng.normal(size=(n, 2)),
     }
-    for features in [*x.values(), x]:
-        batches = js.batches(features, np.zeros(n), batch_size=batch_size, num_rows=1000, shuffle=shuffle)
+    for name, features in [*x.items(), ("all", x)]:
+        num_rows = None if name == "dense" else 1000
+        batches = js.batches(features, np.zeros(n), batch_size=batch_size, num_rows=num_rows, shuffle=shuffle)
         assert count_traces(batches, 16 if shuffle else 2) == 1  # far beyond the batches that sizes are learnt from
 
 
@@ -346,7 +352,7 @@ def test_a_short_last_batch_costs_no_more_than_a_full_one():
 @pytest.mark.parametrize("shuffle, drop_remainder", [(True, False), (False, False), (True, True)])
 def test_a_saved_position_goes_on_bit_identically(kind, shuffle, drop_remainder):
     x, options = KINDS[kind](rng_of(0), 11), {"shuffle": shuffle, "drop_remainder": drop_remainder}
-    new = partial(js.batches, x, np.arange(11), batch_size=4, num_rows=V, seed=3, **options)
+    new = partial(js.batches, x, np.arange(11), batch_size=4, num_rows=rows_for(x), seed=3, **options)
     run, states, batches = [], [], new()
     for _ in range(3):
         states.append(json.dumps(batches.state))  # between epochs, too
@@ -408,8 +414,8 @@ def test_a_position_of_other_settings_raises(change):
 def test_pmap_takes_stacked_shards(kind):
     n, devices = 19, 4
     x = KINDS[kind](rng_of(0), n)
-    stacked = js.batches(x, np.arange(n), batch_size=8, num_rows=V, shuffle=True, devices=devices)
-    whole = js.batches(x, np.arange(n), batch_size=8, num_rows=V, shuffle=True)
+    stacked = js.batches(x, np.arange(n), batch_size=8, num_rows=rows_for(x), shuffle=True, devices=devices)
+    whole = js.batches(x, np.arange(n), batch_size=8, num_rows=rows_for(x), shuffle=True)
 
     @partial(jax.pmap, axis_name="d", devices=jax.devices()[:devices])
     def total(batch):
@@ -429,6 +435,31 @@ def test_pmap_takes_stacked_shards(kind):
 IDS, LISTS, M = np.array([[1, 2], [3, 4]]), [[1, 2], [3]], sp.eye_array(2, 5, format="csr")
 NAN, INF = np.array([[0, 1], [np.nan, 0]]), {"a": np.array([[0, -np.inf], [1, 1]])}
 ROWS, FINITE = {"num_rows": 5}, {"check_finite": True}
+
+
+class NAType:
+    """As pandas's, which need not be there: it is no bool."""
+
+    def __repr__(self):
+        return "NA"
+
+    def __eq__(self, other):
+        return self
+
+    def __ne__(self, other):
+        return self
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    __hash__ = None
+
+
+def objects(*values):
+    array = np.empty(len(values), object)
+    for n, value in enumerate(values):
+        array[n] = value
+    return array
 
 
 @pytest.mark.parametrize("x, options, error, says", [
@@ -462,7 +493,23 @@ ROWS, FINITE = {"num_rows": 5}, {"check_finite": True}
     ({"a": M, "b": IDS[:1]}, {}, ValueError, "x['b']: of 2 examples, as x['a'] is. Got 1"),
     (IDS, {"y": [1]}, ValueError, "y: of 2 examples, as x is. Got 1"),
     (IDS, {"y": ["a", "b"]}, TypeError, "y: of numbers that JAX has a dtype for. Got <U1"),
-    (IDS, {"y": M}, TypeError, "y: of numbers that JAX has a dtype for. Got object"),
+    (IDS, {"y": M}, TypeError, "y: an array. Got a SciPy matrix, csr instead. Make it dense: y.toarray()."),
+    (IDS, {"weight": M}, TypeError, "weight: an array. Got a SciPy matrix, csr instead."),
+    (IDS, {"y": {"a": [1, 2]}}, TypeError, "y: of numbers that JAX has a dtype for. Got object, {'a': [1, 2]} at"),
+    (js.from_scipy(M), {}, TypeError,
+     "x: an array or a SciPy matrix. Got a BCOO of JAX instead. Give the SciPy matrix that it was made of"),
+    ({"w": BCSR.from_bcoo(js.from_scipy(M))}, {}, TypeError, "x['w']: an array or a SciPy matrix. Got a BCSR of JAX"),
+    (IDS, {"y": js.from_scipy(M)}, TypeError, "y: an array or a SciPy matrix. Got a BCOO of JAX"),
+    (sp.coo_array([1, 2]), {}, ValueError, "x: of two dimensions. Got shape (2,)"),
+    (sp.eye_array(2, 500, format="csr"), {"num_rows": 9}, ValueError,
+     "num_rows: at least 500, the number of columns of x. Got 9 instead."),
+    ({"w": M}, {"num_rows": 4}, ValueError, "num_rows: at least 5, the number of columns of x['w']. Got 4"),
+    ({"w": M, "ids": IDS}, {"num_rows": {"w": 4}}, ValueError, "num_rows: at least 5, the number of columns of x['w']"),
+    (np.full((4, 2), 99.0), {"num_rows": 9}, TypeError,
+     "num_rows: left out, or given for ids: integers, lists of them, or the columns of a SciPy matrix. Got 9 for x of "
+     "float32 instead. Cast ids to integers: .astype('int32')."),
+    ({"a": np.ones(2), "b": np.ones(2)}, {"num_rows": 9}, TypeError, "num_rows: left out, or given for ids"),
+    ({"a": np.ones(2), "ids": IDS}, {"num_rows": {"a": 9}}, TypeError, "num_rows: left out, or given for ids"),
     (IDS, {"y": [[1], [2, 3]]}, TypeError, "y: an array, or rows of one length. Got [[1], [2, 3]]"),
     (IDS, {"y": [[1, 2], [3, -(2**40)]]}, OverflowError, "y: within int32. Got -1099511627776 at position (1, 1)"),
     (IDS, {"weight": [1, 2, 3]}, ValueError, "weight: of 2 examples, as x is. Got 3"),
@@ -482,8 +529,19 @@ ROWS, FINITE = {"num_rows": 5}, {"check_finite": True}
     (IDS, dict(y=NAN, **FINITE), ValueError, "y: finite. Got nan at position (1, 0)"),
     (IDS, dict(weight=[1, np.inf], **FINITE), ValueError, "weight: finite. Got inf at position 1"),
     (sp.csr_array([[2**31, 1], [0, 1]]), {}, OverflowError, "x: within int32. Got 2147483648 at row 0, column 0"),
-    (np.array([[1], None], dtype=object), {}, TypeError, "x: of numbers that JAX has a dtype for. Got object"),
-    (["a", "b"], {}, TypeError, "x: of numbers that JAX has a dtype for. Got <U1"),
+    *[({"col": objects(*values)}, {}, TypeError, f"x['col']: of numbers that JAX has a dtype for. Got object{says}")
+      for values, says in [
+          (([1], None), ", [1] at position 0 instead. Ragged ids are a list of lists: .tolist(), with num_rows=."),
+          (([1, 2], [3]), ", [1, 2] at position 0 instead. Ragged ids are a list of lists: .tolist(), with num_rows=."),
+          ((np.ones(2), 3), ", array([1., 1.]) at position 0 instead. Ragged ids"),
+          ((1, None), ", None at position 1 instead. Fill missing values, or leave these examples out."),
+          ((1, NAType()), ", NA at position 1 instead. Fill missing values"),
+          ((1, float("nan"), "b"), ", nan at position 1 instead. Fill missing values"),
+          ((1, "b"), ", 'b' at position 1 instead. Give each string a number: np.unique("),
+          ((1, 2), " instead. All of it is numbers: cast it, .astype('int32') or"),
+          ((1, object), ", <class 'object'> at position 1 instead. Cast it to numbers."),
+      ]],
+    (["a", "b"], {}, TypeError, "x: of numbers that JAX has a dtype for. Got <U1 instead. Give each string a number"),
     (np.zeros(2, "timedelta64[s]"), {}, TypeError, "x: of numbers that JAX has a dtype for. Got timedelta64[s]"),
     (np.ones(2, np.longdouble), {}, TypeError, "x: of numbers that JAX has a dtype for. Got "),
     (3, {}, ValueError, "x: an array of shape (n, ...). Got shape ()"),
@@ -498,6 +556,127 @@ def test_what_is_not_finite_passes_unless_checked():
     (batch,) = js.batches({"dense": NAN, "sparse": sp.csr_array(NAN)}, NAN, batch_size=2)
     np.testing.assert_array_equal(batch.x["dense"], NAN)
     assert np.isnan(batch.y).any() and np.isnan(batch.x["sparse"].data).any()
+
+
+# ---- SciPy's formats, and columns of data frames
+
+
+@pytest.mark.parametrize("container", ["matrix", "array"])
+@pytest.mark.parametrize("fmt", ["csr", "csc", "coo", "bsr", "dia", "dok", "lil"])
+def test_every_scipy_format_is_a_matrix(container, fmt):
+    """A DOK matrix is a dict, too."""
+    dense = random_csr(rng_of(0), 4).toarray()
+    matrix = getattr(sp, f"{fmt}_{container}")(dense)
+    (one,) = js.batches(matrix, batch_size=4, num_rows=V)
+    (named,) = js.batches({"w": matrix}, batch_size=4)
+    np.testing.assert_array_equal(densify(one.x), dense)
+    np.testing.assert_array_equal(densify(named.x["w"]), dense)
+
+
+def test_one_num_rows_is_for_the_ids_among_the_features():
+    x = {"words": sp.eye_array(2, 500, format="csr"), "ids": IDS, "age": np.ones(2)}
+    (batch,) = js.batches(x, batch_size=2, num_rows=5)
+    assert batch.x["words"].shape == (2, 500)
+    (batch,) = js.batches({"words": M, "age": np.ones(2)}, batch_size=2, num_rows=9)  # a larger table is no harm
+    assert batch.x["words"].shape == (2, 5)
+    (batch,) = js.batches(x, batch_size=2, num_rows={"words": 500, "ids": 5})
+    with pytest.raises(ValueError, match=r"ids in \[0, 4\)"):
+        js.batches(x, batch_size=2, num_rows={"words": 500, "ids": 4})
+
+
+def test_no_examples_are_no_batches():
+    for x in np.zeros((0, 2)), np.zeros(0, int), sp.csr_array((0, 5)), {"a": np.zeros(0, int)}:
+        assert len(js.batches(x, batch_size=2)) == 0 and not list(js.batches(x, batch_size=2))
+    assert not list(js.batches([], batch_size=2, num_rows=3))
+
+
+class Column:
+    """What pandas's Series has, for those dtypes that are not NumPy's."""
+
+    def __init__(self, values, dtype, missing=()):
+        self.values, self.dtype, self.missing = np.asarray(values), dtype, missing
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def isna(self):
+        return np.isin(np.arange(len(self.values)), self.missing)
+
+
+class Frame:
+    """What pandas's DataFrame has."""
+
+    def __init__(self, **columns):
+        self.data, self.columns = columns, list(columns)
+        self.dtypes = [column.dtype for column in columns.values()]
+
+    def __getitem__(self, name):
+        return self.data[name]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.stack([np.asarray(column) for column in self.data.values()], axis=1)
+
+
+SPARSE = Column([0, 1], "Sparse[int64, 0]")
+CATEGORY = Column([5, 6], "category")
+NULLABLE = Column([1.0, np.nan], "Int64", missing=[1])
+
+
+@pytest.mark.parametrize("x, says", [
+    ({"c": CATEGORY}, "x['c']: of numbers. Got a categorical instead. Give the codes, x['c'].cat.codes, or cast it"),
+    ({"c": SPARSE}, "x['c']: dense, or a SciPy matrix. Got a sparse column, Sparse[int64, 0] instead. Give the SciPy"),
+    ({"c": NULLABLE}, "x['c']: without missing values. Got Int64, missing at position 1 instead. Fill them, .fillna("),
+    (Frame(a=np.ones(2), b=CATEGORY), "x['b']: of numbers. Got a categorical"),
+    (Frame(a=SPARSE, b=SPARSE), "x['a']: dense, or a SciPy matrix. Got a sparse column"),
+    (Frame(a=np.ones(2), b=NULLABLE), "x['b']: without missing values. Got Int64, missing at position 1"),
+    ({"f": Frame(a=IDS[0], b=objects([1], [2]))}, "x['f']['b']: of numbers that JAX has a dtype for. Got object, [1]"),
+    (Frame(a=IDS[0], b=np.ones(2)),
+     "x: a frame of one dtype. Got int64 in 'a' and float64 in 'b' instead. Give features by name: a dict of "),
+])  # fmt: skip
+def test_refuses_columns(x, says):
+    assert_raises(TypeError, says, js.batches, x, batch_size=2)
+    if isinstance(x, Frame):
+        assert_raises(TypeError, "y" + says.removeprefix("x"), js.batches, IDS, x, batch_size=2)
+
+
+def test_takes_columns_of_numbers():
+    (batch,) = js.batches({"c": Column([3, 4], "Int64"), "f": Frame(a=IDS[0], b=IDS[1])}, batch_size=2, num_rows=5)
+    assert batch.x["c"].tolist() == [3, 4] and batch.x["f"].tolist() == [[1, 3], [2, 4]]
+    (batch,) = js.batches(Frame(a=np.ones(2), b=Column([0.5, 1], "Float64")), batch_size=2)
+    assert batch.x.tolist() == [[1, 0.5], [1, 1]]
+
+
+def test_pandas_itself():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"user": [3, 1], "age": [0.5, 1.0], "kind": pd.Categorical(["a", "b"]), "ids": [[1], [2, 0]]})
+    x = {"user": frame["user"], "age": frame["age"], "kind": frame["kind"].cat.codes, "ids": frame["ids"].tolist()}
+    (batch,) = js.batches(x, frame["age"], batch_size=2, num_rows=4)
+    assert batch.x["user"].tolist() == [3, 1] and batch.x["kind"].tolist() == [0, 1]
+    assert batch.x["ids"].tolist() == [[1, 4], [2, 0]] and batch.y.tolist() == [0.5, 1.0]
+    (batch,) = js.batches(pd.DataFrame({"a": [1, 2], "b": [3, 0]}, dtype="int32"), batch_size=2, num_rows=4)
+    assert batch.x.tolist() == [[1, 3], [2, 0]]
+    sparse = pd.DataFrame.sparse.from_spmatrix(M)
+    (batch,) = js.batches(sparse.sparse.to_coo(), batch_size=2)
+    np.testing.assert_array_equal(densify(batch.x), M.toarray())
+    for wrong, says in [
+        (frame, "x['kind']: of numbers. Got a categorical"),
+        (frame[["user", "age"]], "x: a frame of one dtype. Got int64 in 'user' and float64 in 'age'"),
+        ({"kind": frame["kind"]}, "x['kind']: of numbers. Got a categorical"),
+        ({"ids": frame["ids"]}, "x['ids']: of numbers that JAX has a dtype for. Got object, [1] at position 0"),
+        ({"s": pd.Series(["a", "b"])}, "x['s']: of numbers that JAX has a dtype for. Got object, 'a' at position 0"),
+        (sparse, "x[0]: dense, or a SciPy matrix. Got a sparse column, Sparse[float64, 0"),
+        (
+            {"n": pd.Series([1, None], dtype="Int64")},
+            "x['n']: without missing values. Got Int64, missing at position 1",
+        ),
+        (
+            {"n": pd.Series([1, pd.NA], dtype=object)},
+            "x['n']: of numbers that JAX has a dtype for. Got object, <NA> at",
+        ),
+    ]:
+        assert_raises(TypeError, says, js.batches, wrong, batch_size=2)
+    with pytest.raises(TypeError, match="Missing ids make floats of a column"):
+        js.batches({"user": pd.Series([1, None])}, batch_size=2, num_rows={"user": 4})
 
 
 # ---- a pytree, and data as it comes
