@@ -1,10 +1,14 @@
-"""Eight fake CPU devices, and every rule as strict as it goes."""
+"""Eight fake CPU devices, programs that compile fast, and every rule as strict as it goes."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
+import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from tests.flags import DEFAULTS, xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags(os.environ, importlib.metadata.version("jax"))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
@@ -17,6 +21,18 @@ jax.config.update("jax_legacy_prng_key", "error")
 # Shapes are drawn, and every new shape compiles: slow examples are no fault of the test.
 hypothesis.settings.register_profile("jaxsparse", deadline=None, max_examples=30, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jaxsparse")
+
+
+@pytest.fixture
+def explained_by_default(monkeypatch):
+    """js.explain compiles a program to see what it makes, here as users get it and not with the quick flags."""
+    explain, compile_ = sys.modules["jaxsparse.explain"], jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, options=None: compile_(self, DEFAULTS | (options or {}))
+    )
+    explain._written_in_place.cache_clear()
+    yield
+    explain._written_in_place.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,6 +6,8 @@ import re
 import jax
 import jax.numpy as jnp
 
+from tests.flags import DEFAULTS
+
 # Instructions that name an array which is already there, or write into one in place.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "scatter", "opt-barrier"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
@@ -86,7 +88,15 @@ def bytes_moved(text: str) -> dict[str, int]:
     return moved
 
 
+def compiled_by_default(lowered):
+    """A lowered function, compiled as it is by default: what it allocates and moves is what users get.
+
+    LLVM's optimizations come after all that is read here, and stay off: HLO is the same without them.
+    """
+    return lowered.compile(DEFAULTS | {"xla_backend_optimization_level": 0})
+
+
 def compiled_text(step, *args) -> str:
     """HLO of a jitted function for abstract arguments: nothing is allocated."""
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
-    return step.lower(*structs).compile().as_text()
+    return compiled_by_default(step.lower(*structs)).as_text()

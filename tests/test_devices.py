@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 import jaxsparse as js
 from jaxsparse.refresh import _flush_rows, _row_shardings
 from tests import devices
-from tests.hlo import bytes_moved, large_arrays
+from tests.hlo import bytes_moved, compiled_by_default, large_arrays
 
 P = PartitionSpec
 
@@ -59,7 +59,6 @@ def test_agrees_with_one_device(optimizer, way):
 # what moves and what is held
 
 LARGE = 40_000
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}  # LLVM's, which comes after all that is read here
 
 
 @functools.cache
@@ -86,7 +85,7 @@ def compiled(way, num_rows, skipped):
         step = js.make_train_step(loss_fn, axis_name="i", jit=False)
         step = jax.pmap(step, axis_name="i", devices=jax.devices()[:8], donate_argnums=0)
         copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype, sharding=placed(P("i"))), state)
-        return step.lower(copies, batch).compile(UNOPTIMIZED)
+        return compiled_by_default(step.lower(copies, batch))
 
     def put(x):
         by_row = "rows" in names and x.ndim and x.shape[0] == num_rows
@@ -94,7 +93,7 @@ def compiled(way, num_rows, skipped):
 
     (batch,) = js.batches(ids, np.zeros(batch_size), batch_size=batch_size, num_rows=num_rows)
     batch = js.global_batch(batch, mesh, "data") if "data" in names else jax.device_put(batch, placed(P()))
-    return js.make_train_step(loss_fn).lower(jax.tree.map(put, state), batch).compile(UNOPTIMIZED)
+    return compiled_by_default(js.make_train_step(loss_fn).lower(jax.tree.map(put, state), batch))
 
 
 def loss_fn(params, batch):
@@ -176,7 +175,7 @@ def step_of_all_ops():
     state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=js.lazy_sgd(0.1))
     state = js.shard_rows(state, mesh, tables=lambda path, _: path.endswith("['t']"), axis="rows")
     ids = jax.device_put(BAGS, jax.sharding.NamedSharding(mesh, P("data")))
-    program = js.make_train_step(loss, has_aux=True).lower(state, ids).compile(UNOPTIMIZED)
+    program = compiled_by_default(js.make_train_step(loss, has_aux=True).lower(state, ids))
     state, metrics = program(state, ids)
     return want, (state.params, metrics["aux"]), program.as_text()
 
@@ -208,8 +207,8 @@ def test_flush_of_split_rows_moves_nothing(optimizer):
     of_mesh, specs = _row_shardings(state.params, state.opt_state)
     assert of_mesh == mesh
     flush = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    text = jax.jit(flush, donate_argnums=(0, 1)).lower(state.params, state.opt_state).compile().as_text()
-    assert bytes_moved(text) == {}
+    program = compiled_by_default(jax.jit(flush, donate_argnums=(0, 1)).lower(state.params, state.opt_state))
+    assert bytes_moved(program.as_text()) == {}
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -221,7 +220,7 @@ def test_shard_rows_under_jit_makes_no_whole_table(kind):
         state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(1e-3, skipped="replay"))
         return js.shard_rows(state, mesh, tables="table", axis="rows")
 
-    make = jax.jit(create).lower(jax.random.key(0)).compile()
+    make = compiled_by_default(jax.jit(create).lower(jax.random.key(0)))
     memory = make.memory_analysis()
     assert memory.output_size_in_bytes < num_rows * (3 * 16 + 8) / 8 + 3e6  # and the history, on every device
     assert memory.temp_size_in_bytes < num_rows * 16 / 2

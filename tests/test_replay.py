@@ -20,7 +20,7 @@ from flax.training.train_state import TrainState
 import jaxsparse as js
 from jaxsparse import catch_up
 from jaxsparse.refresh import _flush_all
-from tests.hlo import large_arrays
+from tests.hlo import compiled_by_default, large_arrays
 
 V, D, B, L = 40, 3, 4, 3
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 40, 1e-3)
@@ -426,9 +426,9 @@ def test_nothing_of_the_tables_size_is_made(name):
     state = jax.eval_shape(lambda: TrainState.create(apply_fn=None, params=big, tx=PAIRS[name][0]))
     structs = lambda *args: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)  # noqa: E731
     compiled = {
-        "step": js.make_train_step(loss_fn).lower(*structs(state, batch(0))).compile(QUICK),
-        "by_hand": by_hand.lower(*structs(state, batch(0))).compile(),
-        "flush": _flush_all.lower(*structs(state.params, state.opt_state)).compile(QUICK),
+        "step": compiled_by_default(js.make_train_step(loss_fn).lower(*structs(state, batch(0)))),
+        "by_hand": compiled_by_default(by_hand.lower(*structs(state, batch(0)))),
+        "flush": compiled_by_default(_flush_all.lower(*structs(state.params, state.opt_state))),
     }
     for what, program in compiled.items():
         assert large_arrays(program.as_text(), rows) == [], what

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import pieces
-from tests.hlo import large_arrays
+from tests.hlo import compiled_by_default, large_arrays
 from tests.stepwise import (
     P0,
     QUICK,
@@ -783,7 +783,7 @@ def compiled_step(name, transform, num_examples):
     params["w"] = jax.ShapeDtypeStruct((D, 3), jnp.float32)
     state = jax.eval_shape(lambda p: create(tx, p), params)
     ids, y = (jax.ShapeDtypeStruct((num_examples, *s), t) for s, t in (((4,), jnp.int32), ((), jnp.float32)))
-    return transform(step).lower(state, ids, y).compile().as_text()
+    return compiled_by_default(transform(step).lower(state, ids, y)).as_text()
 
 
 def test_a_scan_of_steps_makes_nothing_of_the_tables_size():
@@ -798,7 +798,7 @@ def test_a_scan_of_steps_makes_nothing_of_the_tables_size():
     params["w"] = jax.ShapeDtypeStruct((D, 3), jnp.float32)
     state = jax.eval_shape(lambda p: create(optax.adam(0.1), p), params)
     ids, y = jax.ShapeDtypeStruct((3, 12, 4), jnp.int32), jax.ShapeDtypeStruct((3, 12), jnp.float32)
-    program = jax.jit(many, donate_argnums=0).lower(state, ids, y).compile()
+    program = compiled_by_default(jax.jit(many, donate_argnums=0).lower(state, ids, y))
     assert not large_arrays(program.as_text(), NUM_ROWS)
 
 

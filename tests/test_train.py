@@ -292,7 +292,7 @@ CREATE_LARGE = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_no_table_sized_arrays_unless_explain_says_so(dtype):
+def test_no_table_sized_arrays_unless_explain_says_so(dtype, explained_by_default):
     """XLA on CPU converts a whole bfloat16 table before it writes some rows, or does not: what it compiles tells."""
     tx = js.lazy_adam(0.05)
 
@@ -338,7 +338,7 @@ def test_the_reader_of_hlo_sees_large_arrays(name):
     args = (jax.ShapeDtypeStruct((ROWS, D), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32))
     if name == "cast":  # XLA fuses a cast into the gather after it; an output keeps it
         fun = lambda t, ids: t.astype(jnp.bfloat16)  # noqa: E731
-    text = jax.jit(fun, donate_argnums=donate).lower(*args).compile().as_text()
+    text = compiled_text(jax.jit(fun, donate_argnums=donate), *args)
     assert large_arrays(text, ROWS)
 
 
@@ -425,7 +425,7 @@ def test_traffic_does_not_depend_on_num_rows():
 
     g = js.RowSparse(jnp.arange(5), jnp.ones((5, 2)), (ROWS, 2))
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), g)
-    text = jax.pmap(combined, axis_name="batch", devices=jax.devices()[:4]).lower(stacked).compile().as_text()
+    text = compiled_text(jax.pmap(combined, axis_name="batch", devices=jax.devices()[:4]), stacked)
     assert "all-gather" in text and large_arrays(text, 1000) == []
 
 
