@@ -8,6 +8,8 @@ import tomllib
 
 import pytest
 
+from tests.flags import DEFAULTS, QUICK, xla_flags
+
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     "_jax _checks rows row_sparse tracing uses",
@@ -74,3 +76,13 @@ def test_top_level():
 def test_no_file_is_two_rooms():
     for name in set(MODULES) - {"_jax"}:  # all of JAX that may change is in one, by decision
         assert len((ROOT / "jaxsparse" / f"{name}.py").read_text().splitlines()) <= 400, name
+
+
+def test_the_flags_that_make_xla_quick():
+    quick = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    eight = "--xla_force_host_platform_device_count=8"
+    assert xla_flags({}, "0.10.2") == f"{eight} {quick}"
+    assert xla_flags({"JAXSPARSE_XLA_DEFAULTS": "1"}, "0.10.2") == xla_flags({}, "0.13.0") == eight
+    mine = "--xla_backend_optimization_level=2"
+    assert xla_flags({"XLA_FLAGS": mine}, "0.12.1") == f"{mine} {eight} {quick.split(' ', 1)[1]}"
+    assert QUICK.keys() == DEFAULTS.keys()

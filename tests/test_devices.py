@@ -111,7 +111,7 @@ def test_bytes_do_not_depend_on_num_rows(way):
     assert large_arrays(large, 2 * LARGE // (4 if "rows" in way else 1)) == []
 
 
-@pytest.mark.parametrize("skipped", ["freeze", "replay"])
+@pytest.mark.parametrize("skipped", ["freeze", pytest.param("replay", marks=pytest.mark.slow)])
 def test_a_device_holds_its_part_of_the_tables(skipped):
     memory = {n: compiled("rows", n, skipped).memory_analysis() for n in (LARGE, 2 * LARGE)}
     more = memory[2 * LARGE].argument_size_in_bytes - memory[LARGE].argument_size_in_bytes

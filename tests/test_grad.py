@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import jaxsparse as js
 from jaxsparse.row_sparse import is_row_sparse
 from tests.flags import DEFAULTS
+from tests.stepwise import TOGETHER
 
 V, D = 11, 4
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)
@@ -58,8 +59,8 @@ def assert_as_jax(fun, args, expect, rtol=1e-5, **options):
     hold_equal(*jax.jit(lambda args: both(fun, *args), **options)(args), expect, rtol)
 
 
-def all_in_one_program(cases):
-    """`both` of each case, a function of TABLE: one program compiles in a fraction of the time of many."""
+def in_few_programs(cases):
+    """`both` of each case, a function of TABLE: few programs compile in a fraction of the time of many, or of one."""
 
     def one(name, table):
         try:
@@ -68,8 +69,12 @@ def all_in_one_program(cases):
             error.add_note(f"in case {name}")
             raise
 
-    with jax.numpy_rank_promotion("allow"):
-        return jax.jit(lambda table: {name: one(name, table) for name in cases})(TABLE)
+    names, out = list(cases), {}
+    for i in range(0, len(names), TOGETHER):
+        some = names[i : i + TOGETHER]
+        with jax.numpy_rank_promotion("allow"):
+            out |= jax.jit(lambda table, some=some: {name: one(name, table) for name in some})(TABLE)
+    return out
 
 
 def squares(x):
@@ -154,7 +159,7 @@ CARRIED = {
 }
 
 
-reads = functools.cache(lambda: all_in_one_program(READS | CARRIED))
+reads = functools.cache(lambda: in_few_programs(READS | CARRIED))
 
 
 def tolerance(name):
@@ -239,7 +244,7 @@ DENSE = {
 }
 
 
-dense_uses = functools.cache(lambda: all_in_one_program(DENSE))
+dense_uses = functools.cache(lambda: in_few_programs(DENSE))
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -86,8 +86,12 @@ TABLES = dict.fromkeys(PAIRS, "t") | dict.fromkeys(("adam_schedule", "nesterov",
 TABLES |= dict.fromkeys(("adamw_mask", "momentum", "rmsprop_all", "partition"), "tb")
 
 
+# Each is a part of another one: of adam_schedule, adamw_mask, rmsprop_all, masked.
+PARTS = ("adam", "adamw", "adamw_zero", "rmsprop", "chain")
+
+
 def with_tables(names):
-    quick = [pytest.param(name, TABLES[name], id=name) for name in names]
+    quick = [pytest.param(name, TABLES[name], id=name, marks=[pytest.mark.slow] * (name in PARTS)) for name in names]
     both = [pytest.param(name, "tb", id=f"{name}, both", marks=pytest.mark.slow) for name in names]
     return pytest.mark.parametrize(("name", "tables"), quick + [p for p in both if TABLES[p.values[0]] != "tb"])
 
@@ -415,8 +419,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adamw_mask",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "momentum", "rmsprop_all", "partition")),
+        "momentum",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "adamw_mask", "rmsprop_all", "partition")),
     ],
 )
 def test_nothing_of_the_tables_size_is_made(name):
