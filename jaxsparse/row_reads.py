@@ -270,7 +270,8 @@ def _changed(
         node, block, outside = into.node, into.block, into.outside
     place = walk.note_read(node, ids, num_rows, late=None, clipped=clipped)
     add_to = (lambda block: put(block, place)) if adds and isinstance(into, Same) and into.zero else None
-    return [Rows(put(block, place), node, into.axis, outside, updated=True, add_to=add_to)]
+    updated = adds or isinstance(into, Same) or into.updated  # rows that are set, a padding row, are no update
+    return [Rows(put(block, place), node, into.axis, outside, updated, add_to=add_to)]
 
 
 def _axes_left(shape: Sequence[int], *without: Sequence[int]) -> list[int]:

@@ -247,6 +247,22 @@ def test_reads(transform):
     check({name: Case(step[name], create(optax.adamw(0.05)), only_t) for name in READS}, transform)
 
 
+def test_rows_that_are_set_before_they_are_read():
+    """A padding row of zeros, as many programs have it: the row is one that the step names."""
+
+    def only_t_and_padding(ids, y):
+        return {"t": np.append(np.ravel(only_t(ids, y)["t"]), 0)}
+
+    reads = {
+        "set": lambda p, i: p["t"].at[0].set(0)[i] + 0.5,
+        "multiplied": lambda p, i: p["t"].at[0].multiply(0)[i] + 0.5,
+        "twice": lambda p, i: p["t"].at[0].set(0)[i] + p["t"].at[0].set(1)[i[:, ::-1]],
+    }
+    steps = {name: of_loss(squared(read)) for name, read in reads.items()}
+    cases = {name: Case(steps[name], create(optax.adamw(0.05)), only_t_and_padding) for name in reads}
+    check(cases, js.jit)
+
+
 def test_reads_that_name_other_rows():
     def switch(p, ids):
         half = [lambda t: t[ids[:6]].sum(0), lambda t: t[ids].sum(0)]
