@@ -35,6 +35,7 @@ def jit(
     donate_argnames: str | Sequence[str] | None = None,
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
+    rows: Any = None,
     **others: Any,
 ) -> Any:
     """jax.jit for a train step, at the cost of the rows that it reads.
@@ -67,6 +68,9 @@ def jit(
         as a part of the output, in the structure that it came in. Do not use them after the call. None: the first one
         that does, and all after it that do and have arrays of its shapes, as in step(params, opt_state, batch).
       static_argnums, static_argnames: as in jax.jit.
+      rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
+        are parts of the paths of tables: `rows={"words": new_ids}`. All others keep their bits in parameter and slots,
+        and get no gradient.
 
     Returns:
       A function of the step's arguments that returns what the step returns, with `lower` as in jax.jit. Without step, a
@@ -104,11 +108,12 @@ def jit(
             donate_argnames=donate_argnames,
             static_argnums=static_argnums,
             static_argnames=static_argnames,
+            rows=rows,
         )
     donated = None if donate_argnums is None and donate_argnames is None else _sequence(donate_argnums)
     if donate_argnames is not None:
         donated, _ = _both_ways(step, donated or (), _sequence(donate_argnames))
-    return JittedStep(step, donated, _sequence(static_argnums), _sequence(static_argnames))
+    return JittedStep(step, donated, _sequence(static_argnums), _sequence(static_argnames), rows)
 
 
 def _sequence(x: Any) -> tuple[Any, ...]:
@@ -124,9 +129,10 @@ class JittedStep:
         donate: tuple[int, ...] | None,
         static: tuple[int, ...],
         static_names: tuple[str, ...],
+        rows: Any,
     ) -> None:
         functools.update_wrapper(self, step)
-        self._step, self._donate = step, donate
+        self._step, self._donate, self._rows = step, donate, rows
         self._static, self._static_names = _both_ways(step, static, static_names)
         self._signature = _signature(step)
         self._programs: dict[Any, _Program] = {}
@@ -135,14 +141,14 @@ class JittedStep:
         leaves, program = self._program(args, kwargs)
         if program is None:
             step, args, kwargs, states = self._dynamic(args, kwargs)
-            return rowwise(step, state_argnums=states)(*args, **kwargs)
+            return rowwise(step, state_argnums=states, rows=self._rows)(*args, **kwargs)
         return program(leaves)
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else types.MethodType(self, owner)
 
     def __deepcopy__(self, memo: Any) -> JittedStep:
-        return JittedStep(self._step, self._donate, self._static, self._static_names)
+        return JittedStep(self._step, self._donate, self._static, self._static_names, self._rows)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program that a call with these arguments, or ones of these shapes, runs, as of a jitted function. Of
@@ -151,7 +157,9 @@ class JittedStep:
         leaves, program = self._program(args, kwargs)
         if program is None:
             step, args, kwargs, states = self._dynamic(args, kwargs)
-            return jax.jit(rowwise(step, state_argnums=states), donate_argnums=states or ()).lower(*args, **kwargs)
+            return jax.jit(rowwise(step, state_argnums=states, rows=self._rows), donate_argnums=states or ()).lower(
+                *args, **kwargs
+            )
         lowered, call = program.lower(leaves)
         return Lowered(lowered, lambda compiled, args, kwargs: call(compiled, self._program(args, kwargs)[0]))
 
@@ -206,7 +214,7 @@ class JittedStep:
         program = self._programs.get(key)
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
-            program = self._programs[key] = _Program(step, abstract[0], abstract[1], states)
+            program = self._programs[key] = _Program(step, abstract[0], abstract[1], states, self._rows)
         return leaves, program
 
 
@@ -260,8 +268,10 @@ class Compiled:
 class _Program:
     """A step for arguments of some structure, shapes and dtypes."""
 
-    def __init__(self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...] | None) -> None:
-        self._prepared = prepare_step(step, args, kwargs, states)
+    def __init__(
+        self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...] | None, rows: Any
+    ) -> None:
+        self._prepared = prepare_step(step, args, kwargs, states, rows)
         self.planned = planned = self._prepared.planned
         traced = planned.traced
         announce(planned)

@@ -23,6 +23,7 @@ from jaxsparse.pieces import rows_of, write
 from jaxsparse.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
 from jaxsparse.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.tracing import tracing
+from jaxsparse.trained import trained_rows
 from jaxsparse.values import RefusedError, Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk
 
@@ -30,7 +31,7 @@ _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 
 
-def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.GradientTransformationExtraArgs:
     """Wraps an optax transformation, usually a whole chain, to take row-sparse gradients at the cost of their rows.
 
     Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step
@@ -44,6 +45,8 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     Args:
       inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3), and
         those that wait for a later step (MultiSteps), raise at the first update, which reads their program.
+      rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
+        are parts of the paths of parameters. All others keep their bits, and their gradients count nothing.
 
     Returns:
       A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
@@ -67,6 +70,9 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         grads, tree = _flatten(updates, is_leaf=is_row_sparse)
         if not any(map(is_row_sparse, grads)):
+            if rows is not None:
+                do = "In a step under js.jit or js.rowwise, give it to that."
+                raise ValueError(message("lazy", "rows", "left out where no gradient is a RowSparse", "it", do))
             return inner.update(updates, state, params, **extra_args)
         values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
         for i, (g, p) in enumerate(zip(grads, values, strict=True)):
@@ -75,6 +81,12 @@ def lazy(inner: optax.GradientTransformation) -> optax.GradientTransformationExt
                 raise ValueError(message("lazy", "updates", must, f"{g.shape} at leaf {i}"))
         with jax.named_scope("lazy_coalesce"):
             grads = [coalesce(g) if is_row_sparse(g) else g for g in grads]
+            if rows is not None:
+                paths = [jax.tree_util.keystr(p) for p, _ in _flatten_with_path(updates, is_leaf=is_row_sparse)[0]]
+                tables = {i: (paths[i], g.num_rows, i) for i, g in enumerate(grads) if is_row_sparse(g)}
+                dense = [path for i, path in enumerate(paths) if i not in tables]
+                trained = trained_rows("lazy", rows, tables, dense)
+                grads = [trained[i].only(g) if i in trained else g for i, g in enumerate(grads)]
         with jax.named_scope("lazy_update"):
             return _update(inner, tree, grads, state, params, extra_args)
 

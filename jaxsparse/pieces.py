@@ -134,6 +134,7 @@ def write(
     ids: jax.Array,
     num_rows: int,
     aligned: Set[int] = frozenset(),
+    trained: jax.Array | None = None,
 ) -> dict[int, jax.Array]:
     """The arrays of a class with their new rows.
 
@@ -143,6 +144,7 @@ def write(
       ids: int32 (k,), as of a Space.
       num_rows: of the arrays.
       aligned: numbers of arrays (k, ...), which are replaced by the blocks.
+      trained: bool (k,), which of the rows are written; None if all are.
     """
 
     def at_once() -> dict[int, jax.Array]:
@@ -155,6 +157,9 @@ def write(
 
     if not new:
         return dict(arrays)
+    if trained is not None:
+        size = ids.shape[0]
+        ids = jnp.where(trained, ids, num_rows + size + jnp.arange(size, dtype=jnp.int32))
     row = max(arrays[i][:1].size * arrays[i].dtype.itemsize for i in new)
     many = max(_PIECE // max(row, 1), 64)
     one_type = all(new[i].dtype == arrays[i].dtype for i in aligned & new.keys())
@@ -187,7 +192,7 @@ def _by_pieces(
             return jax.lax.dynamic_slice_in_dim(block, first, many)
 
         is_done = cut(each) < done
-        here = jnp.where(is_done, num_rows + size + each[:many], cut(ids))
+        here = jnp.where(is_done, num_rows + 2 * size + each[:many], cut(ids))
         now = {**arrays, **written}
         # copied, or XLA reads it again after it was written
         old = computed_once(

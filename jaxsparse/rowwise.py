@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxsparse import _jax
+from jaxsparse._checks import message
 from jaxsparse.collectives import in_auto_mode
 from jaxsparse.device_rows import choose_rows, ids_of
 from jaxsparse.known_ids import find_known
@@ -25,12 +26,15 @@ from jaxsparse.pieces import arrays_in, known, write
 from jaxsparse.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
 from jaxsparse.rows import zero_after
 from jaxsparse.tracing import trace_step
+from jaxsparse.trained import TrainedRows, trained_rows
 from jaxsparse.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
 from jaxsparse.values import Rows, Whole, array_of
 from jaxsparse.walk import Space, Walk
 
 
-def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] | None = None) -> Callable[..., Any]:
+def rowwise(
+    step: Callable[..., Any], *, state_argnums: int | Sequence[int] | None = None, rows: Any = None
+) -> Callable[..., Any]:
     """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
 
     It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
@@ -42,6 +46,7 @@ def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] | No
       state_argnums: which arguments are state: each comes back as a part of the output, in the structure that it came
         in. None: the first one that does, and all after it that do and have arrays of its shapes, as in
         step(params, opt_state, batch).
+      rows: as of `js.jit`.
 
     Returns:
       A function of the step's arguments that returns what the step returns.
@@ -67,7 +72,7 @@ def rowwise(step: Callable[..., Any], *, state_argnums: int | Sequence[int] | No
 
     @functools.wraps(step)
     def run(*args: Any, **kwargs: Any) -> Any:
-        prepared = prepare_step(step, args, kwargs, state_argnums)
+        prepared = prepare_step(step, args, kwargs, state_argnums, rows)
         announce(prepared.planned)
         traced = prepared.planned.traced
         return traced.unflatten(on_rows(prepared, traced.leaves))
@@ -114,6 +119,7 @@ class Prepared(NamedTuple):
 
     planned: PlannedStep
     replayed: list[Replayed]
+    trained: dict[int, TrainedRows]  # by class
 
     def only_outputs(self) -> Prepared:
         """The step without what its outputs do not need, what it prints included; its rows are the same."""
@@ -121,7 +127,7 @@ class Prepared(NamedTuple):
 
 
 def prepare_step(
-    step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None
+    step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
 ) -> Prepared:
     """Traces a step, behind a catch-up of what it replays, and plans it."""
     replayed = find_replayed((args, kwargs))
@@ -139,12 +145,22 @@ def prepare_step(
     for i in late:
         got = f"row ids made of rows of {traced.paths[i]}"
         raise refused(got, "They are needed before these rows can be brought up to date: use skipped='freeze' here.")
-    return Prepared(planned, replayed)
+    tables = {i: (traced.paths[i], planned.classes[c], c) for i, c in planned.leaves.items()}
+    dense = [path for i, path in traced.paths.items() if i not in tables]
+    trained = trained_rows("jit or js.rowwise", rows, tables, dense)
+    if trained and replayed:
+        do = "Use skipped='freeze'."
+        raise ValueError(message("jit or js.rowwise", "rows", "left out where an optimizer replays", "both", do))
+    return Prepared(planned, replayed, trained)
 
 
 def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
     """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
+    spaces = {
+        c: s._replace(trained=prepared.trained[c].among(s.ids)) if c in prepared.trained else s
+        for c, s in spaces.items()
+    }
     arrays = flush_before(prepared.replayed, [jnp.asarray(x) for x in leaves], planned.leaves)
     later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
     walk = Walk(planned.plan, spaces, alone=alone, later=later)
@@ -169,7 +185,7 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
     )
     for c, space in spaces.items():
         old = {i: arrays[i] for i in of_class[c]}
-        for i, x in write(new[c], old, space.ids + after, space.num_rows).items():
+        for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
             results[places[i]] = x
     return results
 

@@ -45,6 +45,7 @@ class Space(NamedTuple):
     num_rows: int
     # where in `ids` the ids of a read are, k for no row, if that is known already; else `ids` are in order
     positions: dict[Path, jax.Array]
+    trained: jax.Array | None = None  # bool (k,), which of them are; None if all are
 
 
 class Walk:
@@ -291,9 +292,16 @@ class Walk:
             self.reads.append((Read(node, late, path, clipped, self.source), known.reshape(-1)))
             return ids
         space = self.spaces[self.plan.find(node)]
-        size = space.ids.shape[0]
+        at = self._look_up(space, ids, num_rows, path, clipped)
+        if late is None and space.trained is not None:
+            at = jnp.where(space.trained.at[at].get(mode="fill", fill_value=False), at, space.ids.shape[0])
+        return at
+
+    @staticmethod
+    def _look_up(space: Space, ids: jax.Array, num_rows: int, path: Path | None, clipped: bool) -> jax.Array:
         if path is not None and path in space.positions:
             return space.positions[path].reshape(ids.shape)
+        size = space.ids.shape[0]
         at = jnp.searchsorted(space.ids, ids, method="scan_unrolled").astype(jnp.int32)
         at = jnp.where((space.ids.at[at].get(mode="clip") == ids) & (ids < num_rows), at, size)
         if clipped:  # the first and the last row are there if they are wanted

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     "_jax _checks rows row_sparse tracing uses",
     "ops embedding collectives batch distinct inputs features pipeline nn losses",
-    "pieces values plan walk row_elementwise row_rules row_reads row_regions known_ids planning",
+    "trained pieces values plan walk row_elementwise row_rules row_reads row_regions known_ids planning",
     "lazy optimizers adagrad catch_up replaying up_to_date testing parallel",
     "device_rows host_rows rowwise jit grad explain refresh train evaluation loops",
     "__main__",
