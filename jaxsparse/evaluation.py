@@ -50,7 +50,7 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
     totals: dict[str, float] = {}
     weight, batch = 0.0, None
     for batch in one_epoch(batches):
-        own = float(weight_of(batch))
+        own = float(np.asarray(weight_of(batch)).sum(dtype=np.float64))
         weight += own
         if own:
             for name, value in check_scalars(compiled(state.params, batch), function, fn_argument).items():
@@ -83,11 +83,11 @@ def one_epoch(batches: Any) -> Any:
 
 
 def weight_of(batch: Any) -> Any:
-    """The sum of its weights, which a batch counts by. On the device, where they are."""
+    """What a batch counts by: an array, the sum of which that is. It is not looked at here, which would be to wait."""
     weight = getattr(batch, "weight", None)
-    if isinstance(weight, jax.Array):
+    if isinstance(weight, jax.Array) and not weight.is_fully_addressable:  # other hosts have the rest
         return _sum(weight)
-    return np.float64(1) if weight is None else np.sum(weight, dtype=np.float64)
+    return 1.0 if weight is None else weight
 
 
 @jax.jit

@@ -120,9 +120,10 @@ def fit(
     run = _Run(step, state, tuple(args), rng, callback, stop_on_nan, progress)
     try:
         _check(batches, epochs, state, validation, metrics)
-        for number in range(epochs):
-            if run.epoch(batches, number, epochs, validation, metrics):
-                break
+        with run.interrupts:
+            for number in range(epochs):
+                if run.epoch(batches, number, epochs, validation, metrics):
+                    break
     except BaseException as error:
         run.add_entry()
         if not isinstance(error, KeyboardInterrupt) or run.is_lost():
@@ -141,6 +142,7 @@ class _Run:
     ) -> None:
         self.state, self.where = state, "before the first step"
         self.history: list[dict[str, float]] = []
+        self.interrupts = _Interrupts()
         self._step, self._args, self._rng, self._callback = step, args, rng, callback
         self._stop_on_nan, self._progress = stop_on_nan, progress
         self._losses, self._has_entry = _Losses(), False  # of the epoch that runs
@@ -153,14 +155,14 @@ class _Run:
         with tqdm(batches, desc=f"epoch {number + 1}/{epochs}", unit="step", disable=not self._progress) as bar:
             for batch in bar:
                 args = self._next_args()
-                with _interrupts_wait():
+                with self.interrupts.wait():
                     reported = self._train(batch, args)
                     self.where = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
                 # early numbers, then few: each waits
                 if (self._progress and losses.steps in (1, 3)) or losses.steps % 10 == 0:
                     self._look(number)
                     bar.set_postfix(loss=f"{losses.last:.4f}")
-                if self._tells(FitEvent(self.state, number, losses.steps, reported, self.history, False)):
+                if self._tells(number, reported, end_of_epoch=False):
                     self.add_entry()
                     return True
             if not losses.steps:
@@ -169,12 +171,12 @@ class _Run:
             self._look(number)
             entry = self.add_entry()
             if metrics is not None:
-                with _interrupts_wait():
+                with self.interrupts.wait():
                     self.state = flush(self.state)
                 measured = means(metrics, self.state, validation, "fit", "metrics", "validation")
                 bar.set_postfix({name: f"{value:.4f}" for name, value in [("loss", entry["loss"]), *measured.items()]})
                 entry |= measured
-        return self._tells(FitEvent(self.state, number, losses.steps, entry, self.history, True))
+        return self._tells(number, entry, end_of_epoch=True)
 
     def _next_args(self) -> tuple[Any, ...]:
         if self._rng is None:
@@ -204,9 +206,12 @@ class _Run:
             at = f"step {self._losses.first_nan} of epoch {number + 1}"
             raise FloatingPointError(f"js.fit: the loss of {at} is NaN. stop_on_nan=False would go on.")
 
-    def _tells(self, event: FitEvent) -> bool:
+    def _tells(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
         """Whether the callback, being told this, stops the run."""
-        said = None if self._callback is None else self._callback(event)
+        if self._callback is None:
+            return False
+        steps, history = self._losses.steps, self.history
+        said = self._callback(FitEvent(self.state, number, steps, metrics, history, end_of_epoch))
         is_array = isinstance(said, (np.ndarray, jax.Array)) and said.shape == () and said.dtype == np.bool_
         if not (said is None or isinstance(said, (bool, np.bool_)) or is_array):
             must = "a function that returns True to stop, or else None or False"
@@ -248,7 +253,8 @@ class _Losses:
 
     def look(self) -> None:
         for at, (loss, own) in enumerate(jax.device_get(self._new), self.steps - len(self._new) + 1):
-            self.last, weight = float(np.mean(loss)), float(own)  # under pmap, one loss for each device
+            self.last = float(np.mean(loss))  # under pmap, one for each device
+            weight = float(np.sum(own, dtype=np.float64))
             if weight:  # without any, the mean may be 0/0
                 self._total, self._weight = self._total + weight * self.last, self._weight + weight
                 if np.isnan(self.last) and self.first_nan is None:
@@ -265,28 +271,40 @@ class _Losses:
 _fold_in = jax.jit(jax.random.fold_in)
 
 
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C is acted on after the block: within it a state is with the device only, and would be lost. The second one
-    is acted on at once."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    came: list[Any] = []
+class _Interrupts:
+    """Ctrl-C during a run: within `wait` it is acted on after the block, as the state is with the device only and would
+    be lost. The second one is acted on at once."""
 
-    def wait(*args: Any) -> None:
-        came.append(args)
-        if len(came) > 1:
-            before(*args)
+    def __init__(self) -> None:
+        self._before, self._holds, self._came = signal.getsignal(signal.SIGINT), False, 0
+        self._is_handled = callable(self._before) and threading.current_thread() is threading.main_thread()
 
-    signal.signal(signal.SIGINT, wait)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if len(came) == 1:
-            before(*came[0])
+    def __enter__(self) -> None:
+        if self._is_handled:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_handled:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *args: Any) -> None:
+        self._came += self._holds
+        if self._came != 1:
+            self._act(*args)
+
+    def _act(self, *args: Any) -> None:
+        if callable(self._before):
+            self._before(*args)
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        self._holds = True
+        try:
+            yield
+        finally:
+            came, self._holds, self._came = self._came, False, 0
+            if came == 1:
+                self._act(signal.SIGINT, None)
 
 
 def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any) -> None:
