@@ -68,7 +68,9 @@ def trained_rows(
     if not isinstance(rows, Mapping):
         if len(classes) != 1:
             raise ValueError(
-                message(function, "rows", "a dictionary where there is not just one table", len(classes), do)
+                message(
+                    function, "rows", "a dictionary where there is not just one table", f"{len(classes)} tables", do
+                )
             )
         rows = {"": rows}
     found: dict[int, TrainedRows] = {}
