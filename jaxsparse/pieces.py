@@ -73,10 +73,14 @@ class Part:
 
     def of(self, blocks: Iterable[Any]) -> list[Any]:
         """The rows of these blocks."""
-        blocks, done = list(blocks), dict[int, Any]()
+        blocks, done = list(blocks), dict[Any, Any]()
+
+        def rows(x: Any) -> Any:
+            return done[x] if isinstance(x, Later) and x in done else self.cut(known(x))
+
         for x in needed(blocks):
-            done[id(x)] = x.make(self, *(done[id(y)] if id(y) in done else self.cut(known(y)) for y in x.operands))
-        return [done[id(x)] if id(x) in done else self.cut(known(x)) for x in blocks]
+            done[x] = x.make(self, *map(rows, x.operands))
+        return list(map(rows, blocks))
 
     def is_real(self, num_rows: int, ndim: int, axis: int = 0) -> jax.Array:
         """Which rows are no padding, of a block's rank, size 1 but along the rows."""
@@ -116,16 +120,16 @@ def arrays_in(blocks: Iterable[Any]) -> list[Any]:
 
 def needed(blocks: Iterable[Any]) -> list[Later]:
     """What is to be computed for these blocks, operands first."""
-    order: dict[int, Later] = {}
+    order: dict[Any, None] = {}
     stack = [x for x in blocks if known(x) is None]
     while stack:
         x = stack[-1]
-        missing = [y for y in x.operands if known(y) is None and id(y) not in order]
+        missing = [y for y in x.operands if known(y) is None and y not in order]
         if missing:
             stack += missing
         else:
-            order.setdefault(id(x), stack.pop())
-    return list(order.values())
+            order.setdefault(stack.pop())
+    return list(order)
 
 
 def write(

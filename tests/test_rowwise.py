@@ -660,8 +660,13 @@ def test_a_refusal_names_the_line():
 
 
 def test_a_step_that_returns_no_state():
+    def total(state, ids):
+        return jnp.sum(state["t"][ids])
+
     with pytest.raises(TypeError, match="returns its new state"):
-        js.jit(lambda state, ids: jnp.sum(state["t"][ids])).lower({"t": P0["t"]}, draw_ids(3))
+        js.jit(total, donate_argnums=0).lower({"t": P0["t"]}, draw_ids(3))
+    with pytest.warns(UserWarning, match="no argument comes back as an output"):
+        assert js.jit(total)({"t": P0["t"]}, np.array([3, 3])) == 2 * jnp.sum(P0["t"][3])
     with pytest.raises(TypeError, match="state_argnums"):
         js.rowwise(STEP, state_argnums=5)(create(optax.sgd(0.1)), *batch())
 
