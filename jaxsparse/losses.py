@@ -140,7 +140,7 @@ def sampled_softmax(
         raise ValueError(message(f, "labels", "of shape (B,) or (B, n)", labels.shape))
     if (draw is None) != (log_probability is None):
         raise ValueError(message(f, "log_probability", "given with draw, and only then", log_probability))
-    num_classes, labels = table.shape[0], labels.reshape(len(hidden), -1)
+    num_classes, labels = table.shape[0], labels[:, None] if labels.ndim == 1 else labels
     draw, log_probability = draw or log_uniform_draw, log_probability or log_uniform_log_probability
     sampled = jax.lax.stop_gradient(draw(key, num_samples, num_classes))  # (S,)
 

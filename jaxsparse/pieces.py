@@ -84,7 +84,7 @@ class Part:
 
     def is_real(self, num_rows: int, ndim: int, axis: int = 0) -> jax.Array:
         """Which rows are no padding, of a block's rank, size 1 but along the rows."""
-        return (self.ids < num_rows).reshape([-1 if a == axis else 1 for a in range(ndim)])
+        return in_range(self.ids, num_rows).reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def rows_of(array: jax.Array, i: int, ids: jax.Array, *, aligned: bool = False) -> Later:

@@ -32,10 +32,11 @@ def refused(got: str, do: str) -> RefusedError:
 
 
 class NoStateError(RefusedError):
-    """What comes back in the structure of a table is its gradient."""
+    """What comes back in the structure of a table is its gradient, or something else that is not made of its rows."""
 
     def __init__(self, path: str) -> None:
-        got, do = f"the gradient of {path or 'the table'} in its place", "Return the new state, or use jax.jit."
+        got = f"its gradient, or what is not made of its rows, in the place of {path or 'the table'}"
+        do = "Return the new state, or use jax.jit."
         super().__init__(str(refused(got, do)), got, do)
 
 
@@ -102,7 +103,7 @@ def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[i
     walked, chosen, tables = settled.walked, settled.chosen, settled.tables
     for i in sorted(tables & chosen):
         v = walked.outs[places[i]]
-        if isinstance(v, Rows) and v.updated and v.outside == ZERO:
+        if isinstance(v, Whole) or (isinstance(v, Rows) and v.updated and v.outside == ZERO):
             raise NoStateError(traced.paths[i])
     check(walked, places, traced.paths, tables & chosen, chosen, settled.lost)
     whole = [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}]

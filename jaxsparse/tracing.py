@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import Modules, message
 from jaxsparse._jax import Equation, Program
+from jaxsparse.states import found_states, named_states
 
 _LIBRARIES = re.compile(
     r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
@@ -131,11 +132,10 @@ def trace_step(
     leaves_of = {n: range(starts[n], starts[n] + len(jax.tree.leaves(args[n]))) for n in range(len(args))}
     out = jax.tree.unflatten(structure, range(structure.num_leaves))
     if state_argnums is None:
-        found = _states_in(out, dict(enumerate(args)), program)
-        numbers = _states_among(args, found)
-        found = {n: found[n] for n in numbers}
+        found = found_states(out, args, starts, program)
+        numbers = list(found)
     else:
-        found = _states_in(out, {n: args[n] for n in numbers}, program)
+        found = named_states(out, args, numbers, program)
         if numbers and not found:
             must = "one that returns its new state, in the structure that it was given"
             do = "Name the arguments that are state with donate_argnums (js.jit) or state_argnums (js.rowwise)."
@@ -152,50 +152,3 @@ def trace_step(
         lambda outs: jax.tree.unflatten(structure, outs),
         lambda leaves: _jax.trace(flat_step, *leaves),
     )
-
-
-def _states_in(out: Any, states: dict[int, Any], program: Program) -> dict[int, Any]:
-    """The parts of a step's output that have the structure of states, by the argument's number, and if there are
-    several, arrays like the state's. They are taken in the order of the arguments. `out` has the outputs' numbers for
-    leaves."""
-    structure: Any = jax.tree.structure
-    parts = _parts(out)
-
-    def is_like(part: Any, state: Any) -> bool:
-        outs = [program.outputs[j] for j in jax.tree.leaves(part)]
-        return [(_jax.shape(v), _jax.dtype(v)) for v in outs] == [
-            _jax.kind_of_array(x)[:2] for x in jax.tree.leaves(state)
-        ]
-
-    found: dict[int, Any] = {}
-    taken: set[int] = set()
-    for n, state in states.items():
-        free = [part for part in parts if not taken & set(jax.tree.leaves(part))]
-        same = [part for part in free if structure(part) == structure(state) and jax.tree.leaves(part)]
-        part = next((part for part in same if is_like(part, state)), next(iter(same), None))
-        if part is not None:
-            found[n] = part
-            taken |= set(jax.tree.leaves(part))
-    return found
-
-
-def _parts(out: Any) -> list[Any]:
-    """A step's output, what is in it, if it is a tuple, list or dictionary, and so on; the outer ones first."""
-    parts = [out]
-    for part in parts:  # which grows
-        if isinstance(part, tuple | list):
-            parts += part
-        elif isinstance(part, dict):
-            parts += part.values()
-    return parts
-
-
-def _states_among(args: Any, found: dict[int, Any]) -> list[int]:
-    """Which arguments are state, of those that come back: the first argument; if that is a key or a counter, or does
-    not come back, the first that is a tree; and all that have an array of a shape that these have, as slots do."""
-    leaves = {n: jax.tree.leaves(args[n]) for n in found}
-    states = [n for n in found if n == 0]
-    if not any(jnp.issubdtype(jnp.result_type(x), jnp.floating) for n in states for x in leaves[n]):
-        states += [n for n in found if n and not jax.tree_util.all_leaves([args[n]])][:1]
-    shapes = {jnp.shape(x) for n in states for x in leaves[n]} - {()}
-    return sorted({*states, *(n for n in found if shapes & set(map(jnp.shape, leaves[n])))})

@@ -12,7 +12,7 @@ from tests.flags import DEFAULTS, QUICK, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
-    "_jax _checks rows row_sparse tracing uses",
+    "_jax _checks rows row_sparse states tracing uses",
     "ops embedding collectives batch distinct inputs features pipeline nn losses",
     "trained pieces values plan walk row_elementwise row_rules row_reads row_regions known_ids planning",
     "lazy optimizers adagrad catch_up replaying up_to_date testing parallel",

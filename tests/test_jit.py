@@ -482,5 +482,78 @@ def test_a_gradient_is_no_state():
         _, got = js.jit(gradient)(table, np.array([3, 3]))
     np.testing.assert_array_equal(got, jax.grad(read_loss)(table, np.array([3, 3])))
     assert not table.is_deleted()
-    with pytest.raises(ValueError, match=r"the gradient of the table in its place.*jax\.jit"):
+    with pytest.raises(
+        ValueError, match=r"its gradient, or what is not made of its rows, in the place of the table.*jax\.jit"
+    ):
         js.jit(gradient, donate_argnums=0)(table, np.array([3]))
+
+
+def test_two_states_of_one_structure():
+    """They are told apart by what their outputs are made of; what cannot be told apart is refused, or not updated."""
+    ids, tables = jnp.array([1, 2, 2]), (jnp.arange(64.0).reshape(16, 4) + 1, -jnp.ones((16, 4)))
+
+    def averaged(p, e, ids):
+        p = p - 0.1 * jax.grad(read_loss)(p, ids)
+        return p, 0.9 * e + 0.1 * p
+
+    def swapped(p, e, ids):
+        return averaged(p, e, ids)[::-1]
+
+    def put_back(new, old):
+        return jnp.where(np.isin(np.arange(16), ids)[:, None], new, old)
+
+    want = [put_back(new, old) for new, old in zip(averaged(*tables, ids), tables, strict=True)]
+    got = js.jit(averaged)(*copied(tables), ids)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), list(got), want)
+    with pytest.raises(ValueError, match="output 1, which has a row for each of a table's"):
+        js.jit(swapped)(*copied(tables), ids)
+
+    def each_the_other(a, b, ids):
+        return b - 0.1 * jax.grad(read_loss)(b, ids), a - 0.1 * jax.grad(read_loss)(a, ids)
+
+    want = [put_back(new, old) for new, old in zip(each_the_other(*tables, ids), tables[::-1], strict=True)]
+    got = js.jit(each_the_other)(*copied(tables), ids)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), list(got), want)
+
+
+def trained_on(p, o, ids, y):
+    """A step that returns its predictions, of the shape of its labels and of a bias."""
+
+    def loss(p):
+        prediction = p["t"][ids].sum(-1) + p["b"]
+        return jnp.mean((prediction - y) ** 2), prediction
+
+    (value, prediction), grads = jax.value_and_grad(loss, has_aux=True)(p)
+    updates, o = ADAM.update(grads, o, p)
+    return optax.apply_updates(p, updates), o, value, prediction
+
+
+def test_predictions_are_no_labels():
+    p = {"t": jnp.ones((50, 2)), "b": jnp.zeros(16)}
+    ids, y = jnp.arange(16) % 5, jnp.arange(16.0)
+    for _ in range(2):
+        p, _, _, prediction = js.jit(trained_on)(p, ADAM.init(p), ids, y)
+    assert prediction.shape == (16,) and not y.is_deleted() and not ids.is_deleted()
+
+
+def test_predictions_are_no_table():
+    """Of as many ids as the table has rows."""
+    ids = np.array([1, 2, 2] * 5 + [1])
+    with pytest.warns(UserWarning, match="no argument comes back as an output"):
+        for table in (jnp.arange(64.0).reshape(16, 4), {"t": jnp.arange(64.0).reshape(16, 4)}):
+            got = js.jit(lambda t, ids: jax.tree.map(lambda t: t[ids] * 2, t))(table, ids)
+            jax.tree.map(lambda got, t: np.testing.assert_array_equal(got, t[ids] * 2), got, table)
+            assert not any(x.is_deleted() for x in jax.tree.leaves(table))
+
+
+def test_metrics_are_no_state():
+    """An array before the state, of which there is as much as of what comes back first."""
+
+    def step(x, ids, p, o):
+        return jnp.mean(x), *new_state(p, o, ids)
+
+    x, table = jnp.ones(3), jnp.ones((50, 2))
+    program = js.jit(step)
+    assert len(program.plan(x, jnp.array([1]), table, ADAM.init(table)).leaves) == 3
+    program(x, jnp.array([1]), table, ADAM.init(table))
+    assert table.is_deleted() and not x.is_deleted()

@@ -608,3 +608,11 @@ def test_pieces_copy_no_table():
     compiled = compiled_by_default(jax.jit(step, donate_argnums=0).lower(*args))
     assert "while" in compiled.as_text() and not large_arrays(compiled.as_text(), 500_000)
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * args[2].nbytes
+
+
+def test_padding_is_any_id_out_of_range():
+    """Its row counts nothing in a norm, a negative id's neither."""
+    g = js.RowSparse(jnp.array([1, -1, 3]), jnp.array([[1.0], [100.0], [2.0]]), (5, 1), unique=True)
+    tx, zeros = js.lazy(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))), jnp.zeros((5, 1))
+    got = zeros + tx.update(g, tx.init(zeros), zeros)[0]
+    np.testing.assert_allclose(got[:, 0], [0, -(5**-0.5), 0, -2 * 5**-0.5, 0], rtol=1e-6)

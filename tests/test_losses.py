@@ -183,3 +183,8 @@ def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         table, bias = TABLE.astype(jnp.bfloat16), BIAS.astype(jnp.bfloat16)
         js.sampled_softmax(table, HIDDEN, LABELS, jax.random.key(0), num_samples=4, bias=bias, label_smoothing=0.1)
+
+
+def test_no_examples():
+    got = js.sampled_softmax(TABLE, HIDDEN[:0], np.zeros(0, np.int32), jax.random.key(0), num_samples=3)
+    assert got.shape == (0,)
