@@ -60,7 +60,8 @@ class Scratch:
 def sorted_distinct(ids: np.ndarray) -> np.ndarray:
     """The distinct ones of ids (k,), in order. np.unique, which looks for more, takes much longer."""
     ordered = np.sort(ids)
-    new = np.ones(len(ordered), bool)
+    new = np.empty(len(ordered), bool)
+    new[:1] = True
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     return ordered[new]
 
@@ -95,7 +96,7 @@ def _among(unique: np.ndarray, ids: np.ndarray, room: int, scratch: Scratch) -> 
         positions = np.searchsorted(unique, ids).astype(np.int32)
     else:
         with scratch.lock:
-            positions = scratch.positions(unique)[ids]
+            positions = scratch.positions(unique).take(ids)
     n = len(ids)
     table = np.full((n, -(-room // max(n, 1))), NO_ID, np.int32)
     table.reshape(-1)[: len(unique)] = unique

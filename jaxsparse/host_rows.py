@@ -138,8 +138,8 @@ def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tu
 def _look_up(scratch: np.ndarray, ids: np.ndarray, size: int, num_rows: int | None, clipped: bool) -> np.ndarray:
     """Where ids are; `num_rows` is given if some may name no row."""
     if num_rows is None:
-        return scratch[ids]
+        return scratch.take(ids)  # twice as fast as scratch[ids]
     if clipped:
         ids = np.where(ids == NOBODY, ids, np.clip(ids, 0, num_rows - 1))
     inside = (ids >= 0) & (ids < num_rows)
-    return np.where(inside, scratch[np.where(inside, ids, 0)], np.int32(size))
+    return np.where(inside, scratch.take(np.where(inside, ids, 0)), np.int32(size))

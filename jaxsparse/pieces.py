@@ -28,6 +28,7 @@ class Later:
       operands: blocks, of Later or arrays; of an array that has not k rows, all rows are made of all of it.
       make: make(part, *operands), the rows of a part.
       leaf: the number of the array whose rows it is, if it is.
+      gathered: whether that array has other rows.
     """
 
     def __init__(
@@ -38,14 +39,18 @@ class Later:
         shape: tuple[int, ...],
         dtype: Any,
         leaf: int | None = None,
+        gathered: bool = False,
     ) -> None:
-        self.ids, self.operands, self.make, self.leaf = ids, tuple(operands), make, leaf
+        self.ids, self.operands, self.make, self.leaf, self.gathered = ids, tuple(operands), make, leaf, gathered
         self.shape, self.ndim, self.dtype = shape, len(shape), dtype
         self._block: Any = None
 
     def block(self) -> Any:
-        """All of it, kept for what needs it next."""
+        """All of it, kept for what needs it next, as are the rows that it was gathered from."""
         if self._block is None:
+            for x in needed([self]):
+                if x.gathered and x is not self:
+                    x.block()
             self._block = self.compute()
         return self._block
 
@@ -95,7 +100,7 @@ def rows_of(array: jax.Array, i: int, ids: jax.Array, *, aligned: bool = False) 
             return part.leaves[i]
         return array if aligned else gather_blocks([array], part.ids)[0]
 
-    return Later(ids, (), make, (*ids.shape, *array.shape[1:]), array.dtype, leaf=i)
+    return Later(ids, (), make, (*ids.shape, *array.shape[1:]), array.dtype, leaf=i, gathered=not aligned)
 
 
 def gather_blocks(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
