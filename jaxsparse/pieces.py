@@ -64,8 +64,8 @@ class Part:
 
     Args:
       ids: int32 (n,), whose rows they are.
-      cut: a block's rows here; None if they are all.
-      leaves: rows here of leaves, by number; others are gathered.
+      cut: cut(block), its rows here; of an array without rows, all of it.
+      leaves: rows here of leaves, by number; those of others are gathered.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ def known(x: Any) -> Any:
 
 
 def arrays_in(blocks: Iterable[Any]) -> list[Any]:
-    """The blocks that are known, of which these are made."""
-    found = [y for x in needed(blocks) for y in x.operands] + list(blocks)
-    return [y for y in map(known, found) if y is not None]
+    """The arrays that are known, of which these blocks are made."""
+    blocks = list(blocks)
+    found = [y for x in needed(blocks) for y in x.operands] + blocks
+    return [y for y in map(known, found) if y is not None and jnp.ndim(y)]
 
 
 def needed(blocks: Iterable[Any]) -> list[Later]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -177,12 +177,9 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
     # written after everything that is read from the tables has been read
     of_class = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
     new = {c: walk.changed({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
-    numbers = [x for x in results if x is not None and jnp.issubdtype(x.dtype, jnp.number)]
-    read = [v.made for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
-    after = zero_after(
-        *(x for x in numbers if x.size < _SMALL or walk.tables_read),
-        *(x.reshape(-1)[:1] for x in map(known, read) if x is not None),
-    )
+    made = [v.made for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
+    small = [x for x in _numbers(results) if x.size < _SMALL or walk.tables_read]
+    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numbers(map(known, made))))
     for c, space in spaces.items():
         old = {i: arrays[i] for i in of_class[c]}
         for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
@@ -191,3 +188,7 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
 
 
 _SMALL = 1 << 12
+
+
+def _numbers(arrays: Iterable[Any]) -> list[Any]:
+    return [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.number)]

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from tests.flags import DEFAULTS
+from tests.flags import DEFAULTS, QUICK
 
 # Instructions that name an array which is already there, or write into one in place.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "scatter", "opt-barrier"}
@@ -93,7 +93,8 @@ def compiled_by_default(lowered):
 
     What LLVM does comes after all that is read here, and stays quick: HLO is the same.
     """
-    return lowered.compile(DEFAULTS | {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1})
+    kept = {"xla_backend_optimization_level", "xla_cpu_parallel_codegen_split_count"}
+    return lowered.compile(DEFAULTS | {name: value for name, value in QUICK.items() if name in kept})
 
 
 def compiled_text(step, *args) -> str:
