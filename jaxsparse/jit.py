@@ -66,7 +66,8 @@ def jit(
       step: step(state, ...) -> state, or (state, ...), any pytrees.
       donate_argnums, donate_argnames: the arguments that are state, whose memory the results take over: each comes back
         as a part of the output, in the structure that it came in. Do not use them after the call. None: the first one
-        that does, and all after it that do and have arrays of its shapes, as in step(params, opt_state, batch).
+        that does, and all others that do and have arrays of its shapes, as in step(params, opt_state, batch). Two of
+        one structure are told apart by what the outputs are made of; if you name them, they come back in their order.
       static_argnums, static_argnames: as in jax.jit.
       rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
         are parts of the paths of tables: `rows={"words": new_ids}`. All others keep their bits in parameter and slots,
@@ -99,8 +100,9 @@ def jit(
       torch.optim.SparseAdam, tf.keras's LazyAdam.
     """
     if others:
-        do = f"Write jax.jit(js.rowwise(step), donate_argnums=0, {next(iter(others))}=...)."
-        raise TypeError(message("jit", next(iter(others)), "left out", "it, which is one of jax.jit's", do))
+        name, value = next(iter(others.items()))
+        do = f"If it is one of jax.jit's, write jax.jit(js.rowwise(step), donate_argnums=0, {name}=...)."
+        raise TypeError(message("jit", name, "left out", repr(value), do))
     if step is None:
         return functools.partial(
             jit,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
-from jaxsparse.rows import at_least_int32, row_ids
+from jaxsparse.rows import at_least_int32, is_narrow, row_ids
 from jaxsparse.values import UNIFORM, UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
     def put(block: jax.Array, place: jax.Array) -> jax.Array:
         where = at.astype(jnp.int32).at[..., component].set(place)
-        wide = jnp.promote_types(block.dtype, jnp.float32) if adds and _is_narrow(block) else block.dtype
+        wide = jnp.promote_types(block.dtype, jnp.float32) if adds and is_narrow(block.dtype) else block.dtype
 
         def at_once() -> jax.Array:
             if wide != block.dtype:
@@ -280,10 +280,6 @@ def _axes_left(shape: Sequence[int], *without: Sequence[int]) -> list[int]:
 
 def _replaced(sizes: Sequence[int], axis: int, size: int) -> tuple[int, ...]:
     return (*sizes[:axis], size, *sizes[axis + 1 :])
-
-
-def _is_narrow(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
 CHANGES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {

@@ -28,7 +28,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
 from jaxsparse._jax import opaque_dtype
-from jaxsparse.rows import compact, gather_rows, in_range, is_first, running_total, scatter_rows
+from jaxsparse.rows import compact, gather_rows, in_range, is_first, is_narrow, running_total, scatter_rows
 
 
 def _not_a_key(*args: Any) -> Any:
@@ -167,7 +167,7 @@ class RowSparse:
 
     def to_bcoo(self) -> BCOO:
         """As a BCOO with one sparse dimension; padding keeps BCOO's contract (index = num_rows, data = 0)."""
-        g = coalesce(self) if _is_narrow(self.dtype) else self  # BCOO adds repeats up in their own type
+        g = coalesce(self) if is_narrow(self.dtype) else self  # BCOO adds repeats up in their own type
         ids, rows = g.ids, _without_padding(g)
         real = in_range(ids, self.num_rows)
         return BCOO((rows, jnp.where(real, ids, self.num_rows)[:, None]), shape=self.shape)
@@ -201,7 +201,7 @@ class RowSparse:
         _check_no_examples(self)
         if dense.shape != self.shape:
             raise ValueError(message("RowSparse.__radd__", "dense", f"of shape {self.shape}", dense.shape))
-        if jnp.promote_types(dense.dtype, self.dtype) == dense.dtype and (self.unique or not _is_narrow(dense.dtype)):
+        if jnp.promote_types(dense.dtype, self.dtype) == dense.dtype and (self.unique or not is_narrow(dense.dtype)):
             rows = self.rows.astype(dense.dtype)
             return dense.at[self.ids].add(rows, mode="drop", unique_indices=self.unique, wrap_negative_indices=False)
         block = coalesce(self)
@@ -248,10 +248,6 @@ class RowSparse:
 def is_row_sparse(x: object) -> bool:
     """Whether `x` is a RowSparse: the is_leaf of every tree map here."""
     return isinstance(x, RowSparse)
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
 
 
 def _without_padding(g: RowSparse) -> jax.Array:

@@ -22,6 +22,11 @@ def at_least_int32(ids: jax.Array) -> jax.Array:
     return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype is a floating one of fewer than 32 bits, whose sums are made in float32."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+
+
 def row_ids(ids: jax.Array, num_rows: int) -> jax.Array:
     """Ids of any integer type as int32, every id outside [0, num_rows) as num_rows: padding."""
     ids = at_least_int32(ids)

@@ -44,8 +44,7 @@ def rowwise(
     Args:
       step: step(state, ...) -> state, or (state, ...): any pytrees, and any optax transformation.
       state_argnums: which arguments are state: each comes back as a part of the output, in the structure that it came
-        in. None: the first one that does, and all after it that do and have arrays of its shapes, as in
-        step(params, opt_state, batch).
+        in. None: those that `js.jit` finds.
       rows: as of `js.jit`.
 
     Returns:
