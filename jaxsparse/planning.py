@@ -156,8 +156,21 @@ def settle(
         heights = frozenset(_jax.shape(program.inputs[i])[0] for i in chosen)
         return Walked(Plan(heights, loose, nodes, len(leaves)), program, leaves, chosen, places, updates)
 
-    tables = given or set(would) | can & walk(can).plan.read  # read themselves, not only joined to what is
-    chosen, banned, lost = set(tables), dict[int, Reason](), dict[int, Reason]()
+    def beside(tables: set[int], walked: Walked, leaves: set[int], only_updated: bool = False) -> set[int]:
+        """Leaves whose new values have the rows of a table."""
+        find, outs = walked.plan.find, ((i, walked.outs[places[i]]) for i in leaves)
+        rows = {i: v for i, v in outs if isinstance(v, Rows) and v.axis == 0 and v.updated >= only_updated}
+        classes = {find(i) for i in tables}
+        return {i for i, v in rows.items() if find(v.node) in classes}
+
+    guess: set[int] = set()  # of what belongs to the tables, which saves a walk where it is right
+    if given:
+        tables = given
+    else:
+        first = walk(can)
+        tables = set(would) | can & first.plan.read  # read themselves, not only joined to what is
+        guess = beside(tables, first, can, only_updated=True)
+    chosen, banned, lost = tables | guess, dict[int, Reason](), dict[int, Reason]()
     while True:
         walked = walk(chosen)
         plan, find = walked.plan, walked.plan.find
@@ -166,14 +179,13 @@ def settle(
         named = {find(n) for n in (*plan.read, *would, *updates)}
         unread = Reason("not read by rows", "")
         now = {i: reasons.get(find(i), unread) for i in chosen if find(i) in reasons or find(i) not in named}
+        if now and guess:
+            chosen, guess = set(tables), set()
+            continue
+        guess = set()
         banned |= now
         with_table = {find(i) for i in tables - set(banned)}
-        grown = set()
-        for i in can - set(banned):
-            out = walked.outs[places[i]]
-            if isinstance(out, Rows) and out.axis == 0 and find(out.node) in with_table:
-                grown.add(i)
-        new = (chosen | grown) - set(banned)
+        new = (chosen | beside(tables - set(banned), walked, can - set(banned))) - set(banned)
         loose_now: frozenset[Any] = frozenset()
         if not now:  # scatters that reach no table as rows: of dense tables, or lost on the way
             lost |= {n: why for n, why in plan.refused.items() if find(n) not in with_table}
@@ -220,7 +232,7 @@ class Walked:
         stand_ins = [_stand_in(x) if i in chosen else None for i, x in enumerate(leaves)]
 
         def ids_of_reads(leaves: list[Any], stand_ins: list[Any]) -> list[Any]:
-            walk = Walk(plan)
+            walk = Walk(plan, later=True)
             values = [
                 Whole(x, _notes_of_leaf(i, x, places))
                 if s is None

@@ -195,8 +195,8 @@ class Walk:
     # -----------------------------------------------------------------------------------------------------------------
     # the rows of a class
 
-    def ids(self, node: int) -> jax.Array:
-        return jnp.zeros(3, jnp.int32) if self.spaces is None else self.spaces[self.plan.find(node)].ids
+    def ids(self, node: int) -> Any:
+        return _STAND_INS if self.spaces is None else self.spaces[self.plan.find(node)].ids
 
     def whole(self, rows: Rows) -> Any:
         """The array itself, of which only state is made; computed once in each region."""
@@ -336,6 +336,7 @@ def _reads(program: Program) -> bool:
     )
 
 
+_STAND_INS = np.zeros(3, np.int32)  # for the ids of a block, while planning
 _VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
 _RULES = row_rules.RULES | row_reads.RULES
 _OPEN = frozenset(row_regions.REGIONS) | INLINED
