@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxsparse.embedding import embedding_bag
-from jaxsparse.ops import dot
+from jaxsparse.ops.bcoo import dot
+from jaxsparse.ops.embedding import embedding_bag
 
 
 class EmbeddingBag(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from jaxsparse.lazy import plan_update
+from jaxsparse.optim.lazy import plan_update
 
 
 def assert_rowwise(inner: optax.GradientTransformation, params: Any = None) -> None:

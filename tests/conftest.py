@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("jaxsparse")
 @pytest.fixture
 def explained_by_default(monkeypatch):
     """js.explain compiles a program to see what it makes, here as users get it and not with the quick flags."""
-    explain, compile_ = sys.modules["jaxsparse.explain"], jax.stages.Lowered.compile
+    explain, compile_ = sys.modules["jaxsparse.train.explain"], jax.stages.Lowered.compile
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda self, options=None: compile_(self, DEFAULTS | (options or {}))
     )

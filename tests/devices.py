@@ -24,7 +24,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsparse as js
-from jaxsparse.replaying import is_replay_state
+from jaxsparse.optim.replaying import is_replay_state
 
 ROWS, DIM, BATCH, LENGTH = 1003, 8, 64, 6  # as many rows as no number of devices divides
 

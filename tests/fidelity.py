@@ -53,7 +53,7 @@ import optax
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse import catch_up
+from jaxsparse.optim import catch_up
 
 FLOOR = 4.0
 LUCK = 2.0

@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsparse as js
-from jaxsparse.refresh import _flush_rows, _row_shardings
+from jaxsparse.train.refresh import _flush_rows, _row_shardings
 from tests import devices
 from tests.hlo import bytes_moved, compiled_by_default, large_arrays
 

@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.row_sparse import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
 
 V, D = 30, 4

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxsparse as js
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.row_sparse import is_row_sparse
 from tests.flags import DEFAULTS
 from tests.stepwise import TOGETHER
 

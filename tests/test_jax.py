@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
 from jaxsparse import _jax
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.row_sparse import is_row_sparse
 
 V, D = 11, 4
 TABLE = jnp.asarray(np.random.default_rng(0).normal(size=(V, D)), jnp.float32)
@@ -91,7 +91,7 @@ def in_shard_map(t):
 
 
 def test_a_region_that_cannot_be_opened_is_said(monkeypatch):
-    monkeypatch.setattr(sys.modules["jaxsparse.grad"], "_WARNED", set())
+    monkeypatch.setattr(sys.modules["jaxsparse.train.grad"], "_WARNED", set())
     with pytest.warns(
         UserWarning, match=r"the parameter is dense: shard_map at .*test_jax\.py:\d+ .*cannot open"
     ) as got:
@@ -108,7 +108,7 @@ def test_a_region_that_cannot_be_opened_is_said(monkeypatch):
 
 def test_a_region_that_uses_the_table_as_a_whole_is_no_news(monkeypatch):
     """Opening it would not help; and rules of the user's own are no obstacle of ours."""
-    monkeypatch.setattr(sys.modules["jaxsparse.grad"], "_WARNED", set())
+    monkeypatch.setattr(sys.modules["jaxsparse.train.grad"], "_WARNED", set())
 
     def whole(t):
         mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])

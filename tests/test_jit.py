@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse import pieces
-from jaxsparse.host_rows import _distinct, _look_up
+from jaxsparse.trace import pieces
+from jaxsparse.train.host_rows import _distinct, _look_up
 from tests.hlo import compiled_by_default
 from tests.stepwise import (
     P0,

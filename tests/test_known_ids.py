@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse.distinct import Scratch, distinct_ids, room_for
+from jaxsparse.data.distinct import Scratch, distinct_ids, room_for
 
 V, D, N, B = 300, 4, 96, 32
 QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse import pieces
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.row_sparse import is_row_sparse
+from jaxsparse.trace import pieces
 from tests.flags import DEFAULTS
 from tests.hlo import compiled_by_default, large_arrays
 from tests.stepwise import TOGETHER

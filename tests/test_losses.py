@@ -9,8 +9,8 @@ import pytest
 import scipy.special
 
 import jaxsparse as js
-from jaxsparse.losses import log_uniform_draw, log_uniform_log_probability
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.losses import log_uniform_draw, log_uniform_log_probability
+from jaxsparse.ops.row_sparse import is_row_sparse
 
 V, D, B = 20, 4, 6
 RNG = np.random.default_rng(0)

@@ -18,8 +18,8 @@ import pytest
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse import catch_up
-from jaxsparse.refresh import _flush_all
+from jaxsparse.optim import catch_up
+from jaxsparse.train.refresh import _flush_all
 from tests.hlo import compiled_by_default, large_arrays
 
 V, D, B, L = 40, 3, 4, 3

@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
-from jaxsparse.row_sparse import coalesce, concatenate_blocks, is_row_sparse
-from jaxsparse.rows import _distinct_by_hash, distinct_rows
+from jaxsparse.ops.row_sparse import coalesce, concatenate_blocks, is_row_sparse
+from jaxsparse.ops.rows import _distinct_by_hash, distinct_rows
 
 
 def dense(ids, rows, shape):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxsparse as js
-from jaxsparse import pieces
+from jaxsparse.trace import pieces
 from tests.hlo import compiled_by_default, large_arrays
 from tests.stepwise import (
     P0,

@@ -14,7 +14,7 @@ import scipy.sparse
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.row_sparse import is_row_sparse
+from jaxsparse.ops.row_sparse import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
 
 V, D, B, L = 50, 4, 8, 3

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxsparse as js
-from jaxsparse import pieces
+from jaxsparse.trace import pieces
 from tests.stepwise import copied
 
 V, D = 1000, 3

@@ -15,7 +15,7 @@ import optax
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.refresh import _flush_all
+from jaxsparse.train.refresh import _flush_all
 from tests.benchmarks.crossover import DIM, LENGTH, dense_step, loss_fn
 
 BATCH = 4096

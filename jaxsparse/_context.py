@@ -1,0 +1,47 @@
+"""What code knows of the step that it is traced in: that arrays have their full shapes, and which rows are computed."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Around the tracing of what is to be evaluated on rows."""
+    token = _TRACING.set(True)
+    try:
+        yield
+    finally:
+        _TRACING.reset(token)
+
+
+_TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", default=False)
+
+
+def is_tracing() -> bool:
+    """Whether a step is being traced, in which all arrays have their full shapes: js.value_and_grad and js.lazy, which
+    would choose the rows themselves, have nothing to do there."""
+    return _TRACING.get()
+
+
+ROWS_OF = "jaxsparse_rows_of"  # the name under which a walk knows rows_of
+
+
+def rows_of(x: Any) -> tuple[jax.Array, jax.Array]:
+    """Where a step computes some rows of an array (n, ...), how many, int32 (), and which, bool (n,). Where it computes
+    all of them, and outside of such a step, -1 and none."""
+    return _ROWS_OF(x)
+
+
+def _rows_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.int32(-1), jnp.zeros(x.shape[:1], bool)
+
+
+_rows_of.__name__ = ROWS_OF
+_ROWS_OF = jax.jit(_rows_of)

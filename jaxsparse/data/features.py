@@ -1,0 +1,266 @@
+"""The kinds of features that a batch is made of: what each is, how large a batch of it gets, and how one is cut. Host
+side only.
+
+Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
+shard of a batch; `ids`, what is ids in that; and `nse`, a size that is fixed.
+
+What they are made of comes through `inputs`, which looks at the values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.experimental.sparse import BCOO
+
+from jaxsparse._checks import message
+from jaxsparse.data.distinct import round_up
+from jaxsparse.data.inputs import (
+    as_array,
+    as_jax_dtype,
+    canonical_csr,
+    checked_ids,
+    entry_at,
+    id_list,
+    positions_in,
+    where_bad,
+)
+
+
+class Sizes:
+    """A few static sizes for a run: the largest that is expected, in eighths of an octave, and three quarters and half
+    of that: levels 2, 1 and 0. One size for all levels where all needs are alike, or where it is fixed.
+
+    What needs more than the largest gets its own size.
+    """
+
+    def __init__(self, needs: Sequence[int], fixed: int | None) -> None:
+        largest = round_up(max(needs, default=1)) if fixed is None else fixed
+        alike = fixed is not None or len(set(needs)) < 2
+        self.sizes = (largest,) * LEVELS if alike else (-(-largest // 2), -(-3 * largest // 4), largest)
+
+    def level(self, need: int) -> int:
+        return next((level for level, size in enumerate(self.sizes) if size >= need), LEVELS - 1)
+
+    def fit(self, need: int, level: int) -> int:
+        return self.sizes[level] if need <= self.sizes[level] else round_up(need)
+
+
+LEVELS = 3
+
+
+class Sparse:
+    """A SciPy matrix: BCOO batches."""
+
+    def __init__(self, matrix: Any, name: str, nse: int | None, check_finite: bool) -> None:
+        self.csr, self.name, self.nse = canonical_csr(matrix, "batches", name), name, nse
+        if check_finite and not np.isfinite(self.csr.data).all():
+            at = int(np.flatnonzero(~np.isfinite(self.csr.data))[0])
+            raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {entry_at(self.csr, at)}"))
+        self.num_examples = self.csr.shape[0]
+        self.lengths = np.diff(self.csr.indptr).astype(np.int64)
+
+    def need(self, parts: list[np.ndarray]) -> int:
+        entries = max(int(self.lengths[part].sum()) for part in parts)
+        if self.nse is not None and entries > self.nse:
+            must = f"at least {entries}, the entries of {self.name} in the batch from example {parts[0][0]} on"
+            raise ValueError(message("batches", "nse", must, self.nse, "Raise nse, or leave it out."))
+        return entries
+
+    def cut(self, part: np.ndarray) -> Any:
+        return self.csr[part]
+
+    def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
+        del spare
+        return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
+
+    def ids(self, padded: BCOO) -> np.ndarray:
+        return np.asarray(padded.indices[:, 1])
+
+
+class Lists:
+    """Lists of ids: (B, L) padded."""
+
+    nse = None
+
+    def __init__(self, lists: Any, name: str, num_rows: int | None, padding_idx: int | None) -> None:
+        rows = [id_list(row, name, i) for i, row in enumerate(lists)]
+        if num_rows is None:
+            do = "It is the number of rows of the table that the ids go into."
+            raise ValueError(message("batches", "num_rows", f"given, because {name} is a list of id lists", None, do))
+        self.name, self.num_examples = name, len(rows)
+        self.lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        # floats, where uint64 stands beside int64: exact for every id that is legal
+        flat = np.concatenate([row for row in rows if len(row)] or [np.zeros(0, np.int32)])
+
+        def position(at: int) -> str:
+            row = int(np.searchsorted(self.starts, at, side="right")) - 1
+            return f"position {at - self.starts[row]} of list {row}"
+
+        self.flat = checked_ids(flat, name, num_rows, padding_idx, position)
+        self.padding = num_rows if padding_idx is None else padding_idx
+
+    def need(self, parts: list[np.ndarray]) -> int:
+        return max(int(self.lengths[part].max(initial=1)) for part in parts)
+
+    def cut(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        lengths = self.lengths[part]
+        return self.flat[_spans(self.starts[part], lengths)], lengths
+
+    def pad(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> np.ndarray:
+        del spare
+        out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
+        out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
+        return out
+
+    def ids(self, padded: np.ndarray) -> np.ndarray:
+        return padded
+
+
+class Ids:
+    """An array of ids."""
+
+    nse = None
+
+    def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
+        self.name, self.num_examples = name, len(ids)
+        flat = checked_ids(ids.reshape(-1), name, num_rows, padding_idx, positions_in(ids.shape))
+        self.values = flat.reshape(ids.shape)
+        self.padding = padding_idx
+
+    def need(self, parts: list[np.ndarray]) -> int:
+        del parts
+        return 0
+
+    def cut(self, part: np.ndarray) -> np.ndarray:
+        return np.take(self.values, part, axis=0)  # several times as fast as self.values[part]
+
+    def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
+        del size
+        return _pad(cut, length, self.values[spare] if self.padding is None else self.padding)
+
+    def ids(self, padded: np.ndarray) -> np.ndarray:
+        return padded
+
+
+class Array:
+    """Any other array."""
+
+    nse = None
+
+    def __init__(self, values: Any, name: str, check_finite: bool) -> None:
+        given = as_array(values, name)
+        self.values = as_jax_dtype(given, "batches", name, positions_in(given.shape))
+        if given.ndim < 1:
+            raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {given.shape}"))
+        # after the cast: what overflows float32 is inf on the device
+        if check_finite and jnp.issubdtype(given.dtype, jnp.inexact) and not np.isfinite(self.values).all():
+            raise ValueError(message("batches", name, "finite", where_bad(given, ~np.isfinite(self.values))))
+        self.name, self.num_examples = name, len(given)
+
+    def need(self, parts: list[np.ndarray]) -> int:
+        del parts
+        return 0
+
+    def cut(self, part: np.ndarray) -> np.ndarray:
+        return np.take(self.values, part, axis=0)
+
+    def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
+        del size
+        return _pad(cut, length, self.values[spare])
+
+    def ids(self, padded: np.ndarray) -> None:
+        del padded
+
+
+def make_features(
+    x: Any, path: str, key: str | None, per_name: dict[str, Any], check_finite: bool, names: set[str]
+) -> Any:
+    """x with every feature wrapped in its class."""
+    if isinstance(x, Mapping) and not scipy.sparse.issparse(x):  # a DOK matrix is both
+        return {k: make_features(v, f"{path}[{k!r}]", k, per_name, check_finite, names) for k, v in x.items()}
+    if key is not None:
+        names.add(key)
+    num_rows, padding_idx, nse = (v.get(key) if isinstance(v, Mapping) else v for v in per_name.values())
+    feature = _feature(x, path, num_rows, padding_idx, nse, check_finite)
+    if isinstance(per_name["num_rows"], Mapping) and num_rows is not None:
+        check_num_rows([feature], num_rows)
+    return feature
+
+
+def _feature(x: Any, path: str, num_rows: Any, padding_idx: Any, nse: Any, check_finite: bool) -> Any:
+    if scipy.sparse.issparse(x):
+        return Sparse(x, path, nse, check_finite)
+    if isinstance(x, (list, tuple)) and (not x or any(isinstance(row, (list, tuple, np.ndarray)) for row in x)):
+        return Lists(x, path, num_rows, padding_idx)
+    array = as_array(x, path)
+    if array.ndim and array.dtype.kind in "iu":
+        return Ids(array, path, num_rows, padding_idx)
+    return Array(array, path, check_finite)
+
+
+def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
+    """One num_rows for these features is for the ids among them. Where there are none it is for the matrices, whose
+    columns have to be rows; and where there are none either, it would be ignored.
+
+    Raises:
+      ValueError: if a matrix has more columns.
+      TypeError: if there is nothing that it could be for.
+    """
+    if any(isinstance(f, (Ids, Lists)) for f in features):
+        return
+    matrices = [f for f in features if isinstance(f, Sparse)]
+    for f in matrices:
+        if f.csr.shape[1] > num_rows:
+            must = f"at least {f.csr.shape[1]}, the number of columns of {f.name}"
+            raise ValueError(message("batches", "num_rows", must, num_rows, "A column is a row of the table."))
+    if not matrices:
+        must = "left out, or given for ids: integers, lists of them, or the columns of a SciPy matrix"
+        got = f"{num_rows} for {', '.join(f'{f.name} of {f.values.dtype}' for f in features)}"
+        do = "Cast ids to integers: .astype('int32'). Missing ids make floats of a column: fill them first."
+        raise TypeError(message("batches", "num_rows", must, got, do))
+
+
+def _pad(values: np.ndarray, length: int, fill: Any) -> np.ndarray:
+    """values (k, ...) with `fill` up to (length, ...)."""
+    if len(values) == length:
+        return values
+    out = np.empty((length, *values.shape[1:]), values.dtype)
+    out[: len(values)] = values
+    out[len(values) :] = fill
+    return out
+
+
+@functools.lru_cache
+def _bcoo_structure(shape: tuple[int, int]) -> Any:
+    return jax.tree.structure(BCOO((jnp.zeros(0), jnp.zeros((0, 2), jnp.int32)), shape=shape, indices_sorted=True))
+
+
+def bcoo(data: np.ndarray, indices: np.ndarray, shape: tuple[int, int]) -> BCOO:
+    """A BCOO that holds the NumPy arrays themselves: its constructor would move them to the default device."""
+    return jax.tree.unflatten(_bcoo_structure(shape), [data, indices])
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The positions starts[i], starts[i] + 1, ..., starts[i] + lengths[i] - 1, for every i, in one array."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def entries(csr: Any, length: int, nse: int) -> tuple[np.ndarray, np.ndarray]:
+    """data (nse,) and indices (nse, 2) of a matrix of up to `length` rows, padded with 0 and (length, num_columns)."""
+    k = csr.nnz
+    data = np.zeros(nse, csr.data.dtype)
+    indices = np.empty((nse, 2), np.int32)
+    data[:k] = csr.data
+    indices[:k, 0] = np.repeat(np.arange(csr.shape[0], dtype=np.int32), np.diff(csr.indptr))
+    indices[:k, 1] = csr.indices
+    indices[k:] = (length, csr.shape[1])
+    return data, indices

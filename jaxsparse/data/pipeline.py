@@ -1,0 +1,370 @@
+"""From SciPy matrices and id lists on the host to static-shape batches on the device.
+
+Shapes are static on the device and sizes are not in the data, so everything is padded, by BCOO's contract (index =
+size, data = 0) for sparse matrices and with padding_idx (or num_rows) for id lists. Examples that fill up a batch are
+empty there, and elsewhere repeat one of the batch, so that no new row is touched and nothing new can overflow; their
+weight is 0. How much: `Sizes` has a few sizes for a whole run, and all features of a batch are padded to the same level
+of theirs, or every combination would be a shape to compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+from jaxsparse._checks import message
+from jaxsparse.data.batch import Batch
+from jaxsparse.data.distinct import Scratch, distinct_ids, room_for, sorted_distinct
+from jaxsparse.data.features import (
+    LEVELS,
+    Array,
+    Sizes,
+    bcoo,
+    check_num_rows,
+    entries,
+    make_features,
+)
+from jaxsparse.data.inputs import canonical_csr, where_bad
+
+
+def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
+    """A SciPy sparse matrix as a BCOO with static shapes.
+
+    Duplicates are summed, explicit zeros are kept, the entries are ordered by row and column. Padding has index = shape
+    and data 0.
+
+    Args:
+      matrix: any SciPy sparse matrix or array of two dimensions, with indices of any integer type.
+      nse: the number of entries to pad to; by default as many as there are.
+
+    Returns:
+      A BCOO of the matrix's shape: data (nse,), indices int32 (nse, 2).
+
+    Raises:
+      TypeError: if `matrix` is no SciPy sparse matrix.
+      ValueError: if `nse` is smaller than the number of entries, or a stored index is outside the shape.
+      OverflowError: if a dimension does not fit int32.
+
+    Example:
+      >>> import numpy as np, scipy.sparse, jaxsparse as js
+      >>> x = js.from_scipy(scipy.sparse.csr_matrix(np.array([[0., 2.], [1., 0.]])), nse=3)
+      >>> x.data.tolist(), x.indices.tolist()
+      ([2.0, 1.0, 0.0], [[0, 1], [1, 0], [2, 2]])
+    """
+    csr = canonical_csr(matrix, "from_scipy", "matrix")
+    nse = csr.nnz if nse is None else nse
+    if not _is_int(nse) or nse < csr.nnz:
+        do = "A smaller nse would lose entries."
+        raise ValueError(message("from_scipy", "nse", f"at least the number of stored entries, {csr.nnz}", nse, do))
+    return jax.tree.map(jnp.asarray, bcoo(*entries(csr, csr.shape[0], nse), csr.shape))
+
+
+def batches(
+    x: Any,
+    y: Any = None,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_remainder: bool = False,
+    num_rows: int | Mapping[str, int] | None = None,
+    padding_idx: int | Mapping[str, int] | None = None,
+    weight: Any = None,
+    nse: int | Mapping[str, int] | None = None,
+    devices: int | None = None,
+    shard: tuple[int, int] | None = None,
+    check_finite: bool = False,
+) -> Batches:
+    """Batches of one static shape: every example once an epoch, another order each epoch, resumable.
+
+    Args:
+      x: the examples, n of them: a SciPy sparse matrix (n, num_features); integers (n, L) or (n,), which are ids; a
+        list of n lists of ids, which become (B, L), L being the batch's longest, rounded up to one of a few sizes; any
+        other array (n, ...); or a dict of these, nested at will. Columns of data frames are arrays, if they are numbers
+        without missing values. No examples, n = 0, are no batches.
+      y: the targets, an array (n, ...), or None.
+      batch_size: examples a batch; the last batch of an epoch is padded up to it with weight 0.
+      shuffle: another order each epoch, all of them from `seed`.
+      seed: of the orders.
+      drop_remainder: leave out the last batch where it is not full.
+      num_rows: the size of the table that ids go into: an int, or one by feature name. Ids are checked against it.
+        Lists of ids need it. An int is for the ids in x, if there are any, and otherwise for its matrices, which must
+        not have more columns.
+      padding_idx: what pads lists of ids, an int or one by feature name; give embedding_bag or embedding_lookup the
+        same one. num_rows by default. An id equal to it is legal in the data and means padding there too.
+      weight: a weight for each example, (n,); 1 by default.
+      nse: entries a batch of a SciPy matrix is padded to, an int or one by feature name. By default one of a few sizes.
+      devices: if given, every leaf of a batch gets a leading axis of this size, one slice of batch_size / devices
+        examples for each device: what jax.pmap maps over.
+      shard: if given, (index, count): of every batch only this slice of batch_size / count examples, cut into `devices`
+        slices in its turn. With (jax.process_index(), jax.process_count()) and everything else the same on every
+        host, each example is on one host, and all hosts make the same number of steps with the same shapes. Such
+        batches do not carry their distinct ids: a host would have to look at those of all others.
+      check_finite: whether NaN and inf in x, y and weight are errors.
+
+    Returns:
+      A `Batches`: each iteration over it is one epoch of `Batch`.
+
+    Raises:
+      TypeError: for an x that is none of the above, for sizes and ids that are no integers, and for a num_rows of
+        features that are no ids. It names the column: sparse, categorical, missing, of strings, of lists.
+      ValueError: for sizes that do not fit together, ids outside [0, num_rows), more columns than num_rows, nse too
+        small, or, with check_finite, NaN and inf.
+      OverflowError: for ids past the int32 range.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> batches = js.batches([[3, 0], [], [1, 2]], [0., 1., 1.], num_rows=4, batch_size=2)
+      >>> for batch in batches:
+      ...     print(batch.x.tolist(), batch.y.tolist(), batch.weight.tolist())
+      [[3, 0], [4, 4]] [0.0, 1.0] [1.0, 1.0]
+      [[1, 2], [4, 4]] [1.0, 1.0] [1.0, 0.0]
+    """
+    return Batches(
+        x,
+        y,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_remainder=drop_remainder,
+        num_rows=num_rows,
+        padding_idx=padding_idx,
+        weight=weight,
+        nse=nse,
+        devices=devices,
+        shard=shard,
+        check_finite=check_finite,
+    )
+
+
+class Batches:
+    """What `js.batches` returns. `len()` is the number of batches an epoch.
+
+    Each `iter()` starts an epoch at its beginning: the one that comes next, or the same one again if its iteration was
+    left early. To go on where a run stopped, save `state` beside the checkpoint and set it before iterating: the epoch
+    then starts there, however often it is left early. An epoch is over when its last batch has been handed out.
+
+    Attributes:
+      state: the position as a dict of ints: epoch, step (of the batch to come next), and the settings that the order
+        depends on. Setting it raises ValueError if those settings differ.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_remainder: bool,
+        num_rows: Any,
+        padding_idx: Any,
+        weight: Any,
+        nse: Any,
+        devices: int | None,
+        shard: tuple[int, int] | None,
+        check_finite: bool,
+    ) -> None:
+        if not _is_int(batch_size) or batch_size < 1:
+            raise ValueError(message("batches", "batch_size", "an integer of at least 1", batch_size))
+        index, count = _check_shard(shard, batch_size)
+        if devices is not None and (not _is_int(devices) or devices < 1 or batch_size // count % devices):
+            size = f"batch_size, {batch_size}" if shard is None else f"batch_size / count, {batch_size // count}"
+            raise ValueError(message("batches", "devices", f"a divisor of {size}", devices))
+        if not _is_int(seed) or seed < 0:
+            raise ValueError(message("batches", "seed", "an integer of at least 0", seed))
+        per_name = {"num_rows": num_rows, "padding_idx": padding_idx, "nse": nse}
+        for argument, value in per_name.items():
+            for v in value.values() if isinstance(value, Mapping) else [value]:
+                if v is not None and not _is_int(v):
+                    raise TypeError(message("batches", argument, "an integer, or a dict of them", repr(v)))
+        names: set[str] = set()
+        features, self._tree = jax.tree.flatten(make_features(x, "x", None, per_name, check_finite, names))
+        for argument, value in per_name.items():
+            for name in set(value) - names if isinstance(value, Mapping) else ():
+                raise ValueError(
+                    message("batches", argument, f"keyed by the features of x, {sorted(names)}", repr(name))
+                )
+        if not features:
+            raise ValueError(message("batches", "x", "at least one feature", "an empty dict"))
+        if num_rows is not None and not isinstance(num_rows, Mapping):
+            check_num_rows(features, num_rows)
+        self._features, self._num_examples = features, features[0].num_examples
+        for feature in features[1:]:
+            if feature.num_examples != self._num_examples:
+                must = f"of {self._num_examples} examples, as {features[0].name} is"
+                raise ValueError(message("batches", feature.name, must, feature.num_examples))
+        self._y = None if y is None else Array(y, "y", check_finite)
+        self._weight = None if weight is None else Array(weight, "weight", check_finite)
+        for other in (self._y, self._weight):
+            if other is not None and other.num_examples != self._num_examples:
+                raise ValueError(
+                    message("batches", other.name, f"of {self._num_examples} examples, as x is", other.num_examples)
+                )
+        if self._weight is not None:
+            values = self._weight.values
+            if values.ndim != 1 or jnp.iscomplexobj(values) or (values < 0).any():
+                must = "real, of shape (n,) and not negative"
+                raise ValueError(message("batches", "weight", must, where_bad(values, values < 0)))
+        self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
+        self._drop_remainder, self._devices = bool(drop_remainder), devices
+        own = devices or 1
+        self._parts, self._own = own * count, slice(own * index, own * (index + 1))
+        self._epoch = self._step = self._start = 0
+        epochs = min(-(-_LOOK_AHEAD // max(len(self), 1)), _LOOK_AHEAD // 4) if shuffle else 1
+        ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in range(len(self))]
+        ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
+        self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse) for f in features]
+        self._levels = sorted(set(map(self._level, ahead)))
+        self._scratch, self._room = Scratch(), [0] * len(features)
+        if not self.is_part:
+            counts = [self._count(parts) for parts in ahead[:: max(len(ahead) // _LOOK_AT, 1)]]
+            self._room = [room_for(max(count)) for count in zip(*counts, strict=True)] or self._room
+
+    def __len__(self) -> int:
+        full, rest = divmod(self._num_examples, self._batch_size)
+        return full + (rest > 0 and not self._drop_remainder)
+
+    @property
+    def num_examples(self) -> int:
+        return self._num_examples
+
+    @property
+    def num_devices(self) -> int | None:
+        return self._devices
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other hosts have the rest of each batch."""
+        return self._parts > (self._devices or 1)
+
+    @property
+    def state(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "step": self._step, **self._settings()}
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        for name, value in self._settings().items():
+            if state.get(name) != value:
+                got = f"{name}={state.get(name)}"
+                raise ValueError(message("batches", "state", f"saved with {name}={value}", got))
+        epoch, step = int(state.get("epoch", -1)), int(state.get("step", -1))
+        if not (epoch >= 0 and 0 <= step <= len(self)):
+            raise ValueError(message("batches", "state", f"a position of an epoch of {len(self)} batches", dict(state)))
+        self._epoch, self._step, self._start = epoch, step, step
+
+    def _settings(self) -> dict[str, int]:
+        return {
+            "seed": self._seed,
+            "shuffle": int(self._shuffle),
+            "batch_size": self._batch_size,
+            "drop_remainder": int(self._drop_remainder),
+            "num_examples": self._num_examples,
+        }
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, start = self._epoch, self._start
+        order = self._order(epoch)
+        for step in range(start, len(self)):
+            batch = self._batch(self._chunk(order, step))
+            if step + 1 < len(self):
+                self._epoch, self._step = epoch, step + 1
+            else:
+                self._epoch, self._step, self._start = epoch + 1, 0, 0
+            yield batch
+        if start >= len(self):  # an empty epoch, or a position at the end of one
+            self._epoch, self._step, self._start = epoch + 1, 0, 0
+
+    def one_epoch(self) -> Iterator[Batch]:
+        """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
+        order = self._order(self._epoch)
+        return (self._batch(self._chunk(order, step)) for step in range(len(self)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(self._num_examples)
+        return np.random.default_rng([self._seed, epoch]).permutation(self._num_examples)
+
+    def _chunk(self, order: np.ndarray, step: int) -> list[np.ndarray]:
+        """The examples of a batch, one array for each device of each host."""
+        part, first = self._batch_size // self._parts, step * self._batch_size
+        return [order[first + i * part : first + (i + 1) * part] for i in range(self._parts)]
+
+    def _is_full(self, parts: list[np.ndarray]) -> bool:
+        return sum(map(len, parts)) == self._batch_size
+
+    def _level(self, parts: list[np.ndarray]) -> int:
+        return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
+
+    def _count(self, parts: list[np.ndarray]) -> list[int]:
+        """Of each feature, the most distinct ids in a shard of a batch."""
+        length, sizes = self._batch_size // len(parts), self._fit(parts)
+        shards = [self._shard(part, length, sizes, int(parts[0][0])) for part in parts]
+        counts = []
+        for f, leaves in zip(self._features, zip(*shards, strict=True), strict=True):
+            ids = [f.ids(x) for x in leaves]
+            counts.append(max(0 if x is None else len(sorted_distinct(x.reshape(-1))) for x in ids))
+        return counts
+
+    def _fit(self, parts: list[np.ndarray]) -> list[int]:
+        """The size of each feature in a batch."""
+        wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
+        level = next((level for level in self._levels if level >= wanted), self._levels[-1])
+        return [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
+
+    def _shard(self, part: np.ndarray, length: int, sizes: list[int], spare: int) -> list[Any]:
+        return [f.pad(f.cut(part), length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
+
+    def _batch(self, parts: list[np.ndarray]) -> Batch:
+        length, spare, sizes = self._batch_size // len(parts), int(parts[0][0]), self._fit(parts)
+        own = parts[self._own]
+        features = [self._shard(part, length, sizes, spare) for part in own]
+        known = [self._known(n, list(leaves)) for n, leaves in enumerate(zip(*features, strict=True))]
+        shards = []
+        for part, leaves, distinct in zip(own, features, zip(*known, strict=True), strict=True):
+            weight = np.zeros(length, np.float32)
+            weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
+            y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
+            shards.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
+        stack = lambda *leaves: np.stack(leaves)  # noqa: E731
+        x, distinct, y, weight = jax.tree.map(stack, *shards) if self._devices else _on_device(shards[0])
+        return Batch(x, y, weight, distinct)
+
+    def _known(self, n: int, leaves: list[Any]) -> list[Any]:
+        """What is known of the ids of feature n, for each shard."""
+        ids = [self._features[n].ids(x) for x in leaves]
+        if self.is_part or ids[0] is None:
+            return [None] * len(leaves)
+        return distinct_ids(ids, self._room[n], self._scratch)
+
+
+_LOOK_AHEAD = 64  # batches to learn the sizes from
+_LOOK_AT = 16  # of these, to count ids in
+
+
+@jax.jit
+def _on_device(arrays: Any) -> Any:
+    """These arrays, in a third of the time that jnp.asarray takes for them one by one."""
+    return arrays
+
+
+def _check_shard(shard: Any, batch_size: int) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    must = f"a pair (index, count), 0 <= index < count, count a divisor of batch_size, {batch_size}"
+    if not isinstance(shard, tuple) or len(shard) != 2 or not all(map(_is_int, shard)):
+        raise TypeError(message("batches", "shard", must, repr(shard)))
+    index, count = map(int, shard)
+    if not 0 <= index < count or batch_size % max(count, 1):
+        raise ValueError(message("batches", "shard", must, shard))
+    return index, count
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)

@@ -1,0 +1,5 @@
+"""Optimizers of row-sparse gradients.
+
+Any of optax (`lazy`); named ones (`optimizers`, `adagrad`); those that make up for the steps in which a row was not
+read (`replaying`, `up_to_date`, with the sums of `catch_up`).
+"""

@@ -1,0 +1,207 @@
+"""`lazy(inner)`: any optax transformation at the cost of the rows that a gradient touches.
+
+An update is a program like a step, and is evaluated as one (`rowwise.py`): it is traced at full shapes, where a
+RowSparse gradient is an array that is zero but in its rows, and evaluated on these rows, of the state's arrays too. So
+norms, clipping, schedules, masks and weight decay inside it are right without knowing about sparsity, and what looks
+across rows is found in the program.
+
+In a step under js.jit or js.rowwise, whose gradients are arrays, lazy(inner) is inner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import _jax
+from jaxsparse._checks import message
+from jaxsparse._context import tracing
+from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
+from jaxsparse.trace.pieces import rows_of, write
+from jaxsparse.trace.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
+from jaxsparse.trace.trained import trained_rows
+from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of
+from jaxsparse.trace.walk import Space, Walk
+
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+_flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
+
+
+def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optax transformation, usually a whole chain, to take row-sparse gradients at the cost of their rows.
+
+    Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step
+    counters are global: bias correction uses the number of updates, not the number of times a row was touched. Both are
+    what torch's SparseAdam and TensorFlow Addons' LazyAdam do. With every row touched, the result is that of dense
+    `inner`. The state is inner's own.
+
+    Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a
+    transformation that maps over gradients meets row ids and refuses.
+
+    Args:
+      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3), and
+        those that wait for a later step (MultiSteps), raise at the first update, which reads their program.
+      rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
+        are parts of the paths of parameters. All others keep their bits, and their gradients count nothing.
+
+    Returns:
+      A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
+      calls it. The state must be donated for a step to cost O(rows).
+
+    Raises:
+      ValueError: from update, if a gradient's shape is not its parameter's, or inner does not act on each row by
+        itself, with its line.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = js.lazy(optax.sgd(1.0))
+      >>> params = jnp.ones((4, 1))
+      >>> grads = js.RowSparse(jnp.array([2, 2]), jnp.array([[.25], [.25]]), (4, 1))
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates).ravel().tolist()
+      [1.0, 1.0, 0.5, 1.0]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        grads, tree = _flatten(updates, is_leaf=is_row_sparse)
+        if not any(map(is_row_sparse, grads)):
+            if rows is not None:
+                do = "In a step under js.jit or js.rowwise, give it to that."
+                raise ValueError(message("lazy", "rows", "left out where no gradient is a RowSparse", "it", do))
+            return inner.update(updates, state, params, **extra_args)
+        values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
+        for i, (g, p) in enumerate(zip(grads, values, strict=True)):
+            if is_row_sparse(g) and p is not None and jnp.shape(p) != g.shape:
+                must = f"of the parameter's shape, {jnp.shape(p)}"
+                raise ValueError(message("lazy", "updates", must, f"{g.shape} at leaf {i}"))
+        with jax.named_scope("lazy_coalesce"):
+            grads = [coalesce(g) if is_row_sparse(g) else g for g in grads]
+            if rows is not None:
+                paths = [jax.tree_util.keystr(p) for p, _ in _flatten_with_path(updates, is_leaf=is_row_sparse)[0]]
+                tables = {i: (paths[i], g.num_rows, i) for i, g in enumerate(grads) if is_row_sparse(g)}
+                dense = [path for i, path in enumerate(paths) if i not in tables]
+                trained = trained_rows("lazy", rows, tables, dense)
+                grads = [trained[i].only(g) if i in trained else g for i, g in enumerate(grads)]
+        with jax.named_scope("lazy_update"):
+            return _update(inner, tree, grads, state, params, extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
+    """inner.update, some of whose gradients are RowSparse with unique ids."""
+    by_row = {i for i, g in enumerate(grads) if is_row_sparse(g)}
+    slots, slot_tree = _flatten(state)
+    shapes = [jax.ShapeDtypeStruct(g.shape, g.dtype) if i in by_row else g for i, g in enumerate(grads)]
+    planned = plan_update(inner, tree, shapes, state, params, extra_args, by_row)
+    arrays = [
+        x.rows if i in by_row else jnp.asarray(x) for i, x in enumerate([*grads, *slots, *jax.tree.leaves(params)])
+    ]
+    ids = {planned.leaves[i]: grads[i].ids for i in by_row}
+    spaces = {c: Space(ids[c], planned.classes[c], {}) for c in ids}
+    walk = Walk(planned.plan, spaces, later=not (planned.plan.axes or _jax.varying_axes([arrays, ids])))
+
+    def block(i: int) -> Any:
+        if i not in by_row:
+            return walk.leaf(arrays[i], i)
+        given, num_rows = rows_of(arrays[i], i, walk.ids(i), aligned=True), walk.num_rows(i)  # anything in padding rows
+        return walk.by_row(i, arrays[i], 0, [given], lambda part, x: jnp.where(part.is_real(num_rows, x.ndim), x, 0))
+
+    def value(i: int) -> Any:
+        if i not in planned.leaves:
+            return Whole(arrays[i])
+        return rows_of_update(block(i), i) if i in by_row else rows_of_leaf(block(i), i, arrays[i])
+
+    values = [value(i) for i in range(len(arrays))]
+    outs = walk.run(planned.program, values)
+    results: list[Any] = [
+        None if i in planned.leaves else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
+        for i, v in enumerate(outs)
+    ]
+    for c, space in spaces.items():
+        old = {i: arrays[i] for i in planned.leaves if planned.leaves[i] == c}
+        new = walk.changed({i: (values[i], outs[i]) for i in old if i < len(outs)})
+        written = write(new, old, space.ids, space.num_rows, by_row & old.keys())
+        for i in old.keys() & set(range(len(outs))):
+            results[i] = RowSparse(ids[c], written[i], grads[i].shape, unique=True) if i in by_row else written[i]
+    return tree.unflatten(results[: len(grads)]), slot_tree.unflatten(results[len(grads) :])
+
+
+def plan_update(
+    inner: Any, tree: Any, grads: Sequence[Any], state: Any, params: Any, extra_args: dict[str, Any], by_row: set[int]
+) -> Planned:
+    """What is known of inner.update before it is evaluated. Inputs: the leaves of gradient, state and params; outputs:
+    those of updates and state. Arrays may be abstract.
+
+    Args:
+      tree, grads: the gradient.
+      by_row: which of its leaves are zero but in some rows.
+
+    Raises:
+      ValueError: if inner does not act on each row by itself.
+    """
+    slots, slot_tree = _flatten(state)
+    values, values_tree = _flatten(params)
+
+    def update(*leaves: Any) -> list[Any]:
+        first, rest = leaves[: len(grads)], leaves[len(grads) :]
+        old, p = rest[: len(slots)], values_tree.unflatten(rest[len(slots) :])
+        with tracing():
+            updates, new = inner.update(tree.unflatten(first), slot_tree.unflatten(old), p, **extra_args)
+        new_leaves, new_tree = _flatten(new)
+        if new_tree != slot_tree:
+            must = "a transformation whose state keeps its structure"
+            raise ValueError(message("lazy", "inner", must, f"{slot_tree}, then {new_tree}"))
+        return [*tree.flatten_up_to(updates), *new_leaves]
+
+    leaves = [*grads, *slots, *values]
+    program = _jax.trace(update, *leaves)
+    places = {i: i for i in range(len(grads) + len(slots))}
+    can = {i for i in places if i >= len(grads) and jnp.ndim(leaves[i])}
+    can = {i for i in can if _jax.shape(program.outputs[i]) == leaves[i].shape}
+    first = len(grads) + len(slots)  # of the parameters
+    rows = {i: [first + i] if values else [] for i in by_row}
+    settled = settle(program, leaves, places, can, updates=rows)
+    planned, walked = settled.planned(), settled.walked
+    try:
+        for why in (settled.banned[i] for i in by_row & settled.banned.keys()):
+            raise refused(str(why), "It looks across rows.")
+        if len({planned.leaves[i] for i in by_row}) < len(by_row):
+            raise refused("one that adds the gradients of two tables", "It looks across rows.")
+        paths = {i: jax.tree_util.keystr(path) for i, (path, _) in enumerate(_flatten_with_path(state)[0], len(grads))}
+        check(walked, places, paths, set(), settled.chosen, settled.lost)
+    except RefusedError as error:
+        must = "a transformation that acts on each row by itself"
+        raise ValueError(message("lazy", "inner", must, error.got, error.do)) from None
+    warn_once("js.lazy", planned)
+    return planned
+
+
+def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
+    """{name: leaf} in the order of the leaves, a RowSparse being one, and the tree's definition.
+
+    The boxes that flax puts around parameters (linen's Partitioned, nnx's Variable) do not count for the name: they may
+    come and go between init and update.
+    """
+    flat, definition = _flatten_with_path(tree, is_leaf=is_row_sparse)
+    return {_name(path): leaf for path, leaf in flat}, definition
+
+
+def per_leaf(make: Any, params: Any) -> Any:
+    """{name: make(leaf)}: a part of the state that has something for each parameter.
+
+    It is no tree like params, because flax would give its arrays the partitioning of params, whose rank is another.
+    What
+    has no leaves stays as it is: optax.tree_utils.tree_map_params lets init run on such a mark.
+    """
+    leaves, _ = named_leaves(params)
+    return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(tuple(k for k in path if str(k) != ".value"), simple=True, separator=".") or "array"

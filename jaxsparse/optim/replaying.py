@@ -1,0 +1,323 @@
+"""`skipped="replay"`: rows that a step does not touch move on as they would under the dense optimizer.
+
+A replaying optimizer is a lazy one with a stamp for each table row, the step after which the row was last brought up to
+date, and the history of what the steps since were worth (`catch_up.py`). A row must be brought up to date before the
+forward pass reads it: js.make_train_step does so, `refresh` does it in a step written by hand, and an update of rows
+that are not up to date makes them NaN (or raises, outside jit). `flush` brings every row up to date.
+
+All that this needs is in the optimizer's state, so that it can be found in there, however deep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._checks import message
+from jaxsparse._context import is_tracing, rows_of
+from jaxsparse._jax import is_traced
+from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
+from jaxsparse.ops.rows import gather_rows, in_range, scatter_rows, zero_after
+from jaxsparse.optim import catch_up
+from jaxsparse.optim.lazy import lazy, named_leaves, per_leaf
+
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+
+_CHUNK = 1 << 18  # elements that flush has in hand at a time
+
+
+def _counting(tx: optax.GradientTransformation) -> type:
+    """The type of its state, where optax exports none.
+
+    Abstractly: an import must not start JAX's backends, or it is too late for jax.distributed.
+    """
+    return type(jax.eval_shape(tx.init, {}))
+
+
+# The states of optax whose params-shaped arrays a rule's slots are.
+_SLOT_STATES: dict[type, tuple[str, ...]] = {
+    optax.ScaleByAdamState: ("mu", "nu"),
+    optax.TraceState: ("trace",),
+    optax.ScaleByRmsState: ("nu",),
+    _counting(optax.scale_by_rms(bias_correction=True)): ("nu",),
+    optax.ScaleByRStdDevState: ("mu", "nu"),
+    _counting(optax.scale_by_stddev(bias_correction=True)): ("mu", "nu"),
+}
+
+
+class Stamps(NamedTuple):
+    """Up to which step a parameter is up to date: each row up to the later of the two."""
+
+    rows: jax.Array  # int32 (num_rows,): the step after which the row was last brought up to date
+    whole: jax.Array  # int32 (): the step after which all rows last were
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReplayState:
+    """The state of a replaying optimizer."""
+
+    wrapped: Any  # of inner, or of chain(before, inner)
+    plain: Any  # {name of the leaf: Stamps}, of parameters without weight decay
+    decayed: Any  # likewise, of those with weight decay
+    steps: jax.Array  # int32 (): how many there were
+    history: Any  # arrays of the rule
+    rule: Any = dataclasses.field(metadata={"static": True})
+
+
+_SAVED = [field.name for field in dataclasses.fields(ReplayState) if not field.metadata.get("static")]
+flax.serialization.register_serialization_state(
+    ReplayState,
+    lambda state: {name: flax.serialization.to_state_dict(getattr(state, name)) for name in _SAVED},
+    lambda state, saved: dataclasses.replace(
+        state, **{name: flax.serialization.from_state_dict(getattr(state, name), saved[name]) for name in _SAVED}
+    ),
+)
+
+
+def replay(
+    inner: optax.GradientTransformation,
+    rule: Any,
+    learning_rate: Any,
+    *,
+    before: optax.GradientTransformation | None = None,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`lazy(chain(before, inner))`, with what `refresh` and `flush` need to know in its state.
+
+    Args:
+      inner: an optimizer of optax whose state and zero-gradient steps `rule` describes.
+      rule: `catch_up.Adam` or `catch_up.Decay`.
+      learning_rate: inner's: a number, or a schedule of the number of updates before this one.
+      before: a transformation of the gradient without state by row, that makes zeros of zeros.
+      weight_decay, mask: inner's.
+    """
+    frozen = lazy(inner if before is None else optax.chain(before, inner))
+
+    def init_fn(params: Any) -> ReplayState:
+        if before is not None:
+            _check_before(before, params)
+        stamps = per_leaf(lambda p: Stamps(jnp.zeros(jnp.shape(p)[:1], jnp.int32), jnp.zeros((), jnp.int32)), params)
+        decays = _decays(rule.decayed, mask, params)
+        return ReplayState(
+            wrapped=frozen.init(params),
+            plain={k: v for k, v in stamps.items() if not decays[k]} if decays else stamps,
+            decayed={k: v for k, v in stamps.items() if decays[k]} if decays else stamps,
+            steps=jnp.zeros((), jnp.int32),
+            history=rule.init(),
+            rule=rule,
+        )
+
+    def update_fn(updates: Any, state: ReplayState, params: Any = None, **extra_args: Any) -> Any:
+        leaves, tree = named_leaves(updates)
+        stamps, now = state.plain | state.decayed, state.steps + 1
+        leaves = {name: coalesce(g) if is_row_sparse(g) else g for name, g in leaves.items()}
+        for name, g in leaves.items():
+            rows, whole = stamps[name]
+            if is_tracing():  # what is computed by row was brought up to date before it was read, and all else flushed
+                count, chosen = rows_of(g)
+                stamps[name] = Stamps(jnp.where(chosen, now, rows), jnp.where(count < 0, now, whole))
+                continue
+            late = whole != state.steps
+            if is_row_sparse(g):
+                late &= jnp.any(in_range(g.ids, g.num_rows) & (gather_rows(rows, g.ids) != state.steps))
+                stamp = jnp.broadcast_to(now + zero_after(late.astype(jnp.float32)), g.ids.shape)
+                stamps[name] = Stamps(scatter_rows(rows, g.ids, stamp), whole)
+            else:
+                stamps[name] = Stamps(rows, now)
+            leaves[name] = _refuse_late(g, late)
+        updates, wrapped = frozen.update(tree.unflatten(leaves.values()), state.wrapped, params, **extra_args)
+        rate = learning_rate(_count(state)) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, jnp.float32)
+        return updates, dataclasses.replace(
+            state,
+            wrapped=wrapped,
+            plain={name: stamps[name] for name in state.plain},
+            decayed={name: stamps[name] for name in state.decayed},
+            steps=now,
+            history=rule.record(state.history, now, rate, rate * jnp.asarray(weight_decay, jnp.float32)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_replay_state(x: object) -> bool:
+    return isinstance(x, ReplayState)
+
+
+def replay_states(opt_state: Any) -> list[ReplayState]:
+    """The states of replaying optimizers in an optimizer's state, however deep."""
+    return [s for s in jax.tree.leaves(opt_state, is_leaf=is_replay_state) if is_replay_state(s)]
+
+
+class View:
+    """A ReplayState taken apart by parameter, to be read, changed in place and put together again."""
+
+    def __init__(self, state: ReplayState) -> None:
+        self.state = state
+        self.stamps: dict[str, Stamps] = state.plain | state.decayed
+        self._parts, self._tree = _flatten(state.wrapped, is_leaf=lambda x: type(x) in _SLOT_STATES)
+        self._slots = {
+            slot: named_leaves(getattr(part, slot)) for part in self._parts for slot in _SLOT_STATES.get(type(part), ())
+        }
+
+    def slots(self, name: str) -> dict[str, jax.Array]:
+        """A parameter's slots."""
+        return {slot: arrays[name] for slot, (arrays, _) in self._slots.items()}
+
+    def put(self, name: str, slots: dict[str, jax.Array], stamps: Stamps) -> None:
+        """Replaces a parameter's slots and stamps."""
+        for slot, (arrays, _) in self._slots.items():
+            arrays[name] = slots[slot]
+        self.stamps[name] = stamps
+
+    def catch_up(
+        self, name: str, p: jax.Array, stamps: jax.Array, slots: dict[str, jax.Array], history: Any = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Rows of a parameter and of its slots, with these stamps, as they are now."""
+        state = self.state
+        last = jnp.maximum(stamps, self.stamps[name].whole)
+        return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
+
+    def among(self, names: Collection[str]) -> list[str]:
+        """Its parameters that are among `names`, in an order that is the same in every process."""
+        return [name for name in self.stamps if name in names]
+
+    def rebuilt(self) -> ReplayState:
+        parts = list(self._parts)
+        for i, part in enumerate(parts):
+            for slot in _SLOT_STATES.get(type(part), ()):
+                arrays, tree = self._slots[slot]
+                parts[i] = parts[i]._replace(**{slot: tree.unflatten(arrays.values())})
+        return dataclasses.replace(
+            self.state,
+            wrapped=self._tree.unflatten(parts),
+            plain={name: self.stamps[name] for name in self.state.plain},
+            decayed={name: self.stamps[name] for name in self.state.decayed},
+        )
+
+
+def map_replaying(change: Callable[[View, dict[str, Any]], None], params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """(params, opt_state) after `change` was called with the View of each replaying optimizer's state and the
+    parameters by name, both of which it changes in place."""
+    by_name, tree = named_leaves(params)
+    states, state_tree = _flatten(opt_state, is_leaf=is_replay_state)
+    for i, state in enumerate(states):
+        if is_replay_state(state):
+            view = View(state)
+            change(view, by_name)
+            states[i] = view.rebuilt()
+    return tree.unflatten(by_name.values()), state_tree.unflatten(states)
+
+
+def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -> tuple[Any, Any]:
+    """Brings the parameters up to date of which `due(name, view)`, a bool that may be traced, is true.
+
+    In chunks of rows, each gathered, brought up to date and scattered, and in a loop whose number of turns is 0 for
+    what is not due: so a table that is donated is never copied, and a step that has nothing to flush pays nothing.
+    """
+
+    def change(view: View, params: dict[str, Any]) -> None:
+        for name, (_, whole) in view.stamps.items():
+            params[name] = _flush(view, name, jnp.asarray(params[name]), due(name, view) & (whole != view.state.steps))
+
+    return map_replaying(change, params, opt_state)
+
+
+def flush_in_time(params: Any, opt_state: Any, dense: Collection[str] = ()) -> tuple[Any, Any]:
+    """Brings up to date what history will not remember much longer, and the parameters `dense` in any case."""
+
+    def due(name: str, view: View) -> Any:
+        oldest = catch_up.HISTORY - view.state.rule.window - 2
+        return jnp.bool_(True) if name in dense else view.state.steps - view.stamps[name].whole >= oldest
+
+    return flush_leaves(params, opt_state, due)
+
+
+def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
+    (stamps, whole), steps = view.stamps[name], view.state.steps
+    if p.ndim == 0 or p.shape[0] == 0:  # a scalar's gradient is never row-sparse: it is never behind
+        view.put(name, view.slots(name), Stamps(stamps, jnp.where(is_due, steps, whole)))
+        return p
+    rows = min(p.shape[0], max(1, _CHUNK // max(1, math.prod(p.shape[1:]))))
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        p, slots, stamps, history = carry
+        ids = i * rows + jnp.arange(rows, dtype=jnp.int32)
+        block, at, moments = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots))
+        block, moments = view.catch_up(name, block, at, moments, history)
+        new = block, moments, jnp.broadcast_to(steps + zero_after(block), ids.shape)
+        # Without the barrier XLA would scatter before it has gathered all that it needs, and copy; and what only passes
+        # through would be taken for a constant of the loop, and copied because it is donated and written to afterwards.
+        new, history = jax.lax.optimization_barrier((new, history))
+        return *jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots, stamps), new), history
+
+    turns = jnp.where(is_due, -(-p.shape[0] // rows), 0)
+    carry = p, view.slots(name), stamps, view.state.history
+    p, slots, stamps, history = jax.lax.fori_loop(0, turns, body, carry)
+    view.state = dataclasses.replace(view.state, history=history)
+    view.put(name, slots, Stamps(stamps, jnp.where(is_due, steps, whole)))
+    return p
+
+
+def _refuse_late(g: Any, late: jax.Array) -> Any:
+    if not is_traced(late):
+        if late:
+            do = "Call js.refresh(loss_fn)(state, batch) before the gradient is taken, or use js.make_train_step."
+            raise ValueError(
+                message(
+                    "update", "updates", "of rows that were brought up to date before the forward pass", "stale", do
+                )
+            )
+        return g
+    if not is_row_sparse(g):
+        return jnp.where(late, jnp.nan, g).astype(g.dtype)
+    return RowSparse(g.ids, jnp.where(late, jnp.nan, g.rows), g.shape, unique=True)
+
+
+def _count(state: ReplayState) -> jax.Array:
+    """The number of updates that inner's schedule counts."""
+    kind = optax.ScaleByScheduleState
+    parts = jax.tree.leaves(state.wrapped, is_leaf=lambda x: isinstance(x, kind))
+    return next((part.count for part in parts if isinstance(part, kind)), state.steps)
+
+
+def _decays(any_do: bool, mask: Any, params: Any) -> dict[str, bool]:
+    """Which parameters decay."""
+    if not any_do or mask is None or not jax.tree.leaves(params):
+        return dict.fromkeys(named_leaves(params)[0], any_do)
+    chosen = mask(params) if callable(mask) else mask
+    return named_leaves(jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params))[0]
+
+
+def _check_before(before: optax.GradientTransformation, params: Any) -> None:
+    """Raises ValueError unless `before` makes zeros of zeros and keeps no array of the parameters' shapes."""
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(params) if jnp.ndim(p)]
+    state = jax.eval_shape(before.init, params)
+    kept = [x.shape for x in jax.tree.leaves(state) if x.shape and x.shape in shapes]
+    do = "A row without gradient would move on by it. Only what leaves zeros alone can come before: clipping, say."
+    if kept:
+        got = f"one with state of shape {kept[0]}"
+        raise ValueError(message("skipped='replay'", "before", "a transformation without state by row", got, do))
+    try:
+        small = jax.tree.map(
+            lambda p: jnp.full(tuple(min(n, 2) for n in jnp.shape(p)), 0.5, jnp.result_type(p)), params
+        )
+        zeros = jax.tree.map(jnp.zeros_like, small)
+        with jax.ensure_compile_time_eval():
+            made, _ = optax.with_extra_args_support(before).update(zeros, before.init(small), small)
+            moved = any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(made))
+    except Exception:
+        return  # it needs more than this; what is wrong with it shows where it is really called
+    if moved:
+        raise ValueError(
+            message("skipped='replay'", "before", "a transformation that makes zeros of zeros", "other", do)
+        )

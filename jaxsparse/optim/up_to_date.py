@@ -1,0 +1,132 @@
+"""Bringing rows up to date in a step: where its state has a replaying optimizer, before anything is read.
+
+The step is traced behind a catch-up of whole tables, which is elementwise: evaluated on the rows that the step reads,
+it is a catch-up of these rows. Two things are done before the step and outside of what is evaluated on rows: tables
+that it uses as a whole are flushed, and so is what history would not remember much longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._checks import message
+from jaxsparse._context import rows_of
+from jaxsparse.optim.lazy import named_leaves
+from jaxsparse.optim.replaying import Stamps, View, flush_in_time, is_replay_state, map_replaying, replay_states
+
+
+class Replayed(NamedTuple):
+    """The parameters of replaying optimizers and the state that has these, among the leaves of a step's arguments."""
+
+    params: Any  # definition of the tree
+    params_at: slice
+    opt_state: Any  # definition of the tree
+    opt_state_at: slice
+
+
+def find_replayed(tree: Any) -> list[Replayed]:
+    """Those in a pytree of arrays, each state with the parameters that stand beside it: in a TrainState, a tuple, a
+    dict, or among a step's arguments.
+
+    Raises:
+      ValueError: if there is a replaying optimizer's state, and no such parameters or several.
+    """
+    found, alone = _find(tree, 0)
+    if alone:
+        names = [name for view in alone for name in view.stamps]
+        got = f"the state of an optimizer with skipped='replay', and not just one tree with its parameters {names}"
+        must = "one whose arguments have parameters beside their optimizer's state"
+        raise ValueError(message("jit", "step", must, got, "Pass a TrainState, or (params, opt_state)."))
+    return found
+
+
+def _find(node: Any, start: int) -> tuple[list[Replayed], list[View]]:
+    """Of a part of a tree whose first leaf has the number `start`; and the states without parameters inside of it."""
+    if is_replay_state(node):
+        return [], [View(node)]
+    if not replay_states(node):
+        return [], []
+    keyed = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    found: list[Replayed] = []
+    alone: list[View] = []
+    at, end = [], start
+    for _, child in keyed:
+        at.append(slice(end, end + len(jax.tree.leaves(child))))
+        end = at[-1].stop
+    for i, (_, child) in enumerate(keyed):
+        inside, views = _find(child, at[i].start)
+        found += inside
+        fits = [j for j, (_, other) in enumerate(keyed) if j != i and views and _has_parameters(other, views)]
+        if len(fits) > 1:
+            fits = [j for j in fits if "params" in jax.tree_util.keystr(keyed[j][0][-1:], simple=True)]
+        if len(fits) == 1:
+            (j,) = fits
+            definitions = [jax.tree.structure(keyed[k][1]) for k in (j, i)]
+            found.append(Replayed(definitions[0], at[j], definitions[1], at[i]))
+        else:
+            alone += views
+    return found, alone
+
+
+def _has_parameters(tree: Any, views: Sequence[View]) -> bool:
+    leaves, _ = named_leaves(tree)
+    return all(
+        name in leaves and getattr(leaves[name], "shape", ())[:1] == stamps.rows.shape
+        for view in views
+        for name, stamps in view.stamps.items()
+    )
+
+
+def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
+    """The leaves, all rows of whose replayed parameters are up to date where a step computes some of their rows."""
+
+    def change(view: View, params: dict[str, Any]) -> None:
+        for name, stamps in view.stamps.items():
+            p, slots = params[name], view.slots(name)
+            if jnp.ndim(p) == 0:
+                continue
+            count, chosen = rows_of(p)
+            now = jnp.where(chosen, view.state.steps, stamps.rows)
+            new = view.catch_up(name, p, stamps.rows, slots)
+            params[name], slots = jax.tree.map(lambda n, x: jnp.where(count < 0, x, n), new, (p, slots))  # noqa: B023
+            view.put(name, slots, Stamps(now, stamps.whole))
+
+    return _changed(replayed, leaves, lambda params, opt_state, _: map_replaying(change, params, opt_state))
+
+
+def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Collection[int]) -> list[Any]:
+    """The leaves, with what a step on rows cannot bring up to date itself: all but the leaves `by_row`, and what
+    history will not remember much longer."""
+
+    def change(params: Any, opt_state: Any, numbers: Any) -> tuple[Any, Any]:
+        dense = {name for name, number in named_leaves(numbers)[0].items() if number not in by_row}
+        return flush_in_time(params, opt_state, dense)
+
+    return _changed(replayed, leaves, change)
+
+
+def history_of(replayed: Sequence[Replayed]) -> set[int]:
+    """The numbers of the leaves that are history: no tables, for all that steps write there."""
+    numbers = [part.opt_state.unflatten(range(part.opt_state_at.start, part.opt_state_at.stop)) for part in replayed]
+    return {number for states in numbers for state in replay_states(states) for number in state.history.values()}
+
+
+def numbers_of(replayed: Sequence[Replayed]) -> set[int]:
+    """The numbers of the parameters among the leaves."""
+    return {number for part in replayed for number in range(part.params_at.start, part.params_at.stop)}
+
+
+def _changed(replayed: Sequence[Replayed], leaves: Sequence[Any], change: Callable[..., tuple[Any, Any]]) -> list[Any]:
+    """change(params, opt_state, numbers of the params among the leaves) -> (params, opt_state) of each."""
+    leaves = list(leaves)
+    for part in replayed:
+        at, opt_state_at = part.params_at, part.opt_state_at
+        params, opt_state = part.params.unflatten(leaves[at]), part.opt_state.unflatten(leaves[opt_state_at])
+        numbers = part.params.unflatten(range(at.start, at.stop))
+        params, opt_state = change(params, opt_state, numbers)
+        leaves[at], leaves[opt_state_at] = jax.tree.leaves(params), jax.tree.leaves(opt_state)
+    return leaves

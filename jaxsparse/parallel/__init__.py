@@ -1,0 +1,1 @@
+"""Tables, ids and gradients over several devices."""

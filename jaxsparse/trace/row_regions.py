@@ -1,0 +1,223 @@
+"""Regions of a program that are evaluated as a whole: cond, scan, while, remat.
+
+Each is made again around a walk of its own. Rows go in as they are, closed over or carried as blocks; the ids that are
+read inside come out as further outputs. What is carried, or comes out of several branches, has to be of one kind: both
+Rows of one class, both Same, or both whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse._jax import Equation, Program
+from jaxsparse.trace.values import NOBODY, Rows, Same, Value, Whole, array_of, notes_of
+
+if TYPE_CHECKING:
+    from jaxsparse.trace.walk import Walk
+
+Values = Sequence[Value]
+Outs = list[Value] | None
+
+
+def _inside(walk: Walk, program: Program, values: Values) -> tuple[list[Value], list[Any], list[jax.Array]]:
+    """Values of the outputs, and the reads that were made, with their ids."""
+    inner = walk.inside()
+    outs = [_portable(v) for v in inner.run(program, values)]
+    return outs, [read for read, _ in inner.reads], [ids for _, ids in inner.reads]
+
+
+def _portable(v: Value) -> Value:
+    """A value that may leave a region: an array is one of JAX's."""
+    if isinstance(v, Whole):
+        return Whole(jnp.asarray(v.array), v.notes)
+    return Rows(v.block, v.node, v.axis, v.outside, v.updated) if isinstance(v, Rows) else v
+
+
+def _like(v: Value, kind: Value, walk: Walk) -> Value:
+    """v, as the same kind of value as `kind`, which has the same shape."""
+    if isinstance(kind, Rows):
+        rows = walk.as_rows(v, kind.node, kind.axis)
+        assert rows is not None, "kinds were unified before"
+        return Rows(rows.block, kind.node, kind.axis, kind.outside, kind.updated)
+    if isinstance(kind, Same):
+        return Same(v.row, kind.axis, kind.size, kind.zero, kind.notes)
+    return Whole(jnp.asarray(array_of(v)), kind.notes)
+
+
+def _kind(walk: Walk, a: Value, b: Value) -> Value | None:
+    """The kind that fits both values, without its array; None if there is none."""
+    rows = next((v for v in (a, b) if isinstance(v, Rows)), None)
+    if rows is not None:
+        both = [walk.as_rows(v, rows.node, rows.axis) for v in (a, b)]
+        if both[0] is None or both[1] is None:
+            return None
+        outside, updated = min(x.outside for x in both), any(x.updated for x in both)  # type: ignore[union-attr]
+        return Rows(None, walk.plan.find(rows.node), rows.axis, outside, updated)
+    notes = notes_of(a, b)
+    if isinstance(a, Same) and isinstance(b, Same) and a.axis == b.axis:
+        return Same(None, a.axis, a.size, a.zero and b.zero, notes)
+    return Whole(None, notes)
+
+
+def _signature(kinds: Values) -> Any:
+    return jax.tree.structure(kinds, is_leaf=lambda x: x is None)
+
+
+def remat(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    found = _jax.remat_of(eqn)
+    reads: list[Any] = []
+
+    def body() -> Any:
+        outs, reads[:], ids = _inside(walk, found.body, values)
+        return outs, ids
+
+    outs, ids = found.again(body)()
+    walk.reads += zip(reads, ids, strict=True)
+    return list(outs)
+
+
+def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    index, operands = values[0], values[1:]
+    if isinstance(index, Rows):
+        return None
+    branches = _jax.branches(eqn)
+    reads: list[list[Any]] = [[] for _ in branches]
+
+    def taken(number: int) -> Any:
+        outs, reads[number], ids = _inside(walk, branches[number], operands)
+        return outs, ids
+
+    found = [jax.eval_shape(lambda n=n: taken(n)) for n in range(len(branches))]  # type: ignore[misc]
+    kinds = [_common_kind(walk, outs) for outs in zip(*(outs for outs, _ in found), strict=True)]
+    if any(kind is None for kind in kinds):
+        return None
+    notes = notes_of(index)
+
+    def branch(number: int) -> Any:
+        outs, ids = taken(number)
+        all_ids = [[jnp.full(x.shape, NOBODY, x.dtype) for x in other] for _, other in found]
+        all_ids[number] = ids
+        return [_like(v, kind, walk) for v, kind in zip(outs, kinds, strict=True)], all_ids
+
+    outs, ids = jax.lax.switch(
+        array_of(index),
+        [lambda n=n: branch(n) for n in range(len(branches))],  # type: ignore[misc]
+    )
+    for some_reads, some_ids in zip(reads, ids, strict=True):
+        walk.reads += zip(some_reads, some_ids, strict=True)
+    return [_noted(v, notes) for v in outs]
+
+
+def _noted(v: Value, notes: Any) -> Value:
+    return Whole(v.array, v.notes | notes) if isinstance(v, Whole) and notes else v
+
+
+def _common_kind(walk: Walk, outs: Values) -> Value | None:
+    """Of the outputs of all branches; they are abstract."""
+    kinds: list[Value | None] = []
+
+    def common(*outs: Value) -> jax.Array:
+        kind: Value | None = _kind(walk, outs[0], outs[0])
+        so_far = outs[0]
+        for v in outs[1:]:
+            kind = _kind(walk, so_far, v)
+            if kind is None:
+                break
+            so_far = _like(so_far, kind, walk)
+        kinds.append(kind)
+        return jnp.zeros(())
+
+    jax.eval_shape(common, *outs)
+    return kinds[0]
+
+
+def scan(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    found = _jax.scan_of(eqn)
+    consts, carry, xs = _split(values, found.num_consts, found.num_carry)
+    if any(isinstance(v, Rows) for v in xs):
+        return None
+    arrays = [array_of(v) for v in xs]
+    reads: list[Any] = []
+
+    def body(carry: Values, x: Sequence[jax.Array]) -> Any:
+        outs, reads[:], ids = _inside(walk, found.body, [*consts, *carry, *map(Whole, x)])
+        return outs[: len(carry)], (outs[len(carry) :], ids)
+
+    first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
+    kinds = _kinds_of_carry(walk, carry, lambda carry: body(carry, [jnp.zeros(x.shape, x.dtype) for x in first])[0])
+    if kinds is None:
+        return None
+
+    def turn(carry: Values, x: Sequence[jax.Array]) -> Any:
+        new, (ys, ids) = body(carry, x)
+        ys = [Whole(array_of(y), y.notes) if isinstance(y, Same) else y for y in ys]
+        return [_like(v, kind, walk) for v, kind in zip(new, kinds, strict=True)], (ys, ids)
+
+    start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
+    end, (ys, ids) = found.again(turn, start, arrays)
+    walk.reads += [(read, x.reshape(-1)) for read, x in zip(reads, ids, strict=True)]
+    stacked = [Rows(y.block, y.node, y.axis + 1, y.outside, y.updated) if isinstance(y, Rows) else y for y in ys]
+    return [*end, *stacked]
+
+
+def while_loop(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """How often a while loop turns is not known, so nothing can be read in it."""
+    test, body, num_test, num_body = _jax.while_of(eqn)
+    for_test, for_body, carry = _split(values, num_test, num_body)
+    read = False
+
+    def run(program: Program, values: Values) -> Values:
+        nonlocal read
+        outs, reads, _ = _inside(walk, program, values)
+        read = read or bool(reads)
+        return outs
+
+    kinds = _kinds_of_carry(walk, carry, lambda carry: run(body, [*for_body, *carry]))
+    if kinds is None or read:
+        return None
+    start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
+    end = jax.lax.while_loop(
+        lambda carry: run(test, [*for_test, *carry])[0].array,
+        lambda carry: [_like(v, k, walk) for v, k in zip(run(body, [*for_body, *carry]), kinds, strict=True)],
+        start,
+    )
+    return None if read else list(end)
+
+
+def _split(values: Values, first: int, second: int) -> tuple[list[Value], list[Value], list[Value]]:
+    return list(values[:first]), list(values[first : first + second]), list(values[first + second :])
+
+
+def _kinds_of_carry(walk: Walk, carry: list[Value], body: Callable[[list[Value]], Values]) -> list[Value] | None:
+    """The kinds that a loop's carry settles on; None if it does not."""
+    kinds: list[Value | None] = [_kind(walk, v, v) for v in carry]
+    start = [_portable(v) for v in carry]
+    for _ in range(_SETTLES):
+        before = list(kinds)
+
+        def once(start: list[Value], before: list[Value | None] = before) -> jax.Array:
+            now = [_like(v, kind, walk) for v, kind in zip(start, before, strict=True)]
+            for i, (old, new) in enumerate(zip(now, body(now), strict=True)):
+                kinds[i] = before[i] if new is old else _kind(walk, old, new)
+            return jnp.zeros(())
+
+        jax.eval_shape(once, start)
+        if any(kind is None for kind in kinds):
+            return None
+        if _signature(kinds) == _signature(before):
+            return kinds
+    return None
+
+
+_SETTLES = 10  # each turn of the search makes some kind less special
+
+REGIONS: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
+    _jax.COND: cond,
+    _jax.SCAN: scan,
+    **dict.fromkeys(_jax.primitives("while"), while_loop),
+}

@@ -1,0 +1,116 @@
+"""Tracing a train step at full shapes, so that all that Python does with shapes is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxsparse import _jax
+from jaxsparse._checks import Modules, message
+from jaxsparse._context import tracing
+from jaxsparse._jax import Equation, Program
+from jaxsparse.trace.states import found_states, named_states
+
+_LIBRARIES = re.compile(
+    r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
+)
+_CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
+
+
+UNKNOWN_SOURCE = "unknown source"
+
+
+def source_line(eqns: Sequence[Equation]) -> str:
+    """Where the user's program made the last of these equations, each of which is inside the one before: the innermost
+    frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
+    for eqn in reversed(eqns):
+        for file, line, function in _jax.source_frames(eqn):
+            if not _LIBRARIES.search(file):
+                return f"{'cell' if _CELL.search(file) else file}:{line} ({function})"
+    return UNKNOWN_SOURCE
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """A step's program, whose inputs are the leaves of its arguments.
+
+    Attributes:
+      places: for a leaf of the state, by its number, the number of the output that it becomes.
+      donated: the leaves of all arguments that are given as state.
+      paths: of these.
+      name: of the step, for messages.
+    """
+
+    program: Program
+    leaves: list[Any]
+    places: dict[int, int]
+    donated: set[int]
+    paths: dict[int, str]
+    name: str
+    unflatten: Callable[[list[Any]], Any]
+    again: Callable[[list[Any]], Program]  # traced at other shapes
+
+
+def trace_step(
+    step: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    state_argnums: int | Sequence[int] | None,
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda leaves: leaves,
+) -> TracedStep:
+    """Traces step(*args, **kwargs), whose leaves are what `prepare` makes of the given ones.
+
+    Args:
+      state_argnums: as of `rowwise`.
+    """
+    numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums or ())
+    for n in numbers:
+        if not -len(args) <= n < len(args):
+            do = "Pass it by position."
+            must = f"positions among the {len(args)} positional arguments"
+            raise TypeError(message("jit or js.rowwise", "donate_argnums or state_argnums", must, n, do))
+    numbers = [n % len(args) for n in numbers]
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    out_tree: list[Any] = []
+
+    def flat_step(*leaves: Any) -> list[Any]:
+        with tracing():
+            args, kwargs = jax.tree.unflatten(tree, prepare(leaves))
+            modules = Modules((args, kwargs))
+            out = step(*args, **kwargs)
+            modules.check_unchanged("jit or js.rowwise")
+        out_leaves, tree_of_out = jax.tree.flatten(out)
+        out_tree[:] = [tree_of_out]
+        return out_leaves
+
+    program = _jax.trace(flat_step, *leaves)
+    (structure,) = out_tree
+    starts = [len(jax.tree.leaves(args[:n])) for n in range(len(args))]
+    with_paths = jax.tree_util.tree_flatten_with_path(args)[0]
+    leaves_of = {n: range(starts[n], starts[n] + len(jax.tree.leaves(args[n]))) for n in range(len(args))}
+    out = jax.tree.unflatten(structure, range(structure.num_leaves))
+    if state_argnums is None:
+        found = found_states(out, args, starts, program)
+        numbers = list(found)
+    else:
+        found = named_states(out, args, numbers, program)
+        if numbers and not found:
+            must = "one that returns its new state, in the structure that it was given"
+            do = "Name the arguments that are state with donate_argnums (js.jit) or state_argnums (js.rowwise)."
+            raise TypeError(message("jit or js.rowwise", "step", must, f"no output like argument {numbers}", do))
+    places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
+    donated = [i for n in numbers for i in leaves_of[n]]
+    return TracedStep(
+        program,
+        leaves,
+        places,
+        set(donated),
+        {i: jax.tree_util.keystr(with_paths[i][0][1:]) for i in donated},
+        getattr(step, "__qualname__", type(step).__name__),
+        lambda outs: jax.tree.unflatten(structure, outs),
+        lambda leaves: _jax.trace(flat_step, *leaves),
+    )

@@ -1,0 +1,153 @@
+"""What a value of a train step is while only some rows of its tables are computed.
+
+Every value has the shape that it has in the traced program. `Whole` has all of it. `Rows` has the block of rows that
+were chosen of a table's, along one axis, and knows what the other rows are. `Same` has one row, all others being equal
+to it: a broadcast that nobody needs yet, of which nothing table-sized is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse._jax import vary, varying_axes
+from jaxsparse.trace.pieces import Later
+
+# What the rows of a `Rows` are outside of its block: anything; what the padding rows at the block's end are; zero.
+UNKNOWN, UNIFORM, ZERO = range(3)
+
+
+NOBODY = 2**31 - 1  # the id of what a branch that is not taken would have read
+
+
+class Note(NamedTuple):
+    """Something that an array was made from, which decides what it may be used for.
+
+    kind: "whole sum" (over all rows of a table), "part sum" (over the chosen rows of an update), "counter" (an integer
+    of the state, or what is made of it), "remainder" (a counter's, after division), "gate" (a comparison of a counter).
+    """
+
+    kind: str
+    what: Any  # a source line of a sum, the number of a counter
+
+
+Notes = frozenset[Note]
+NOTHING: Notes = frozenset()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """An array, all of it."""
+
+    array: Any
+    notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
+    # the equation that computed as many rows as a table has, if one did
+    made_by: Any = dataclasses.field(default=None, metadata={"static": True})
+    zero: bool = dataclasses.field(default=False, metadata={"static": True})  # known to be
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of an array that has as many as a table, along `axis`.
+
+    `made` is the block, or what makes it (`pieces.Later`). `node` names these rows in the plan, where nodes with the
+    same rows are joined. `updated`: a scatter is among what it was made from, so that rows outside the block, which are
+    frozen, get nothing of it. Not known any more behind a region's end: `whole`, which computes the array itself, while
+    only state is among what it was made from; `add_to`, which adds it to another block with the same rows, where it is
+    nothing but a scatter-add into zeros; `origin`, the first of a chain of reshaped, cast and elementwise changed Rows;
+    `table`, the array itself, in which reads are made on CPU.
+    """
+
+    made: Any
+    node: int
+    axis: int = 0
+    outside: int = UNKNOWN
+    updated: bool = False
+    whole: Callable[[Any], Any] | None = None  # of a walk, which remembers
+    add_to: Callable[[Any], Any] | None = None
+    origin: Rows | None = None
+    table: Any = None
+
+    @property
+    def block(self) -> Any:
+        """The rows that were chosen."""
+        return self.made.block() if isinstance(self.made, Later) else self.made
+
+    def for_branch(self) -> Any:
+        """The block, computed here."""
+        return self.made.compute() if isinstance(self.made, Later) else self.made
+
+    @property
+    def first(self) -> Rows:
+        return self.origin or self
+
+
+def _flatten_rows(rows: Rows) -> tuple[tuple[Any], tuple[int, int, int, bool]]:
+    return (rows.block,), (rows.node, rows.axis, rows.outside, rows.updated)
+
+
+jax.tree_util.register_pytree_node(Rows, _flatten_rows, lambda aux, blocks: Rows(blocks[0], *aux))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """An array of which all rows along `axis` are equal: `row` has size 1 there, where the array has `size`."""
+
+    row: Any
+    axis: int = dataclasses.field(metadata={"static": True})
+    size: int = dataclasses.field(metadata={"static": True})
+    zero: bool = dataclasses.field(default=False, metadata={"static": True})
+    notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
+
+    def times(self, size: int) -> jax.Array:
+        """The row, so many times."""
+        shape = list(jnp.shape(self.row))
+        shape[self.axis] = size
+        return jnp.broadcast_to(self.row, tuple(shape))
+
+    def along(self, axis: int) -> Same:
+        """Of zeros: the same, as equal rows along another axis."""
+        if axis == self.axis:
+            return self
+        shape = list(jnp.shape(self.row))
+        shape[self.axis], size, shape[axis] = self.size, shape[axis], 1
+        row = vary(jnp.zeros(shape, self.row.dtype), varying_axes(self.row))
+        return Same(row, axis, size, self.zero, self.notes)
+
+    @property
+    def outside(self) -> int:
+        return ZERO if self.zero else UNIFORM
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Summed:
+    """What a gather returns whose output is only summed: the sum, which the next equation is to hand on."""
+
+    total: Any
+
+
+Value = Any  # Whole, Rows, Same or Summed
+
+
+def array_of(v: Value) -> Any:
+    """All of a Whole or Same."""
+    return v.times(v.size) if isinstance(v, Same) else v.array
+
+
+def notes_of(*values: Value) -> Notes:
+    """What arrays were made from; Rows have no notes, what enters them is looked at where it does."""
+    return NOTHING.union(*(v.notes for v in values if not isinstance(v, Rows)))
+
+
+class RefusedError(ValueError):
+    """A step that cannot be right on the rows that it reads."""
+
+    def __init__(self, text: str, got: str, do: str) -> None:
+        super().__init__(text)
+        self.got, self.do = got, do

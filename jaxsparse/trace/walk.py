@@ -1,0 +1,344 @@
+"""Evaluating a traced train step on some rows of its tables.
+
+`Walk` goes through the step's program, equation by equation, from values to values (`values.py`). What an equation does
+with Rows is a rule of `row_rules`, `row_reads` or `row_regions`; without Rows it is evaluated as it is.
+
+The same walk is made twice. The first time it plans: blocks are stand-ins, and what is found out goes into a `Plan`:
+which arrays share their rows, which row ids are read, and what is not done row by row. The second time the blocks are
+the rows that those ids name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _jax
+from jaxsparse._context import ROWS_OF
+from jaxsparse._jax import Equation, Program
+from jaxsparse.ops.rows import gather_rows
+from jaxsparse.trace import row_elementwise, row_reads, row_regions, row_rules
+from jaxsparse.trace.pieces import Later, Part, rows_of
+from jaxsparse.trace.plan import Path, Plan, Read, Reason
+from jaxsparse.trace.tracing import source_line
+from jaxsparse.trace.uses import INLINED, Frame, only_use, uses_of
+from jaxsparse.trace.values import (
+    NOBODY,
+    ZERO,
+    Rows,
+    Same,
+    Summed,
+    Value,
+    Whole,
+    array_of,
+    notes_of,
+)
+
+
+class Space(NamedTuple):
+    """The rows that were chosen for all arrays that share them."""
+
+    ids: jax.Array  # int32 (k,), distinct; the last of them, at least one, are num_rows, num_rows + 1, ...
+    num_rows: int
+    # where in `ids` the ids of a read are, k for no row, if that is known already; else `ids` are in order
+    positions: dict[Path, jax.Array]
+    trained: jax.Array | None = None  # bool (k,), which of them are; None if all are
+
+
+class Walk:
+    """One way through a program; see the module's docstring.
+
+    Args:
+      plan: what is found out, or was.
+      spaces: for each class of nodes the rows that were chosen; None while planning.
+      alone: whether the program is one device's, and is not to be split over several.
+      later: whether blocks that are made row by row are computed when something needs them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        spaces: dict[int, Space] | None = None,
+        within: tuple[Equation, ...] = (),
+        depth: int = 0,
+        alone: bool = True,
+        later: bool = False,
+    ) -> None:
+        self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
+        self.later = later
+        self.tables_read: list[jax.Array] = []  # what was read in tables themselves
+        self.reads: list[tuple[Read, jax.Array]] = []
+        self._wholes: dict[Any, Any] = {}
+        self._frames: list[Frame] = []  # of the programs that call each other, the innermost last
+
+    @property
+    def planning(self) -> bool:
+        return self.spaces is None
+
+    def run(self, program: Program, values: Sequence[Value]) -> list[Value]:
+        """The values of the outputs, given those of the inputs."""
+        self._frames.append(Frame(program, self.within[-1:], uses_of(program)))
+        env: dict[Any, Value] = {v: Whole(c) for v, c in program.constants.items()}
+        env.update(zip(program.inputs, values, strict=True))
+
+        def read(v: Any) -> Value:
+            return Whole(_jax.literal_value(v)) if _jax.is_literal(v) else env[v]
+
+        for eqn in program.equations:
+            self.within += (eqn,)
+            operands = [read(v) for v in eqn.inputs]
+            outs = self._step(program, eqn, operands)
+            env.update(zip(eqn.outputs, outs, strict=True))
+            self.within = self.within[:-1]
+        self._frames.pop()
+        return [read(v) for v in program.outputs]
+
+    def _step(self, program: Program, eqn: Equation, values: list[Value]) -> list[Value]:
+        primitive = eqn.primitive
+        if _jax.called_name(eqn) == ROWS_OF:
+            return self._rows_of(eqn, values[0])
+        if primitive in INLINED:
+            return self.run(_jax.called(eqn), values)
+        if any(isinstance(v, Summed) for v in values):
+            assert primitive is _jax.REDUCE_SUM, "the one use that was found is a sum"
+            return [Whole(values[0].total)]
+        some_rows, all_whole = (any(isinstance(v, Rows) for v in values), all(isinstance(v, Whole) for v in values))
+        if some_rows and primitive not in row_reads.RULES:
+            self._note_gates(eqn, values)
+        region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
+        rule = _RULES.get(primitive, _RULES.get(primitive.name))
+        if region and (not all_whole or self._is_tall(eqn)):
+            values = [dataclasses.replace(v, made=v.block) if isinstance(v, Rows) else v for v in values]
+            outs = region(self, eqn, values)
+        elif _jax.summed_axes(eqn) is not None and not all_whole:
+            outs = row_rules.across_devices(self, eqn, values)
+        elif rule is not None and not all_whole:
+            outs = rule(self, eqn, values)
+        elif primitive is row_rules.BROADCAST:
+            outs = row_rules.broadcast(self, eqn, values)
+        else:
+            outs = None
+        if outs is not None:
+            return outs
+        return self._not_by_row(eqn, values) if some_rows else self._whole(program, eqn, values)
+
+    def _whole(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Value]:
+        """An equation as it is."""
+        converts, casts = eqn.primitive is _jax.CONVERT, _jax.summed_axes(eqn) == ()
+        zero = (converts or casts) and row_elementwise.is_zero(values[0])  # is still known to be 0
+        if zero and converts and not values[0].zero and _jax.shape(eqn.outputs[0]) == ():
+            return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]
+        outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
+        notes = row_elementwise.notes_out(eqn, values)
+        tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
+        if tall and eqn.primitive in row_reads.CHANGES and self.path not in self.plan.loose:
+            self.plan.whole_scatters[f"{eqn.primitive} at {self.source}"] = None
+        # XLA makes a view of given rows from those that are taken
+        view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
+        return [Whole(x, notes, eqn if tall and not view else None, zero) for x in outs]
+
+    def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
+        """An equation that has no rule: what enters it is no Rows in the next walk."""
+        for v in values:
+            if isinstance(v, Rows):
+                where = self.plan.refused if v.updated else self.plan.not_by_row
+                where.setdefault(v.node, Reason(str(eqn.primitive), self.source, is_closed(eqn)))
+        if not self.planning:
+            raise AssertionError(f"a rule is missing in the second walk only: {eqn.primitive} at {self.source}")
+        return [Whole(_jax.zeros_like_output(v)) for v in eqn.outputs]
+
+    def note_refused(self, node: int, cause: str) -> None:
+        """Notes that an update of these rows is not done row by row."""
+        self.plan.refused.setdefault(node, Reason(cause, self.source))
+
+    def note_whole_sum(self, node: int, eqn: Equation) -> None:
+        self.plan.whole_sums[Reason(str(eqn.primitive), self.source)] = node
+
+    def _note_gates(self, eqn: Equation, values: list[Value]) -> None:
+        """A comparison of a counter that meets rows decides in which steps something happens to them; so does a counter
+        that chooses among them."""
+        node = next(v.node for v in values if isinstance(v, Rows))
+        chooses = eqn.primitive is _jax.COND or eqn.primitive is _jax.SELECT
+        for note in notes_of(*values):
+            if note.kind == "gate" or (chooses and note in notes_of(values[0])):
+                self.plan.gates.append((node, note.what, self.source))
+
+    def _is_tall(self, eqn: Equation) -> bool:
+        """Whether something inside of an equation has as many rows as a table."""
+        return any(
+            set(_jax.shape(v)) & self.plan.heights or self._is_tall(inner)
+            for program in _jax.held_programs(eqn) or ()
+            for inner in program.equations
+            for v in inner.outputs
+        )
+
+    @property
+    def source(self) -> str:
+        return source_line(self.within)
+
+    @property
+    def path(self) -> Path:
+        return tuple(eqn.key for eqn in self.within)
+
+    def only_use(self, v: Any) -> tuple[Equation, int] | None:
+        """The one equation that uses a variable of the program, and the operand that it is there; through calls, in
+        and out. None if there are several, or it leaves the outermost program."""
+        return only_use(self._frames, v)
+
+    def inside(self) -> Walk:
+        """For a region's program: its reads are its own, and leave it as outputs."""
+        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.alone)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the rows of a class
+
+    def ids(self, node: int) -> Any:
+        return _STAND_INS if self.spaces is None else self.spaces[self.plan.find(node)].ids
+
+    def whole(self, rows: Rows) -> Any:
+        """The array itself, of which only state is made; computed once in each region."""
+        assert rows.whole is not None, "what is not made of state alone has no other rows"
+        if rows.whole not in self._wholes:
+            self._wholes[rows.whole] = rows.whole(self)
+        return self._wholes[rows.whole]
+
+    def is_real(self, rows: Rows) -> jax.Array:
+        """Which of the block's rows are no padding, of the block's rank, size 1 but along the rows."""
+        return Part(self.ids(rows.node)).is_real(self.num_rows(rows.node), rows.made.ndim, rows.axis)
+
+    def changed(self, leaves: dict[int, tuple[Value, Value]]) -> dict[int, Any]:
+        """The new blocks of leaves, given as they were and are, where they are others."""
+        new: dict[int, Any] = {}
+        for i, (before, after) in leaves.items():
+            if after is not before:
+                rows = self.as_rows(after, i, 0)
+                assert rows is not None, "its rows are along the first axis, as the plan has found"
+                new[i] = rows.made
+        return new
+
+    def num_rows(self, node: int) -> int:
+        return 0 if self.spaces is None else self.spaces[self.plan.find(node)].num_rows
+
+    def leaf(self, array: jax.Array, i: int) -> Any:
+        """The chosen rows of a leaf."""
+        made = rows_of(array, i, self.ids(i))
+        return made if self.later else made.block()
+
+    def by_row(self, node: int, out: Any, axis: int, operands: Sequence[Any], make: Callable[..., Any]) -> Any:
+        """The block of an equation's output `out`, with rows along `axis`, each made of the same rows of the operands.
+
+        Args:
+          node: whose rows.
+          operands: blocks, made or not, with their rows along `axis`, or arrays without rows.
+          make: as of a Later.
+        """
+        ids = self.ids(node)
+        if axis or not self.later:
+            return make(Part(ids), *(x.block() if isinstance(x, Later) else x for x in operands))
+        return Later(ids, operands, make, (*ids.shape, *_jax.shape(out)[1:]), _jax.dtype(out))
+
+    def _rows_of(self, eqn: Equation, v: Value) -> list[Value]:
+        """Of `tracing.rows_of`."""
+        (num_rows,) = _jax.shape(eqn.outputs[1]) or (0,)
+        if not isinstance(v, Rows) or v.axis != 0:  # no arrays of JAX's: XLA leaves out what is only for rows
+            none = Whole(np.zeros((), bool)) if not num_rows else Same(np.zeros(1, bool), 0, num_rows, zero=True)
+            return [Whole(np.int32(-1)), none]
+        if v.updated and v.outside != ZERO:
+            self.plan.not_by_row.setdefault(v.node, Reason("its gradient is not zero in rows that are not read", ""))
+        real = self.ids(v.node) < num_rows
+        return [Whole(jnp.sum(real, dtype=jnp.int32)), Rows(real, v.node, outside=ZERO)]
+
+    def take(self, array: Any, node: int, axis: int) -> jax.Array:
+        """The chosen rows of an array that has one for each of a table's; zeros at the block's end."""
+        return gather_rows(jnp.asarray(array), self.ids(node)) if axis == 0 else _take(array, self.ids(node), axis)
+
+    def as_rows(self, v: Value, node: int, axis: int) -> Rows | None:
+        """A value with rows along `axis` as Rows of a class; None if its rows are along another axis."""
+        if isinstance(v, Rows):
+            if v.axis != axis:
+                return None
+            self.plan.unify(v.node, node)
+            return v
+        if isinstance(v, Same) and (v.axis == axis or v.zero):
+            v = v.along(axis)
+            block: Any = v.times(self.ids(node).shape[0])
+            if self.later and axis == 0:
+                block = Later(self.ids(node), (), lambda part: v.times(len(part.ids)), block.shape, block.dtype)
+            return Rows(block, node, axis, v.outside, whole=lambda walk: array_of(v))
+        array = array_of(v)
+        if isinstance(v, Whole) and v.made_by is not None:
+            self.plan.made_whole[node, f"{v.made_by.primitive} at {source_line((*self.within, v.made_by))}"] = None
+        return Rows(self.take(array, node, axis), node, axis, whole=lambda walk: array)
+
+    def note_read(self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool) -> jax.Array:
+        """Notes that rows are read or added to, and tells where in the block they are.
+
+        Args:
+          node: whose rows.
+          ids: integers; outside [0, num_rows) they are no row or, `clipped`, the first or last one.
+          late: as in `Read`.
+
+        Returns:
+          int32, the shape of ids; the block's size where there is no row.
+        """
+        self.plan.read.add(node)
+        ids = _int32(ids, num_rows)
+        path = self.path if self.depth == 0 else None
+        if self.spaces is None:
+            known = jnp.minimum(ids, NOBODY - 1)  # none is taken for the id of nobody
+            self.reads.append((Read(node, late, path, clipped, self.source), known.reshape(-1)))
+            return ids
+        space = self.spaces[self.plan.find(node)]
+        at = self._look_up(space, ids, num_rows, path, clipped)
+        if late is None and space.trained is not None:
+            at = jnp.where(space.trained.at[at].get(mode="fill", fill_value=False), at, space.ids.shape[0])
+        return at
+
+    @staticmethod
+    def _look_up(space: Space, ids: jax.Array, num_rows: int, path: Path | None, clipped: bool) -> jax.Array:
+        if path is not None and path in space.positions:
+            return space.positions[path].reshape(ids.shape)
+        size = space.ids.shape[0]
+        at = jnp.searchsorted(space.ids, ids, method="scan_unrolled").astype(jnp.int32)
+        at = jnp.where((space.ids.at[at].get(mode="clip") == ids) & (ids < num_rows), at, size)
+        if clipped:  # the first and the last row are there if they are wanted
+            last = jnp.sum(space.ids < num_rows, dtype=jnp.int32) - 1
+            at = jnp.where(ids < 0, 0, jnp.where(ids >= num_rows, last, at))
+        return at
+
+
+def _take(array: Any, ids: jax.Array, axis: int) -> jax.Array:
+    return jnp.take(jnp.asarray(array), ids, axis=axis, mode="fill", fill_value=0, unique_indices=True)
+
+
+def _int32(ids: jax.Array, num_rows: int) -> jax.Array:
+    """ids as int32: what does not fit is as far outside of the rows as num_rows or -1."""
+    if ids.dtype.itemsize >= 4 and ids.dtype != jnp.int32:
+        ids = jnp.where(ids > num_rows, jnp.asarray(num_rows, ids.dtype), ids)
+        if jnp.issubdtype(ids.dtype, jnp.signedinteger):
+            ids = jnp.where(ids < -1, jnp.asarray(-1, ids.dtype), ids)
+    return ids.astype(jnp.int32)
+
+
+def is_closed(eqn: Equation) -> bool:
+    """Whether an equation of a kind that is unknown here holds a program that reads rows, or cannot be seen."""
+    held = None if eqn.primitive in _OPEN else _jax.held_programs(eqn)
+    return held is not None and (not held or any(map(_reads, held)))
+
+
+def _reads(program: Program) -> bool:
+    return any(
+        eqn.primitive in (_jax.GATHER, _jax.DYNAMIC_SLICE) or any(map(_reads, _jax.held_programs(eqn) or ()))
+        for eqn in program.equations
+    )
+
+
+_STAND_INS = np.zeros(3, np.int32)  # for the ids of a block, while planning
+_VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
+_RULES = row_rules.RULES | row_reads.RULES
+_OPEN = frozenset(row_regions.REGIONS) | INLINED

@@ -1,0 +1,160 @@
+"""Means of metrics over an epoch, and predictions for every example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._checks import message
+from jaxsparse.data.pipeline import Batches
+from jaxsparse.train.refresh import check_flushed
+
+
+def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any) -> dict[str, float]:
+    """The means of some metrics over the examples of one epoch.
+
+    Args:
+      metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
+        weight.
+      state: what has the parameters, in `state.params`.
+      batches: a `js.Batches`, of which it takes one whole epoch and whose position it does not move, or an iterable of
+        batches.
+
+    Returns:
+      The metrics, each batch counting by the sum of its `batch.weight`, and as 1 if it has none; NaN if there is no
+        weight at all.
+
+    Raises:
+      TypeError: if metric_fn returns anything else.
+      ValueError: if there are no batches; or, with skipped="replay", if the state needs js.flush.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> state = TrainState.create(apply_fn=None, params={"b": jnp.float32(1)}, tx=js.lazy_sgd(0.1))
+      >>> batches = js.batches([[0], [1], [2]], [1., 2., 6.], num_rows=3, batch_size=2)
+      >>> metric_fn = lambda params, batch: {"error": js.weighted_mean(batch.y - params["b"], batch.weight)}
+      >>> js.evaluate(metric_fn, state, batches)
+      {'error': 2.0}
+    """
+    return means(metric_fn, state, batches, "evaluate", "metric_fn", "batches")
+
+
+def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: str, argument: str) -> dict[str, float]:
+    check_flushed(function, getattr(state, "opt_state", None))
+    compiled = jax.jit(metric_fn)
+    totals: dict[str, float] = {}
+    weight, batch = 0.0, None
+    for batch in one_epoch(batches):
+        own = float(np.asarray(weight_of(batch)).sum(dtype=np.float64))
+        weight += own
+        if own:
+            for name, value in check_scalars(compiled(state.params, batch), function, fn_argument).items():
+                totals[name] = totals.get(name, 0.0) + own * float(value)
+    if batch is None:
+        raise ValueError(message(function, argument, "at least one batch", "none", why_none(batches)))
+    if not weight:
+        totals = dict.fromkeys(compiled.eval_shape(state.params, batch), 0.0)
+    return {name: total / weight if weight else float("nan") for name, total in totals.items()}
+
+
+def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, Any]:
+    """The metrics of a batch, or of one abstractly, if they are a dict of scalars."""
+    must = "a function that returns a dict of scalars"
+    if not isinstance(metrics, Mapping):
+        got = f"shape {metrics.shape}" if hasattr(metrics, "shape") else type(metrics).__name__
+        do = 'Give it a name: lambda params, batch: {"loss": loss_fn(params, batch)}.'
+        raise TypeError(message(function, argument, must, f"one that returns {got}", do))
+    for name, value in metrics.items():
+        shape = getattr(value, "shape", None)
+        if shape != ():
+            got = f"{name!r} of {type(value).__name__ if shape is None else f'shape {shape}'}"
+            do = "Take the mean over the examples: js.weighted_mean(values, batch.weight)."
+            raise TypeError(message(function, argument, must, got, do))
+    return metrics
+
+
+def one_epoch(batches: Any) -> Any:
+    return batches.one_epoch() if isinstance(batches, Batches) else batches
+
+
+def weight_of(batch: Any) -> Any:
+    """What a batch counts by: an array, the sum of which that is. It is not looked at here, which would be to wait."""
+    weight = getattr(batch, "weight", None)
+    if isinstance(weight, jax.Array) and not weight.is_fully_addressable:  # other hosts have the rest
+        return _sum(weight)
+    return 1.0 if weight is None else weight
+
+
+@jax.jit
+def _sum(weight: jax.Array) -> jax.Array:
+    return jnp.sum(weight, dtype=jnp.float32)
+
+
+def why_none(batches: Any) -> str:
+    """What to do about an epoch without batches."""
+    if not isinstance(batches, Batches):
+        return "An iterator is used up after one pass: give js.batches or a list."
+    if not batches.num_examples:
+        return "They have no examples."
+    if not len(batches):
+        size = batches.state["batch_size"]
+        return (
+            f"Their {batches.num_examples} examples fill no batch of {size}: lower batch_size or drop_remainder=False."
+        )
+    return "Their position was at the end of an epoch."
+
+
+def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.ndarray:
+    """What a model says of every example, in the order of the data, padding dropped.
+
+    Args:
+      apply_fn: apply_fn(params, x) -> an array (B, ...).
+      state: what has the parameters, in `state.params`.
+      batches: of `js.batches`, without shuffle, drop_remainder, devices and shard. It starts at the first example,
+        wherever their position is, and does not move that.
+
+    Returns:
+      A NumPy array (n, ...).
+
+    Raises:
+      TypeError: if batches are not of `js.batches`, or apply_fn returns no array (B, ...).
+      ValueError: if the batches leave examples out or have another order; or, with skipped="replay", if the state needs
+        js.flush.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> state = TrainState.create(apply_fn=None, params=jnp.arange(4.), tx=js.lazy_sgd(0.1))
+      >>> batches = js.batches([[3], [1, 2], [0]], num_rows=4, batch_size=2)
+      >>> apply_fn = lambda table, ids: js.embedding_bag(table, ids, combiner="sum", padding_idx=4)
+      >>> js.predict(apply_fn, state, batches).tolist()
+      [3.0, 3.0, 0.0]
+    """
+    check_flushed("predict", getattr(state, "opt_state", None))
+    if not isinstance(batches, Batches):
+        raise TypeError(message("predict", "batches", "what js.batches returns", type(batches).__name__))
+    at = batches.state
+    wrong = [f"{name}=True" for name in ("shuffle", "drop_remainder") if at[name]]
+    wrong += ["shard"] if batches.is_part else []
+    wrong += [] if batches.num_devices is None else [f"devices={batches.num_devices}"]
+    if wrong:
+        got, do = f"batches with {', '.join(wrong)}", "Make batches of their own for predictions."
+        raise ValueError(message("predict", "batches", "all examples in their order", got, do))
+    compiled, out = jax.jit(apply_fn), []
+    left = batches.num_examples
+    for batch in batches.one_epoch():
+        said = compiled(state.params, batch.x)
+        if getattr(said, "shape", ())[:1] != (at["batch_size"],):
+            got = f"shape {said.shape}" if hasattr(said, "shape") else type(said).__name__
+            must = f"a function that returns an array ({at['batch_size']}, ...), a row for each example of a batch"
+            raise TypeError(message("predict", "apply_fn", must, got))
+        out.append(np.asarray(said)[:left])
+        left -= len(out[-1])
+    if not out:
+        raise ValueError(message("predict", "batches", "at least one example", "none"))
+    return np.concatenate(out)

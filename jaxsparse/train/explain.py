@@ -1,0 +1,183 @@
+"""`explain`: which parameters a loss or a step reads by rows, and what makes the others dense.
+
+Frameworks have fallen back to dense gradients in silence for years. Here the choice is made by looking at the program,
+and this is the look: nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA
+writes their rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse.ops.rows import gather_rows, scatter_rows
+from jaxsparse.trace.plan import Reason
+from jaxsparse.trace.planning import Planned
+from jaxsparse.train.grad import Tables, closed_advice, plan_gradient
+from jaxsparse.train.jit import JittedStep
+
+# Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
+_CROSSOVER = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What `js.explain` says of one parameter.
+
+    Attributes:
+      path: as jax.tree_util.keystr has it.
+      row_sparse: whether its gradient is a RowSparse.
+      num_rows: its rows; 0 for a scalar.
+      rows_read: how many ids name a row in one evaluation, repeats included.
+      reads: the source lines that read rows.
+      cause: for a dense gradient, the primitive that uses the whole parameter, or why there is none; "" if row-sparse.
+        For an array of a step's state that has a row for each of a table's, whose.
+      source: the source line of `cause`.
+      advice: "" or what would be faster.
+    """
+
+    path: str
+    row_sparse: bool
+    num_rows: int
+    rows_read: int
+    reads: tuple[str, ...]
+    cause: str
+    source: str
+    advice: str
+
+    def __str__(self) -> str:
+        if self.row_sparse and not self.reads:
+            line = f"row-sparse: {self.cause or 'it would be read, by a batch with ids'}"
+        elif self.row_sparse:
+            many = f"{len(self.reads)} reads" if len(self.reads) > 1 else "1 read"
+            where = ", ".join(dict.fromkeys(self.reads))
+            line = f"row-sparse: {many} of {self.rows_read:,} of {self.num_rows:,} rows at {where}"
+        else:
+            line = f"dense: {self.cause}" + (f" at {self.source}" if self.source else "")
+        return f"{self.path or 'parameter'}  {line}" + (f". {self.advice}" if self.advice else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `js.explain` returns: its print is one line for each parameter.
+
+    Attributes:
+      parameters: by path, in the order of the leaves.
+    """
+
+    parameters: dict[str, Parameter]
+
+    def __getitem__(self, path: str) -> Parameter:
+        return self.parameters[path]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.parameters.values()))
+
+    __repr__ = __str__
+
+
+def explain(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
+) -> Callable[..., Explanation]:
+    """A function that says which gradients of `fun` are row-sparse, and why the others are dense.
+
+    Args and errors are those of `js.value_and_grad`. A step that `js.jit` has made is explained too: which arrays of
+    its state it reads by rows, and which, as an optimizer's slots, have a row for each of theirs; the other arguments
+    have no meaning then.
+
+    Returns:
+      A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> params = {"table": jnp.ones((5000, 2)), "w": jnp.ones(2)}
+      >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
+      >>> said = js.explain(loss)(params, jnp.array([3, 0, 3]))
+      >>> said["['table']"].row_sparse, said["['table']"].rows_read, said["['w']"].cause
+      (True, 3, 'dot_general')
+      >>> step = js.jit(lambda p, ids: p - 0.1 * jax.grad(lambda p: jnp.sum(p[ids]))(p))
+      >>> js.explain(step)(jnp.ones((5000, 2)), jnp.array([3, 0, 3]))[""].rows_read
+      3
+    """
+    if isinstance(fun, JittedStep):
+        return functools.partial(_explain_step, fun)
+
+    def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
+        planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
+        out = {}
+        for i, (path, leaf) in enumerate(zip(planned.paths, planned.leaves_of_arguments, strict=True)):
+            row_sparse, reads = i in planned.leaves or i in planned.unused, _reads_of(planned, i)
+            why = Reason("not in tables=", "") if reads and not row_sparse and tables is not None else None
+            why = why or planned.why_dense(i)
+            out[path] = Parameter(
+                path=path,
+                row_sparse=row_sparse,
+                num_rows=leaf.shape[0] if leaf.ndim else 0,
+                rows_read=sum(n for _, n in reads),
+                reads=tuple(source for source, _ in reads),
+                cause="" if row_sparse else why.cause,
+                source="" if row_sparse else why.source,
+                advice=_advice(reads, leaf) if row_sparse else closed_advice(why),
+            )
+        return Explanation(out)
+
+    return explain_fun
+
+
+def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
+    planned = step.plan(*args, **kwargs)
+    find, traced = planned.plan.find, planned.traced
+    out = {}
+    for i in sorted(traced.places):
+        path, shape, c = traced.paths[i], _jax.shape(traced.program.inputs[i]), planned.leaves.get(i)
+        reads = _reads_of(planned, i)
+        of_class = [r.node for r in planned.reads if find(r.node) == c and r.node in planned.leaves]
+        table = traced.paths[of_class[0]] if of_class else ""
+        left_alone = "Rows that are not read are left alone."
+        cause = str(planned.dense.get(i, "not read by rows"))
+        out[path] = Parameter(
+            path=path,
+            row_sparse=c is not None,
+            num_rows=shape[0] if shape else 0,
+            rows_read=sum(n for _, n in reads),
+            reads=tuple(source for source, _ in reads),
+            cause=(f"by the rows of {table}" if table and not reads else "") if c is not None else cause,
+            source="",
+            advice=left_alone if c is not None else "",
+        )
+    return Explanation(out)
+
+
+@functools.cache
+def _written_in_place(dtype: Any, backend: str) -> bool:
+    """Whether the program that XLA compiles to change some rows of a donated table makes no second one."""
+    del backend  # the default one, whose answers are remembered apart
+    if dtype.itemsize >= 4:
+        return True
+    table, ids = jax.ShapeDtypeStruct((1 << 16, 8), dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
+    change = jax.jit(lambda table, ids: scatter_rows(table, ids, 2 * gather_rows(table, ids)), donate_argnums=0)
+    memory = change.lower(table, ids).compile().memory_analysis()
+    return memory is None or memory.temp_size_in_bytes < table.size * dtype.itemsize
+
+
+def _reads_of(planned: Planned, i: int) -> list[tuple[str, int]]:
+    """The source lines that read rows of an input, each with how many ids; one that is made again for a gradient is
+    one."""
+    found = zip(planned.reads, planned.ids.numbers, planned.ids.sizes, strict=True)
+    reads = {(r.source, number): size for r, number, size in found if r.node == i and r.late is not None}
+    return [(source, size) for (source, _), size in reads.items()]
+
+
+def _advice(reads: list[tuple[str, int]], leaf: Any) -> str:
+    if not _written_in_place(leaf.dtype, jax.default_backend()):
+        where = f"with jax {jax.__version__} on {jax.default_backend()}"
+        return f"XLA writes rows of a {leaf.dtype} array by converting all of it, {where}: use float32."
+    if leaf.shape[0] < _CROSSOVER * sum(n for _, n in reads):
+        return "At this size a dense gradient is likely as fast: tables= leaves it out."
+    return ""

@@ -1,0 +1,379 @@
+"""`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
+
+The function and its gradient are traced once, at full shapes, and evaluated as a step is (`rowwise.py`): on the rows
+that are read. The gradient of a table is zero in all others; where it is not, the table is computed as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse._checks import Modules, chosen_paths, message
+from jaxsparse._context import is_tracing, tracing
+from jaxsparse._jax import Program, vary, varying_axes
+from jaxsparse.ops.row_sparse import RowSparse
+from jaxsparse.ops.rows import gather_rows, zero_after
+from jaxsparse.trace.known_ids import Known, find_known
+from jaxsparse.trace.plan import Reason
+from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
+from jaxsparse.trace.tracing import source_line
+from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of
+from jaxsparse.trace.walk import Walk, is_closed
+from jaxsparse.train.device_rows import choose_rows, ids_of
+
+
+def value_and_grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
+) -> Callable[..., Any]:
+    """A function that evaluates `fun` and its gradient, row-sparse where `fun` only reads rows.
+
+    Args:
+      fun: returns a real scalar, or with `has_aux` a pair (scalar, aux). It is traced; only the arguments in `argnums`
+        become tracers, all others pass through untouched.
+      argnums: which positional arguments to differentiate with respect to: pytrees of floating arrays.
+      has_aux: whether `fun` returns (scalar, aux).
+      tables: which leaves get row-sparse gradients. None: those that are only read by rows. Otherwise a function of
+        (path, leaf), or names, one of which is a part of the path: those leaves and no others, even where they are
+        not used at all. The path is as jax.tree_util.keystr has it: "['params']['Embed_0']['embedding']".
+
+    Returns:
+      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad
+      does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size: a row for each
+      distinct id, and padding up to as many rows as there are ids and one more. Every other leaf is the array that
+      jax.grad gives. A leaf that is not used at all is zeros.
+
+    Raises:
+      TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
+        floating.
+      ValueError: if `tables` names a leaf that is used as a whole, with the line that does it, or no leaf at all.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> params = {"table": jnp.ones((5, 2)), "w": jnp.array([1., 2.])}
+      >>> loss = lambda params, ids: jnp.sum(params["table"][ids] @ params["w"])
+      >>> value, grads = js.value_and_grad(loss)(params, jnp.array([3, 0, 3]))
+      >>> grads["table"]  # room for each id to be another row
+      RowSparse(ids=int32[4], rows=float32[4,2], shape=(5, 2), unique=True)
+      >>> grads["table"].todense()[jnp.array([0, 3])].tolist(), grads["w"].tolist()
+      ([[1.0, 2.0], [2.0, 4.0]], [3.0, 3.0])
+    """
+
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
+        if is_tracing():  # a step under js.jit or js.rowwise is as a whole evaluated on the rows that it reads
+            return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
+        planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
+        _warn_of_closed_regions(planned)
+        leaves, inputs = planned.leaves_of_arguments, planned.inputs
+        ids = ids_of(planned, inputs)
+        spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
+        values = [
+            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x, x) if i in planned.leaves else Whole(x)
+            for i, x in enumerate(inputs)
+        ]
+        walk = Walk(planned.plan, spaces)
+        outs = walk.run(planned.program, values)
+        arrays = [
+            None if isinstance(v, Rows) and v.whole is None else ids.checked(_whole(walk, v), leaves) for v in outs
+        ]
+        gradient, others = outs[1 : 1 + len(leaves)], [arrays[0], *arrays[1 + len(leaves) :]]
+        with jax.named_scope("row_gradients"):
+            after = _zero_after([*others, *(arrays[1 + i] for i in range(len(leaves)) if i not in planned.leaves)])
+            grads = [
+                _row_sparse(walk, gradient[i], spaces[planned.leaves[i]].ids + after, i, x)
+                if i in planned.leaves
+                else _nothing(x)
+                if i in planned.unused
+                else arrays[1 + i]
+                for i, x in enumerate(leaves)
+            ]
+        value = (others[0], planned.aux(others[1:])) if has_aux else others[0]
+        return value, planned.unflatten(grads)
+
+    return value_and_grad_fun
+
+
+def grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False, *, tables: Tables = None
+) -> Callable[..., Any]:
+    """A function that evaluates the gradient of `fun`, row-sparse where `fun` only reads rows.
+
+    Arguments and errors are those of `js.value_and_grad`.
+
+    Returns:
+      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux), as jax.grad
+      does.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.grad(lambda table, ids: jnp.sum(table[ids] ** 2))(jnp.ones((5, 1)), jnp.array([3])).todense().tolist()
+      [[0.0], [0.0], [0.0], [2.0], [0.0]]
+    """
+    both = value_and_grad(fun, argnums, has_aux, tables=tables)
+
+    def grad_fun(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return grad_fun
+
+
+# None, names, or a function of (path, leaf).
+Tables = str | Sequence[str] | Callable[[str, Any], bool] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedGradient(Planned):
+    """What is known of a function and its gradient before they are evaluated. The program's inputs are the leaves of
+    the arguments to differentiate; its outputs the value, the gradient, and the arrays of aux.
+
+    Attributes:
+      leaves_of_arguments: the first inputs.
+      inputs: these, and arrays of batches that know their distinct ids.
+      paths: of these.
+      unused: the leaves that `tables` names, and that are not read.
+      unflatten: the gradient of its leaves.
+      aux: of its arrays.
+    """
+
+    leaves_of_arguments: list[Any]
+    inputs: list[Any]
+    paths: list[str]
+    unused: set[int]
+    unflatten: Callable[[list[Any]], Any]
+    aux: Callable[[list[Any]], Any]
+
+    def why_dense(self, i: int) -> Reason:
+        """Why the gradient of a leaf is an array."""
+        return self.dense.get(i) or _first_use(self.program, self.program.inputs[i], ()) or Reason("not used", "")
+
+
+def plan_gradient(
+    fun: Callable[..., Any], argnums: int | Sequence[int], has_aux: bool, args: Any, kwargs: Any, tables: Tables
+) -> PlannedGradient:
+    """Traces `fun` and its gradient with respect to the arguments in `argnums`; everything else is closed over."""
+    several = not isinstance(argnums, int)
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    for n in numbers:
+        if not -len(args) <= n < len(args):
+            must = f"positions among the {len(args)} positional arguments"
+            raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
+    numbers = [n % len(args) for n in numbers]
+    with_paths = jax.tree_util.tree_flatten_with_path([args[n] for n in numbers])[0]
+    treedef = jax.tree.structure([args[n] for n in numbers])
+    leaves: Any = [_check_leaf(x, jax.tree_util.keystr(path[1:])) for path, x in with_paths]
+    leaves = vary(leaves, varying_axes((args, kwargs)))
+    shape_of_aux: list[Any] = []
+
+    def both(leaves: Sequence[Any], args: Any, kwargs: Any) -> list[Any]:
+        def value_and_aux(leaves: list[Any]) -> Any:
+            full = list(args)
+            for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
+                full[n] = arg
+            modules = Modules((full, kwargs))
+            out = fun(*full, **kwargs)
+            modules.check_unchanged("value_and_grad")
+            if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+                must = "a function that returns (scalar, aux), as has_aux=True says"
+                raise TypeError(message("value_and_grad", "fun", must, repr(out)))
+            value, aux = out if has_aux else (out, None)
+            _check_value(value)
+            aux_leaves, aux_tree = jax.tree.flatten(aux)
+            arrays = [_jax.is_array_or_number(x) for x in aux_leaves]
+            shape_of_aux[:] = [aux_tree, [None if a else x for a, x in zip(arrays, aux_leaves, strict=True)], arrays]
+            return value, [x for a, x in zip(arrays, aux_leaves, strict=True) if a]
+
+        (value, aux), gradient = jax.value_and_grad(value_and_aux, has_aux=True)(list(leaves))
+        return [value, *gradient, *aux]
+
+    def unflatten(gradient: list[Any]) -> Any:
+        out = jax.tree.unflatten(treedef, gradient)
+        return tuple(out) if several else out[0]
+
+    def aux(arrays: list[Any]) -> Any:
+        tree, static, is_array = shape_of_aux
+        it = iter(arrays)
+        return jax.tree.unflatten(tree, [next(it) if a else x for a, x in zip(is_array, static, strict=True)])
+
+    by_path = [jax.tree_util.tree_flatten_with_path(args[n])[0] for n in numbers]
+    argument = (lambda n: f"[{n}]") if several else (lambda n: "")
+    paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
+    chosen = None if tables is None else chosen_paths("value_and_grad", tables, paths, leaves)
+    can = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
+    places = {i: 1 + i for i in range(len(leaves))}
+    with tracing():
+        known, arrays, with_arrays = _known_of_batches(args, kwargs, len(leaves))
+        program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
+        would = _would_be_read(both, leaves, args, kwargs, places, can)
+    settled = settle(program, [*leaves, *arrays], places, can, would, unfit=functools.partial(_unfit, places))
+    unused = set()
+    for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.chosen):
+        why = settled.banned.get(i) or _first_use(program, program.inputs[i], ())
+        if why is not None:
+            got = f"{paths[i]}, which {why.cause} uses as a whole at {why.source}"
+            raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
+        if leaves[i].ndim < 1:
+            raise ValueError(message("value_and_grad", "tables", "leaves that have rows", paths[i]))
+        unused.add(i)
+    return PlannedGradient(
+        **vars(settled.planned()) | {"known": known},
+        inputs=[*leaves, *arrays],
+        leaves_of_arguments=leaves,
+        paths=paths,
+        unused=unused,
+        unflatten=unflatten,
+        aux=aux,
+    )
+
+
+def _known_of_batches(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:
+    """What is known of the arguments' ids, if they are being traced: the numbers of inputs from `start` on, these
+    inputs, and a function of them that returns (args, kwargs)."""
+    found = find_known((args, kwargs))
+    others, tree = jax.tree.flatten((args, kwargs))
+    found = [k for k in found if _jax.is_traced(others[k.array])]
+    if not found:
+        return [], [], lambda arrays: (args, kwargs)
+    numbers = [i for k in found for i in k[:3]]
+
+    def with_arrays(arrays: list[Any]) -> Any:
+        by_number = dict(zip(numbers, arrays, strict=True))
+        return jax.tree.unflatten(tree, [by_number.get(i, x) for i, x in enumerate(others)])
+
+    at = itertools.count(start)
+    known = [k._replace(array=next(at), ids=next(at), positions=next(at)) for k in found]
+    return known, [others[i] for i in numbers], with_arrays
+
+
+def _would_be_read(
+    both: Callable[..., list[Any]], leaves: list[Any], args: Any, kwargs: Any, places: dict[int, int], can: set[int]
+) -> set[int]:
+    """Of a batch that statically has no ids, the leaves that one with ids would read: a program that reads nothing says
+    nothing of that."""
+    others, tree = jax.tree.flatten((args, kwargs))
+    if not any(hasattr(x, "dtype") and 0 in jnp.shape(x) for x in others):
+        return set()
+    known = {i for i, x in enumerate(others) if hasattr(x, "dtype")}
+    filled = without_zeros([x for i, x in enumerate(others) if i in known], {})
+
+    def traced(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+        it = iter(arrays)
+        return both(leaves, *jax.tree.unflatten(tree, [next(it) if i in known else x for i, x in enumerate(others)]))
+
+    try:
+        program = _jax.trace(traced, leaves, filled)
+    except Exception:  # the function wants these shapes, or values
+        return set()
+    settled = settle(program, [*leaves, *(filled or ())], places, can, unfit=functools.partial(_unfit, places))
+    return settled.chosen
+
+
+def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
+    """The leaves whose gradient is not that of their rows alone."""
+    find, plan, found = walked.plan.find, walked.plan, dict[int, Reason]()
+
+    def of_class(node: int, why: Reason) -> dict[int, Reason]:
+        return {i: why for i in chosen if find(i) == find(node)}
+
+    for node, why in plan.refused.items():
+        found |= of_class(node, why)
+    for node, source in walked.part_sums:
+        found |= of_class(node, Reason(f"a sum over all rows of what has a gradient in it: {source}", ""))
+    for i in chosen:
+        out = walked.outs[places[i]]
+        zero = out.zero if isinstance(out, Same) else isinstance(out, Rows) and out.outside == ZERO
+        if not zero or (isinstance(out, Rows) and (out.axis != 0 or find(out.node) != find(i))):
+            sums = [why for why, node in plan.whole_sums.items() if find(node) == find(i)]
+            found[i] = sums[0] if sums else Reason("its gradient is not zero in rows that are not read", "")
+    for j, out in enumerate(walked.outs):
+        if isinstance(out, Rows) and out.whole is None and j not in places.values():
+            found |= of_class(out.node, Reason("it is returned", ""))
+    return found
+
+
+def _first_use(program: Program, v: Any, within: tuple[Any, ...]) -> Reason | None:
+    """The first equation that computes with a variable."""
+    for eqn in program.equations:
+        at = [i for i, operand in enumerate(eqn.inputs) if operand is v]
+        if not at:
+            continue
+        if eqn.primitive in _jax.CALLS:
+            inner = _jax.called(eqn)
+            found = _first_use(inner, inner.inputs[at[0]], (*within, eqn))
+            if found is not None:
+                return found
+            continue
+        return Reason(str(eqn.primitive), source_line((*within, eqn)), is_closed(eqn))
+    return None
+
+
+_WARNED: set[str] = set()  # source lines
+
+
+def _warn_of_closed_regions(planned: PlannedGradient) -> None:
+    """Once for each line that makes a gradient dense only because this library cannot open what is there."""
+    for i in set(range(len(planned.paths))) - planned.leaves.keys():
+        why = planned.why_dense(i)
+        if why.closed and why.source not in _WARNED:
+            _WARNED.add(why.source)
+            path = planned.paths[i] or "the parameter"
+            warnings.warn(f"The gradient of {path} is dense: {why}. {closed_advice(why)}", stacklevel=3)
+
+
+def closed_advice(why: Reason) -> str:
+    """What to do about a reason."""
+    if not why.closed:
+        return ""
+    return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
+
+
+def _check_leaf(x: Any, path: str) -> Any:
+    must, at = "arguments whose leaves are floating arrays", f" at {path}" if path else ""
+    if not hasattr(x, "dtype") and not isinstance(x, float):
+        do = "Pass what is no parameter in another argument, or close over it (eqx.partition, nnx.split)."
+        raise TypeError(message("value_and_grad", "argnums", must, f"a {type(x).__name__}{at}", do))
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        do = "Pass integers and keys in another argument."
+        raise TypeError(message("value_and_grad", "argnums", must, f"a leaf of dtype {x.dtype}{at}", do))
+    return x
+
+
+def _check_value(value: Any) -> None:
+    got: Any = jax.typeof(value) if _jax.is_array_or_number(value) else type(value).__name__
+    if getattr(got, "shape", None) != () or not jnp.issubdtype(got.dtype, jnp.floating):
+        do = "Reduce it to one number; return (scalar, aux) with has_aux=True."
+        raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
+
+
+def _whole(walk: Walk, v: Any) -> Any:
+    return walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
+
+
+def _row_sparse(walk: Walk, v: Any, ids: jax.Array, i: int, leaf: jax.Array) -> RowSparse:
+    """The gradient of a table."""
+    rows = walk.as_rows(v, i, 0)
+    assert rows is not None, "its rows are along the first axis, as the plan has found"
+    return RowSparse(ids, rows.block, leaf.shape, unique=True)
+
+
+def _nothing(leaf: jax.Array) -> RowSparse:
+    return RowSparse(jnp.zeros(0, jnp.int32), jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), leaf.shape, unique=True)
+
+
+def _zero_after(results: list[Any]) -> jax.Array:
+    """0, after all of that is there.
+
+    An update writes rows into the donated table at these ids. Where its gradient does not depend on some read of the
+    table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing else says that the read
+    comes first.
+    """
+    return zero_after(*(x for x in results if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.number)))

@@ -1,0 +1,323 @@
+"""The loop around a step: epochs, validation, a callback, and a state that is not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxsparse._checks import message
+from jaxsparse.data.pipeline import Batches
+from jaxsparse.train.evaluation import check_scalars, means, one_epoch, weight_of, why_none
+from jaxsparse.train.refresh import flush
+
+
+@dataclasses.dataclass(frozen=True)
+class FitEvent:
+    """What the callback of `js.fit` is told after each step and after each epoch.
+
+    Attributes:
+      state: the state so far. The next step is given its memory, so save or copy what is to stay.
+      epoch: the number of the epoch, from 0.
+      step: how many steps of this epoch are done.
+      metrics: after a step, what the step returned, on the device: to read a number is to wait for it. After an epoch,
+        its entry in the history.
+      history: the entries of the epochs that are over.
+      end_of_epoch: whether this is the call after an epoch, its validation done, and not after a step.
+    """
+
+    state: Any
+    epoch: int
+    step: int
+    metrics: dict[str, Any]
+    history: list[dict[str, float]]
+    end_of_epoch: bool
+
+
+def fit(
+    step: Callable[..., Any],
+    state: Any,
+    batches: Any,
+    *,
+    epochs: int = 1,
+    args: Sequence[Any] = (),
+    rng: Any = None,
+    validation: Any = None,
+    metrics: Callable[..., dict[str, Any]] | None = None,
+    callback: Callable[[FitEvent], Any] | None = None,
+    stop_on_nan: bool = False,
+    progress: bool = True,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Runs a step over epochs of batches, with a progress bar and validation after each, before which it calls
+    js.flush.
+
+    Args:
+      step: of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a "loss", the
+        mean over the examples of the batch.
+      state: the state to start from. It is donated to the step: use the returned one.
+      batches: a `js.Batches`, whose position it goes on from, or any iterable of batches that can be iterated anew.
+      epochs: how many to run, a resumed one counting as one.
+      args: what the step gets after the batch: step(state, batch, *args), so that the loss_fn of `js.make_train_step`
+        is called as loss_fn(params, batch, *args).
+      rng: a jax.random key. The step gets another key at each step, behind args: jax.random.fold_in(rng, n), where n is
+        `state.step` before the step. A resumed run goes on with the same keys. n is 0, 1, ... for a state without step.
+      validation: batches to evaluate `metrics` on after each epoch.
+      metrics: metric_fn of `js.evaluate`; required with validation, and only there.
+      callback: callback(event) is called with a `js.FitEvent` after each step and after each epoch. Where it returns
+        True, the run is over. None and False go on.
+      stop_on_nan: whether a NaN loss raises. Losses are looked at every ten steps and at the end of an epoch, so that
+        a few more steps may have run by then.
+      progress: whether to show the bar.
+
+    Returns:
+      The state, and a dict for each epoch: "loss", the mean over its examples, each batch counting by the sum of its
+        `batch.weight`, and as 1 if it has none; "steps", "seconds", and the validation's metrics. An epoch that was
+        left early has an entry for the steps that were done, without validation.
+      Ctrl-C ends a run like a callback that returns True, after the step that is under way, with a warning. A second
+        Ctrl-C does not wait for the step.
+
+    Raises:
+      TypeError: if the step, metrics or callback return something else.
+      ValueError: if only one of validation and metrics is given, or an epoch has no batches.
+      FloatingPointError: with stop_on_nan, if the loss of a batch that has weight is NaN.
+      Exception: what the step, the batches, metrics or the callback raise. Every exception has the attributes `state`
+        and `history`, the ones so far, because the state that was given in is deleted.
+
+    Example:
+      >>> import flax, jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> loss_fn = lambda params, batch: js.weighted_mean((params["t"][batch.x] - batch.y) ** 2, batch.weight)
+      >>> batches = js.batches(jnp.arange(6) // 2, jnp.arange(6) % 3, batch_size=4, shuffle=True)
+      >>> new = lambda: TrainState.create(apply_fn=None, params={"t": jnp.zeros(3)}, tx=js.lazy_sgd(0.5))
+      >>> step = js.make_train_step(loss_fn)
+      >>> state, history = js.fit(step, new(), batches, epochs=3, progress=False)
+      >>> len(history), history[-1]["steps"], history[-1]["loss"] < history[0]["loss"]
+      (3, 2, True)
+
+      Early stopping, and a checkpoint after each epoch, with the position in the data beside it:
+
+      >>> saved = {}
+      >>> def callback(event):
+      ...     if event.end_of_epoch:
+      ...         saved["state"], saved["position"] = flax.serialization.to_bytes(event.state), batches.state
+      ...         losses = [entry["loss"] for entry in event.history]
+      ...         return len(losses) > 2 and min(losses[-2:]) > 0.99 * min(losses[:-2])  # no better for two epochs
+      >>> state, history = js.fit(step, new(), batches, epochs=100, callback=callback, progress=False)
+      >>> len(history) < 100
+      True
+      >>> batches.state = saved["position"]
+      >>> state, _ = js.fit(step, flax.serialization.from_bytes(new(), saved["state"]), batches, progress=False)
+    """
+    run = _Run(step, state, tuple(args), rng, callback, stop_on_nan, progress)
+    try:
+        _check(batches, epochs, state, validation, metrics)
+        with run.interrupts:
+            for number in range(epochs):
+                if run.epoch(batches, number, epochs, validation, metrics):
+                    break
+    except BaseException as error:
+        run.add_entry()
+        if not isinstance(error, KeyboardInterrupt) or run.is_lost():
+            run.hand_over(error)
+            raise
+        said = f"js.fit was interrupted {run.where}. It returns the state and the history so far."
+        warnings.warn(said, stacklevel=2)
+    return run.state, run.history
+
+
+class _Run:
+    """A call of `fit`: the newest state and what is known of the epochs, also where it ends early."""
+
+    def __init__(
+        self, step: Any, state: Any, args: tuple[Any, ...], rng: Any, callback: Any, stop_on_nan: bool, progress: bool
+    ) -> None:
+        self.state, self.where = state, "before the first step"
+        self.history: list[dict[str, float]] = []
+        self.interrupts = _Interrupts()
+        self._step, self._args, self._rng, self._callback = step, args, rng, callback
+        self._stop_on_nan, self._progress = stop_on_nan, progress
+        self._losses, self._has_entry = _Losses(), False  # of the epoch that runs
+        self._next: int | None = None  # what the key of the next step is folded with
+
+    def epoch(self, batches: Any, number: int, epochs: int, validation: Any, metrics: Any) -> bool:
+        """Runs an epoch and returns whether the callback stops the run."""
+        losses = self._losses = _Losses()
+        self._has_entry = False
+        with tqdm(batches, desc=f"epoch {number + 1}/{epochs}", unit="step", disable=not self._progress) as bar:
+            for batch in bar:
+                args = self._next_args()
+                with self.interrupts.wait():
+                    reported = self._train(batch, args)
+                    self.where = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
+                # early numbers, then few: each waits
+                if (self._progress and losses.steps in (1, 3)) or losses.steps % 10 == 0:
+                    self._look(number)
+                    bar.set_postfix(loss=f"{losses.last:.4f}")
+                if self._tells(number, reported, end_of_epoch=False):
+                    self.add_entry()
+                    return True
+            if not losses.steps:
+                got = f"none in epoch {number + 1} of {epochs}"
+                raise ValueError(message("fit", "batches", "at least one batch an epoch", got, why_none(batches)))
+            self._look(number)
+            entry = self.add_entry()
+            if metrics is not None:
+                with self.interrupts.wait():
+                    self.state = flush(self.state)
+                measured = means(metrics, self.state, validation, "fit", "metrics", "validation")
+                bar.set_postfix({name: f"{value:.4f}" for name, value in [("loss", entry["loss"]), *measured.items()]})
+                entry |= measured
+        return self._tells(number, entry, end_of_epoch=True)
+
+    def _next_args(self) -> tuple[Any, ...]:
+        if self._rng is None:
+            return self._args
+        if self._next is None:
+            step = getattr(self.state, "step", None)
+            self._next = 0 if step is None or callable(step) else int(np.asarray(step).reshape(-1)[0])
+        self._next += 1
+        return (*self._args, _fold_in(self._rng, np.uint32(self._next - 1)))
+
+    def _train(self, batch: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+        out = self._step(self.state, batch, *args)
+        must = 'a function that returns (state, metrics), metrics a dict with a "loss"'
+        if not isinstance(out, (tuple, list)) or len(out) != 2:
+            raise TypeError(message("fit", "step", must, f"one that returns {type(out).__name__}"))
+        self.state, reported = out
+        if not isinstance(reported, Mapping) or "loss" not in reported:
+            got = list(reported) if isinstance(reported, Mapping) else type(reported).__name__
+            do = 'Return (state, {"loss": loss}).'
+            raise TypeError(message("fit", "step", must, f"metrics that are {got}", do))
+        self._losses.add(reported["loss"], weight_of(batch))
+        return dict(reported)
+
+    def _look(self, number: int) -> None:
+        self._losses.look()
+        if self._stop_on_nan and self._losses.first_nan is not None:
+            at = f"step {self._losses.first_nan} of epoch {number + 1}"
+            raise FloatingPointError(f"js.fit: the loss of {at} is NaN. stop_on_nan=False would go on.")
+
+    def _tells(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
+        """Whether the callback, being told this, stops the run."""
+        if self._callback is None:
+            return False
+        steps, history = self._losses.steps, self.history
+        said = self._callback(FitEvent(self.state, number, steps, metrics, history, end_of_epoch))
+        is_array = isinstance(said, (np.ndarray, jax.Array)) and said.shape == () and said.dtype == np.bool_
+        if not (said is None or isinstance(said, (bool, np.bool_)) or is_array):
+            must = "a function that returns True to stop, or else None or False"
+            raise TypeError(message("fit", "callback", must, f"one that returns {type(said).__name__}"))
+        return bool(said)
+
+    def add_entry(self) -> dict[str, float]:
+        """Adds the entry of an epoch that has steps and no entry yet."""
+        entry = self._losses.entry()
+        if self._losses.steps and not self._has_entry:
+            self.history.append(entry)
+            self._has_entry = True
+        return entry
+
+    def is_lost(self) -> bool:
+        return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(self.state))
+
+    def hand_over(self, error: BaseException) -> None:
+        """Makes the state reachable from an exception: the caller's own was donated."""
+        note = f"js.fit: error.state and error.history are the state and the history {self.where}."
+        if self.is_lost():
+            note = f"js.fit: the state was donated to what failed {self.where}. Go on from a checkpoint."
+        error.__dict__.update(state=self.state, history=self.history)
+        error.add_note(note)
+
+
+class _Losses:
+    """The losses of an epoch. They are looked at now and then, as to look is to wait for the device."""
+
+    def __init__(self) -> None:
+        self.steps, self.last, self._start = 0, float("nan"), time.perf_counter()
+        self.first_nan: int | None = None  # the step
+        self._new: list[tuple[Any, Any]] = []  # not looked at
+        self._total = self._weight = 0.0
+
+    def add(self, loss: Any, weight: Any) -> None:
+        self._new.append((loss, weight))
+        self.steps += 1
+
+    def look(self) -> None:
+        for at, (loss, own) in enumerate(jax.device_get(self._new), self.steps - len(self._new) + 1):
+            self.last = float(np.mean(loss))  # under pmap, one for each device
+            weight = float(np.sum(own, dtype=np.float64))
+            if weight:  # without any, the mean may be 0/0
+                self._total, self._weight = self._total + weight * self.last, self._weight + weight
+                if np.isnan(self.last) and self.first_nan is None:
+                    self.first_nan = at
+        self._new = []
+
+    def entry(self) -> dict[str, float]:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where the device failed, of the losses until then
+            self.look()
+        mean = self._total / self._weight if self._weight else float("nan")
+        return {"loss": mean, "steps": self.steps, "seconds": time.perf_counter() - self._start}
+
+
+_fold_in = jax.jit(jax.random.fold_in)
+
+
+class _Interrupts:
+    """Ctrl-C during a run: within `wait` it is acted on after the block, as the state is with the device only and would
+    be lost. The second one is acted on at once."""
+
+    def __init__(self) -> None:
+        self._before, self._holds, self._came = signal.getsignal(signal.SIGINT), False, 0
+        self._is_handled = callable(self._before) and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> None:
+        if self._is_handled:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_handled:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *args: Any) -> None:
+        self._came += self._holds
+        if self._came != 1:
+            self._act(*args)
+
+    def _act(self, *args: Any) -> None:
+        if callable(self._before):
+            self._before(*args)
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        self._holds = True
+        try:
+            yield
+        finally:
+            came, self._holds, self._came = self._came, False, 0
+            if came == 1:
+                self._act(signal.SIGINT, None)
+
+
+def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any) -> None:
+    """What can be said before the first step, and not after hours."""
+    if (validation is None) != (metrics is None):
+        raise ValueError(message("fit", "metrics", "given with validation, and only there", metrics))
+    for argument, given in {"batches": batches, "validation": validation}.items():
+        kind = type(given)
+        if epochs > 1 and hasattr(kind, "__next__") and kind.__module__ in ("builtins", "itertools"):
+            got, do = f"a {kind.__name__} for {epochs} epochs", "Give js.batches or a list."
+            raise ValueError(message("fit", argument, "iterable anew for each epoch", got, do))
+        if isinstance(given, (Batches, list, tuple)) and not len(given):
+            raise ValueError(message("fit", argument, "at least one batch an epoch", "none", why_none(given)))
+    if isinstance(validation, (Batches, list, tuple)):
+        batch = next(iter(one_epoch(validation)))
+        check_scalars(jax.jit(metrics).eval_shape(state.params, batch), "fit", "metrics")

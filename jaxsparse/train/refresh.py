@@ -1,0 +1,229 @@
+"""Keeping the rows of a replaying optimizer up to date by hand, and handing them over to plain optax.
+
+`refresh` in a step that is written by hand, before the gradient is taken; `flush` before parameters are used in any
+other way. js.make_train_step needs neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._checks import message
+from jaxsparse._context import is_tracing
+from jaxsparse.optim.lazy import named_leaves
+from jaxsparse.optim.replaying import Stamps, View, flush_leaves, is_replay_state, replay_states
+from jaxsparse.train.rowwise import on_rows, prepare_step
+
+
+def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
+    """A function refresh(state, batch, *args) -> state that brings the rows up to date which loss_fn is about to read.
+
+    For steps written by hand, with an optimizer of skipped="replay": call it first, on the same batch, inside the same
+    jit. It costs what the rows cost. Optimizers that freeze skipped rows are left alone.
+
+    Args:
+      loss_fn: loss_fn(params, batch, *args), as in js.make_train_step. Only its reads are evaluated.
+      has_aux: whether loss_fn returns (scalar, aux).
+      axis_name: the mapped axis, under jax.pmap or shard_map: rows that any device reads are refreshed on all.
+
+    Returns:
+      The function. `state` is a TrainState, or any object with params, opt_state and replace, or a pair (params,
+      opt_state); what comes back is of the same kind.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx, params = js.lazy_sgd(1.0, momentum=0.5, skipped="replay"), jnp.zeros((3, 1))
+      >>> loss_fn = lambda table, ids: jnp.sum(table[ids])
+      >>> opt_state = tx.init(params)
+      >>> for row in (0, 1, 0):
+      ...     params, opt_state = js.refresh(loss_fn)((params, opt_state), jnp.array([row]))
+      ...     print(params.ravel().tolist())
+      ...     updates, opt_state = tx.update(js.grad(loss_fn)(params, jnp.array([row])), opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      [0.0, 0.0, 0.0]
+      [-1.0, 0.0, 0.0]
+      [-1.5, -1.0, 0.0]
+    """
+
+    def only_read(state: Any, batch: Any, *args: Any) -> Any:
+        loss_fn(_apart(state, "refresh")[0], batch, *args)
+        return state  # as it is when a step begins: up to date
+
+    def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
+        if is_tracing() or not replay_states(_apart(state, "refresh")[1]):
+            return state
+        with jax.named_scope("refresh"):
+            axes = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
+            prepared = prepare_step(only_read, (state, batch, *args), {}, 0).only_outputs()
+            traced = prepared.planned.traced
+            return traced.unflatten(on_rows(prepared, traced.leaves, axes))
+
+    return refresh_fn
+
+
+def flush(state: Any) -> Any:
+    """Brings every row of every table up to date, as the dense optimizer would have it after as many steps.
+
+    For optimizers of skipped="replay", before parameters are evaluated on other rows, exported, or handed to plain
+    optax. Doing it twice changes nothing, nor does it for optimizers that freeze skipped rows. It costs about as much
+    as one dense step, in chunks, with a few MB of memory besides the state.
+
+    Args:
+      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state). It is
+        donated, like a step's: use the returned one.
+
+    Returns:
+      The state, of the same kind.
+
+    Raises:
+      TypeError: if it is not such a state.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> tx = js.lazy_sgd(1.0, momentum=0.5, skipped="replay")
+      >>> state = TrainState.create(apply_fn=None, params={"t": jnp.zeros((3, 1))}, tx=tx)
+      >>> step = js.make_train_step(lambda params, ids: jnp.sum(params["t"][ids]))
+      >>> for row in (0, 1, 1):
+      ...     state, _ = step(state, jnp.array([row]))
+      >>> js.flush(state).params["t"].ravel().tolist()
+      [-1.75, -2.5, 0.0]
+    """
+    params, opt_state, together = _apart(state, "flush")
+    if not replay_states(opt_state):
+        return state
+    mesh, specs = _row_shardings(params, opt_state)
+    if mesh is None:
+        return together(*_flush_all(params, opt_state))
+    local = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    return together(*jax.jit(local, donate_argnums=(0, 1))(params, opt_state))
+
+
+def _flush_rows(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    return flush_leaves(params, opt_state, lambda name, view: jnp.bool_(True))
+
+
+_flush_all = jax.jit(_flush_rows, donate_argnums=(0, 1))
+
+
+def _row_shardings(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """The mesh and the specs of all leaves, if they are on several devices and each can bring its own rows up to date:
+    with a parameter's rows go those of its slots and its stamps. Otherwise (None, None)."""
+    shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), (params, opt_state))
+    meshes: set[Any] = {getattr(s, "mesh", None) for s in jax.tree.leaves(shardings, is_leaf=lambda s: s is None)}
+    if len(meshes) != 1 or None in meshes or next(iter(meshes)).size == 1:
+        return None, None
+    by_name = named_leaves(params)[0]
+    for view in map(View, replay_states(opt_state)):
+        for name, stamps in view.stamps.items():
+            rows = [by_name[name], stamps.rows, *view.slots(name).values()]
+            if len({x.sharding.shard_shape(x.shape)[:1] for x in rows}) > 1:
+                return None, None
+    return meshes.pop(), jax.tree.map(lambda s: s.spec, shardings)
+
+
+def check_flushed(function: str, opt_state: Any) -> None:
+    """Raises ValueError if rows of parameters with this optimizer's state, not a traced one, are not up to date."""
+    for replaying in replay_states(opt_state):
+        view = View(replaying)
+        for name, (_, whole) in view.stamps.items():
+            if int(whole) != int(replaying.steps):
+                got = f"one whose parameter {name} has rows that were last brought up to date after step {int(whole)} "
+                got += f"of {int(replaying.steps)}"
+                raise ValueError(message(function, "state", "up to date", got, "Call state = js.flush(state) before."))
+
+
+def to_optax_state(opt_state: Any) -> Any:
+    """The state of plain optax's optimizer, for a lazy or replaying one's: dense training goes on from there.
+
+    Args:
+      opt_state: the state of a js optimizer, or one that has such states in it (chain, partition, ...). Of a replaying
+        one, after js.flush.
+
+    Returns:
+      The state of what was wrapped: for `js.lazy(inner)`, inner's; for `js.lazy_adam(...)`, optax.adam(...)'s; with
+      `before=`, that of optax.chain(before, optax.adam(...)).
+
+    Raises:
+      ValueError: if rows of a replaying optimizer are not up to date.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> params = jnp.ones((3, 2))
+      >>> state = js.to_optax_state(js.lazy_adam(0.1, skipped="replay").init(params))
+      >>> jax.tree.structure(state) == jax.tree.structure(optax.adam(0.1).init(params))
+      True
+    """
+
+    def plain(state: Any) -> Any:
+        if is_replay_state(state):
+            check_flushed("to_optax_state", state)
+            return state.wrapped
+        return state
+
+    return jax.tree.map(plain, opt_state, is_leaf=is_replay_state)
+
+
+def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
+    """The state of a lazy or replaying optimizer that goes on where plain optax's left off: of `to_optax_state` the
+    inverse.
+
+    Args:
+      tx: the js optimizer, or a transformation with js optimizers in it.
+      opt_state: the state of plain optax's, with the same settings.
+      params: the parameters.
+
+    Returns:
+      A state of tx, in which all rows are up to date.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> params = jnp.ones((3, 2))
+      >>> tx = js.lazy_adam(0.1, skipped="replay")
+      >>> state = js.from_optax_state(tx, optax.adam(0.1).init(params), params)
+      >>> jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+      True
+    """
+
+    def ours(template: Any, given: Any) -> Any:
+        if is_replay_state(template):
+            parts = jax.tree.leaves(given, is_leaf=_is_adam)
+            steps = next((part.count for part in parts if _is_adam(part)), jnp.int32(0))
+
+            def current(stamps: dict[str, Stamps]) -> dict[str, Stamps]:
+                return {k: Stamps(s.rows, jnp.copy(steps)) for k, s in stamps.items()}  # copies, each to be donated
+
+            return dataclasses.replace(
+                template,
+                wrapped=given,
+                plain=current(template.plain),
+                decayed=current(template.decayed),
+                steps=jnp.copy(steps),
+            )
+        return given
+
+    return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=is_replay_state)
+
+
+def _is_adam(x: object) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def _apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+    """params, opt_state and how to put them together again."""
+    if isinstance(state, tuple) and len(state) == 2:
+        return *state, lambda params, opt_state: (params, opt_state)
+    if all(hasattr(state, name) for name in ("params", "opt_state", "replace")):
+        return (
+            state.params,
+            state.opt_state,
+            lambda params, opt_state: state.replace(params=params, opt_state=opt_state),
+        )
+    must = "a TrainState or a pair (params, opt_state)"
+    raise TypeError(message(function, "state", must, type(state).__name__))

@@ -1,0 +1,193 @@
+"""`rowwise`: a whole train step, as it is, evaluated on the rows that it reads.
+
+1. The step is traced at full shapes (`tracing`).
+2. Walks through its program find out which arrays share which rows (`planning`).
+3. The same walks have seen the row ids of all reads. Cut down to what they need, they are a program of its own, whose
+   result, sorted and without repeats, is the rows of each table (`choose_rows`).
+4. Their blocks are gathered, the program is evaluated on them, and what stands where a table or slot stood is written
+   back (`evaluate`). All other rows keep their bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse._checks import message
+from jaxsparse.ops.rows import zero_after
+from jaxsparse.optim.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
+from jaxsparse.parallel.collectives import in_auto_mode
+from jaxsparse.trace.known_ids import find_known
+from jaxsparse.trace.pieces import arrays_in, known, write
+from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.trace.tracing import trace_step
+from jaxsparse.trace.trained import TrainedRows, trained_rows
+from jaxsparse.trace.values import Rows, Whole, array_of
+from jaxsparse.trace.walk import Space, Walk
+from jaxsparse.train.device_rows import choose_rows, ids_of
+
+
+def rowwise(
+    step: Callable[..., Any], *, state_argnums: int | Sequence[int] | None = None, rows: Any = None
+) -> Callable[..., Any]:
+    """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
+
+    It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
+    compiles as well. Donate the state, or it is copied at each step. What is row-sparse, and what is refused, is
+    described with `js.jit`.
+
+    Args:
+      step: step(state, ...) -> state, or (state, ...): any pytrees, and any optax transformation.
+      state_argnums: which arguments are state: each comes back as a part of the output, in the structure that it came
+        in. None: those that `js.jit` finds.
+      rows: as of `js.jit`.
+
+    Returns:
+      A function of the step's arguments that returns what the step returns.
+
+    Raises:
+      ValueError: if the step cannot be right on the rows that it reads, with its line.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = optax.adam(0.1)
+      >>> def step(state, ids):
+      ...     table, opt_state = state
+      ...     gradient = jax.grad(lambda table: jnp.sum(table[ids] ** 2))(table)
+      ...     updates, opt_state = tx.update(gradient, opt_state, table)
+      ...     return optax.apply_updates(table, updates), opt_state
+      >>> table = jnp.ones((4, 1))
+      >>> batches = jnp.array([[0, 1], [1, 1]])
+      >>> body = lambda state, ids: (js.rowwise(step)(state, ids), 0)
+      >>> (table, _), _ = jax.lax.scan(body, (table, tx.init(table)), batches)
+      >>> [round(x, 2) for x in table.ravel().tolist()]  # row 0 was read by one batch, row 1 by both
+      [0.9, 0.8, 1.0, 1.0]
+    """
+
+    @functools.wraps(step)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare_step(step, args, kwargs, state_argnums, rows)
+        announce(prepared.planned)
+        traced = prepared.planned.traced
+        return traced.unflatten(on_rows(prepared, traced.leaves))
+
+    return run
+
+
+def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True) -> list[Any]:
+    """The step's outputs for these leaves of its arguments.
+
+    Args:
+      axes: mapped axes over which all devices have the same rows, beside those over which the step adds them up.
+      alone: as of a Walk.
+    """
+    planned, places = prepared.planned, prepared.planned.traced.places
+    others = [i for i in range(len(leaves)) if i not in places]
+
+    def run(states: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
+        by_number = dict(zip([*places, *others], [*states, *rest], strict=True))
+        arrays = [by_number[i] for i in range(len(leaves))]
+        outs = evaluate_by_ids(prepared, arrays, axes, alone=alone)
+        return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
+
+    states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in others])
+    outs = dict(zip(places.values(), states, strict=True))
+    it = iter(rest)
+    return [outs[j] if j in outs else next(it) for j in range(len(planned.traced.program.outputs))]
+
+
+def evaluate_by_ids(
+    prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
+) -> list[Any]:
+    """As `evaluate`, on the rows that the ids of the reads name. `axes`, `alone`: as of `on_rows`."""
+    planned, leaves = prepared.planned, [jnp.asarray(x) for x in leaves]
+    ids = ids_of(planned, leaves, axes)
+    spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
+    outs = evaluate(prepared, leaves, spaces, alone=alone)
+    tables = {planned.traced.places[i] for i in planned.leaves}
+    return [x if j in tables else ids.checked(x, leaves) for j, x in enumerate(outs)]
+
+
+class Prepared(NamedTuple):
+    """A step that is known before it runs, and what its state has of replaying optimizers."""
+
+    planned: PlannedStep
+    replayed: list[Replayed]
+    trained: dict[int, TrainedRows]  # by class
+
+    def only_outputs(self) -> Prepared:
+        """The step without what its outputs do not need, what it prints included; its rows are the same."""
+        return self._replace(planned=dataclasses.replace(self.planned, program=_jax.needed_only(self.planned.program)))
+
+
+def prepare_step(
+    step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
+) -> Prepared:
+    """Traces a step, behind a catch-up of what it replays, and plans it."""
+    replayed = find_replayed((args, kwargs))
+    prepare = functools.partial(catch_up, replayed)
+    traced = trace_step(step, args, kwargs, state_argnums, prepare)
+    try:
+        planned = plan_step(traced, traced.leaves, history_of(replayed))
+    except NoStateError:
+        if state_argnums is not None:
+            raise
+        traced = trace_step(step, args, kwargs, (), prepare)
+        planned = plan_step(traced, traced.leaves, history_of(replayed))
+    planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
+    late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
+    for i in late:
+        got = f"row ids made of rows of {traced.paths[i]}"
+        raise refused(got, "They are needed before these rows can be brought up to date: use skipped='freeze' here.")
+    tables = {i: (traced.paths[i], planned.classes[c], c) for i, c in planned.leaves.items()}
+    dense = [path for i, path in traced.paths.items() if i not in tables]
+    trained = trained_rows("jit or js.rowwise", rows, tables, dense)
+    if trained and replayed:
+        do = "Use skipped='freeze'."
+        raise ValueError(message("jit or js.rowwise", "rows", "left out where an optimizer replays", "both", do))
+    return Prepared(planned, replayed, trained)
+
+
+def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
+    """The step's outputs, on the rows of these spaces."""
+    planned, places = prepared.planned, prepared.planned.traced.places
+    spaces = {
+        c: s._replace(trained=prepared.trained[c].among(s.ids)) if c in prepared.trained else s
+        for c, s in spaces.items()
+    }
+    arrays = flush_before(prepared.replayed, [jnp.asarray(x) for x in leaves], planned.leaves)
+    later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
+    walk = Walk(planned.plan, spaces, alone=alone, later=later)
+    values = [
+        rows_of_leaf(walk.leaf(x, i), i, x, x if later else None) if i in planned.leaves else Whole(x)
+        for i, x in enumerate(arrays)
+    ]
+    outs = walk.run(planned.program, values)
+    leaf_at = {place: i for i, place in places.items() if i in planned.leaves}
+    results = [
+        None if j in leaf_at else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
+        for j, v in enumerate(outs)
+    ]
+    # written after everything that is read from the tables has been read
+    of_class = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
+    new = {c: walk.changed({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
+    made = [v.made for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
+    small = [x for x in _numbers(results) if x.size < _SMALL or walk.tables_read]
+    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numbers(map(known, made))))
+    for c, space in spaces.items():
+        old = {i: arrays[i] for i in of_class[c]}
+        for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
+            results[places[i]] = x
+    return results
+
+
+_SMALL = 1 << 12
+
+
+def _numbers(arrays: Iterable[Any]) -> list[Any]:
+    return [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.number)]

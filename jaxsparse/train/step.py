@@ -1,0 +1,104 @@
+"""The training step: gradients, combination across devices and update in one function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._context import rows_of
+from jaxsparse._jax import vary, varying_axes
+from jaxsparse.train.jit import jit as js_jit
+from jaxsparse.train.rowwise import rowwise
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None, jit: bool = True
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A function step(state, batch, *args) -> (state, metrics) that costs what the rows of the batch cost.
+
+    Args:
+      loss_fn: loss_fn(params, batch, *args) -> a scalar, or (scalar, aux) with `has_aux`. The scalar is the mean over
+        the examples of the batch that have weight: `js.weighted_mean(losses, batch.weight)`.
+      has_aux: whether loss_fn returns (scalar, aux). aux, say new batch statistics, comes back as metrics["aux"]; what
+        it needs of the previous step goes in through *args.
+      axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are combined over it, each device
+        counting by the sum of its `batch.weight` (equally, if the batch has no weight), so that n devices with a split
+        batch agree with one device and the whole batch, a device with no example included. aux stays each device's own.
+      jit: compile here, donating the state. False to compile outside, for example
+        `jax.pmap(step, axis_name="batch", donate_argnums=0)`.
+
+    Returns:
+      The step. `state` is a flax TrainState, or any pytree with params and apply_gradients; it is donated, so use the
+      returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
+      own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux". With `jit`
+      the step is one of `js.jit`; without, of `js.rowwise`.
+
+    Raises:
+      ValueError: as of `js.jit`; or if, with skipped="replay", row ids are made of rows that are not up to date.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> loss_fn = lambda params, ids: jnp.mean((params["table"][ids] - 1.) ** 2)
+      >>> params = {"table": jnp.zeros((6, 1))}
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(0.5))
+      >>> step = js.make_train_step(loss_fn)
+      >>> state, metrics = step(state, jnp.array([4, 1, 4]))
+      >>> metrics["loss"].item(), metrics["rows_touched"].item()
+      (1.0, 2)
+    """
+
+    def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        rows = [rows_of(p)[0] for p in jax.tree.leaves(state.params)]
+
+        def loss_and_aux(params: Any) -> Any:
+            out = loss_fn(params, batch, *args)
+            return out if has_aux else (out, None)
+
+        with jax.named_scope("loss_and_gradients"):
+            own = vary(state.params, varying_axes((batch, args)))  # each device's, to be combined by weight
+            (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(own)
+        if axis_name is not None:
+            with jax.named_scope("combine_devices"):
+                loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
+        metrics = {
+            "loss": loss,
+            "grad_norm": jnp.sqrt(sum(map(_square, jax.tree.leaves(grads)), jnp.float32(0))),
+            "rows_touched": sum((jnp.maximum(n, 0) for n in rows), jnp.int32(0)),
+        }
+        with jax.named_scope("update"):
+            state = _apply_gradients(state, grads, loss)
+        return state, metrics | ({"aux": aux} if has_aux else {})
+
+    return js_jit(train_step) if jit else rowwise(train_step)
+
+
+def _apply_gradients(state: Any, grads: Any, loss: jax.Array) -> Any:
+    """state.apply_gradients, whose optimizer gets the loss as `value` if it takes further arguments."""
+    tx = getattr(state, "tx", None)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return state.apply_gradients(grads=grads)
+    with_value = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, value=loss))
+    return state.replace(tx=with_value).apply_gradients(grads=grads).replace(tx=tx)
+
+
+def _square(g: jax.Array) -> jax.Array:
+    """The sum of squares, as an inner product: of these XLA keeps no array of squares."""
+    every = tuple(range(g.ndim))
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    return -jax.lax.dot_general(g, -g, ((every, every), ((), ())), preferred_element_type=wide)
+
+
+def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
+    """The mean over all examples that have weight, of each device's mean over its own; a device without any, whose loss
+    may be 0/0, counts nothing."""
+    weight = getattr(batch, "weight", None)
+    own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
+    total = jax.lax.psum(own, axis_name)
+    share = own / jnp.where(total == 0, 1, total)
+    return jax.lax.psum(jax.tree.map(lambda x: jnp.where(own == 0, 0, x) * share.astype(x.dtype), tree), axis_name)
