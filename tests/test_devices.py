@@ -15,6 +15,7 @@ import jaxsparse as js
 from jaxsparse.train.refresh import _flush_rows, _row_shardings
 from tests import devices
 from tests.hlo import bytes_moved, compiled_by_default, large_arrays
+from tests.marks import slow_but
 
 P = PartitionSpec
 
@@ -26,21 +27,16 @@ def alone(optimizer):
 
 
 def cases():
-    """Every kind of way with one optimizer. The slow ones are the rest of a battery: ways with AdamW and replay, whose
-    programs are the largest, and two pairs more."""
-    quick = {
-        "pmap 2": "clip, adam",
-        "shard_map 8, check_vma": "sgd, replay",
-        "shard_map 8": "clip, adam",
-        "data 2": "clip, adam",
-        "rows 8": "sgd, replay",
-        "data 2 x rows 4": "clip, adam",
-        "data 2 x rows 4, explicit": "rowwise adagrad",
-    }
-    slow = [("adamw, replay", way) for way in devices.WAYS if way not in ("data 2", "rows 2")]
-    slow += [("clip, adam", "shard_map 8, check_vma"), ("rowwise adagrad", "rows 2")]
-    cases = [(optimizer, way) for way, optimizer in quick.items()]
-    return cases + [pytest.param(*case, marks=pytest.mark.slow) for case in slow]
+    """Every kind of way with one optimizer, and all with AdamW and replay, whose programs are the largest."""
+    quick = [("clip, adam", "pmap 2"), ("sgd, replay", "shard_map 8, check_vma"), ("clip, adam", "data 2 x rows 4")]
+    others = [("clip, adam", way) for way in ("shard_map 8, check_vma", "shard_map 8", "data 2")]
+    others += [
+        ("sgd, replay", "rows 8"),
+        ("rowwise adagrad", "rows 2"),
+        ("rowwise adagrad", "data 2 x rows 4, explicit"),
+    ]
+    large = [("adamw, replay", way) for way in devices.WAYS if way not in ("data 2", "rows 2")]
+    return slow_but(quick, quick + others + large)
 
 
 @pytest.mark.parametrize(("optimizer", "way"), cases())
@@ -101,7 +97,7 @@ def loss_fn(params, batch):
     return js.weighted_mean(optax.sigmoid_binary_cross_entropy(logits, batch.y), batch.weight)
 
 
-@pytest.mark.parametrize("way", ["pmap", "data", "rows", "data x rows"])
+@pytest.mark.parametrize("way", slow_but(["rows"], ["pmap", "data", "rows", "data x rows"]))
 def test_bytes_do_not_depend_on_num_rows(way):
     small, large = (compiled(way, num_rows, "freeze").as_text() for num_rows in (LARGE, 2 * LARGE))
     moved = bytes_moved(small)
@@ -180,6 +176,7 @@ def step_of_all_ops():
     return want, (state.params, metrics["aux"]), program.as_text()
 
 
+@pytest.mark.slow  # one program, compiled as XLA does by default, for its text
 @pytest.mark.parametrize("name", OPS)
 def test_ops_over_split_rows(name):
     """Forward and backward, weights included, on a mesh of data x rows."""

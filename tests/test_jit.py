@@ -20,6 +20,7 @@ import jaxsparse as js
 from jaxsparse.trace import pieces
 from jaxsparse.train.host_rows import _distinct, _look_up
 from tests.hlo import compiled_by_default
+from tests.marks import slow_but
 from tests.stepwise import (
     P0,
     STEP,
@@ -383,7 +384,12 @@ STEPS = {name: (plain(tx), tx) for name, tx in PIECES.items()}
 STEPS["averages"] = averaged, PIECES["adam, clipped"]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, jnp.float32) for name in STEPS), ("adam, clipped", jnp.bfloat16)])
+IN_PIECES = [*((name, jnp.float32) for name in STEPS), ("adam, clipped", jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), slow_but([("sgd", jnp.float32), ("adam, clipped", jnp.bfloat16)], IN_PIECES)
+)
 def test_in_pieces(name, dtype, monkeypatch):
     """The same as at once, whatever part of the block is rows."""
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
 from jaxsparse.data.distinct import Scratch, distinct_ids, room_for
+from tests.marks import slow_but
 
 V, D, N, B = 300, 4, 96, 32
 QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
@@ -114,7 +115,10 @@ def without(batch):
     return dataclasses.replace(batch, distinct=None)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+QUICK = ("t[ids]", "hashed ids", "examples of weight 0", "columns", "features together", "lists", "a matrix")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, PROGRAMS))
 def test_the_same_as_without(name):
     x, options, rows, _ = PROGRAMS[name]
     steps = steps_of(rows)
@@ -149,7 +153,7 @@ def test_the_block_has_the_size_of_what_is_known(name):
 
 
 @pytest.mark.parametrize("way", ["rowwise", "jit", "two words"])
-@pytest.mark.parametrize("name", ["t[ids]", "lists", "a matrix", "columns"])
+@pytest.mark.parametrize("name", slow_but(["t[ids]", "a matrix"], ["t[ids]", "lists", "a matrix", "columns"]))
 def test_what_is_not_so_is_nan_and_changes_no_row(name, way):
     x, options, rows, _ = PROGRAMS[name]
     (first, second, *_) = js.batches(x, Y, batch_size=B, num_rows=V, **options)
@@ -180,7 +184,7 @@ def test_a_position_outside_is_nan_too():
     ],
     ids=["micro-batches", "a part", "twice"],
 )
-@pytest.mark.parametrize("way", ["rowwise", "jit", "two words"])
+@pytest.mark.parametrize("way", slow_but(["jit"], ["rowwise", "jit", "two words"]))
 def test_a_batch_cut_in_another_way_knows_nothing(change, way):
     (batch, *_) = js.batches(IDS, batch_size=B, num_rows=V)
     batch = change(batch)

@@ -18,6 +18,7 @@ from jaxsparse.ops.row_sparse import is_row_sparse
 from jaxsparse.trace import pieces
 from tests.flags import DEFAULTS
 from tests.hlo import compiled_by_default, large_arrays
+from tests.marks import slow_but
 from tests.stepwise import TOGETHER
 
 V, D = 12, 3
@@ -569,8 +570,8 @@ def one_update(tx, grads, state):
     return optax.apply_updates(params, updates), opt_state
 
 
-@pytest.mark.parametrize("many", [0, 1, 255, 256, 257, 400])
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("many", slow_but([0, 256, 257], [0, 1, 255, 256, 257, 400]))
+@pytest.mark.parametrize("name", slow_but(["adamw, clipped by value", "clip_by_global_norm"], PIECES))
 def test_in_pieces(name, many, monkeypatch):
     """What is large is updated so many rows at a time, as far as there are rows: the same as at once."""
     rng = np.random.default_rng(many)

@@ -8,12 +8,13 @@ import pytest
 from jaxsparse.__main__ import auc, hash_words, load_mails, main, split_by_text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")
 @pytest.mark.parametrize(
     ("num_rows", "options", "accuracy"),
     [
         (2**14, ["--batch-size", "64", "--epochs", "4"], 0.94),
-        pytest.param(2**16, [], 0.95, marks=pytest.mark.slow),
+        (2**16, [], 0.95),
     ],
     ids=["small", "large"],
 )

@@ -21,6 +21,7 @@ from flax import nnx, struct
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
+from tests.marks import slow_but
 from tests.stepwise import compare, copied
 
 STEPS = 3
@@ -759,22 +760,10 @@ def as_programs_run():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-PROGRAMS = [
-    glove,
-    cbow,
-    skip_gram,
-    playlists,
-    pytest.param(deepfm, marks=pytest.mark.slow, id="deepfm"),
-    ratings,
-    clicks,
-    dlrm,
-    transe,
-    tied_sequence,
-    pytest.param(tagger, marks=pytest.mark.slow, id="tagger"),  # another transformer
-]
+PROGRAMS = [glove, cbow, skip_gram, playlists, deepfm, ratings, clicks, dlrm, transe, tied_sequence, tagger]
 
 
-@pytest.mark.parametrize("make", PROGRAMS)
+@pytest.mark.parametrize("make", slow_but([cbow, ratings, dlrm, transe, tied_sequence], PROGRAMS))
 def test_program(make):
     program = make()
     run = js.jit(program.step, **program.words)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsparse as js
 from jaxsparse.trace import pieces
 from tests.hlo import compiled_by_default, large_arrays
+from tests.marks import slow_but
 from tests.stepwise import (
     P0,
     QUICK,
@@ -92,6 +93,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @EVERY_ROAD
 def test_optimizers(transform):
     check({name: Case(STEP, create(tx)) for name, tx in OPTIMIZERS.items()}, transform)
@@ -177,6 +179,7 @@ def test_a_schedule_for_each_row():
     check({"by visits": Case(STEP, create(by_visits()))})
 
 
+@pytest.mark.slow
 def test_what_is_by_row_in_an_optimizer():
     check({name: Case(STEP, create(on_updates(f)), tol=1e-4) for name, f in BY_ROW.items()})
 
@@ -782,12 +785,12 @@ LARGE = {
 
 
 @EVERY_ROAD
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", slow_but(["clip, adam", "accumulation", "two words"], LARGE))
 def test_nothing_of_the_tables_size(name, transform):
     assert not large_arrays(compiled_step(name, transform, 12), NUM_ROWS)
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", slow_but(["clip, adam", "two words"], LARGE))
 def test_in_pieces_nothing_of_the_tables_size(name, monkeypatch):
     monkeypatch.setattr(pieces, "_PIECE", 0)
     text = compiled_step(name, js.jit, 84)

@@ -10,6 +10,7 @@ import pytest
 
 import jaxsparse as js
 from jaxsparse.trace import pieces
+from tests.marks import slow_but
 from tests.stepwise import copied
 
 V, D = 1000, 3
@@ -76,8 +77,8 @@ ROADS = {
 
 
 @pytest.mark.parametrize("piece", [0, 1 << 18], ids=["in pieces", "at once"])
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("name", ["a mask", "most", "none"])
+@pytest.mark.parametrize("road", slow_but(["js.jit", "two words"], ROADS))
+@pytest.mark.parametrize("name", slow_but(["a mask"], ["a mask", "most", "none"]))
 def test_against_the_masked_dense_step(name, road, piece, monkeypatch):
     """Also where a norm is taken over the gradient: rows that are not trained count nothing in it."""
     monkeypatch.setattr(pieces, "_PIECE", piece)
