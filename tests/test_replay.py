@@ -490,6 +490,12 @@ def test_the_state_is_one_of_optax():
     chex.assert_trees_all_equal_shapes(doubled, state)
 
 
+def test_parameters_whose_joined_names_are_the_same():
+    p = {"a.b": jnp.ones((2, 1)), "a": {"b": jnp.zeros(3)}}
+    stamps = js.lazy_sgd(0.1, 0.9, skipped="replay").init(p).plain
+    assert {name: s.rows.shape for name, s in stamps.items()} == {"['a']['b']": (3,), "['a.b']": (2,)}
+
+
 def inject(**kwargs):
     return optax.inject_hyperparams(js.lazy_adam)(learning_rate=0.1, skipped="replay", **kwargs).init(params())
 

@@ -189,7 +189,10 @@ def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
     come and go between init and update.
     """
     flat, definition = _flatten_with_path(tree, is_leaf=is_row_sparse)
-    return {_name(path): leaf for path, leaf in flat}, definition
+    named = {_name(path): leaf for path, leaf in flat}
+    if len(named) < len(flat):  # {"a.b": x, "a": {"b": y}}
+        named = {_name(path, simple=False): leaf for path, leaf in flat}
+    return named, definition
 
 
 def per_leaf(make: Any, params: Any) -> Any:
@@ -203,5 +206,6 @@ def per_leaf(make: Any, params: Any) -> Any:
     return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(tuple(k for k in path if str(k) != ".value"), simple=True, separator=".") or "array"
+def _name(path: Any, simple: bool = True) -> str:
+    keys = tuple(k for k in path if str(k) != ".value")
+    return jax.tree_util.keystr(keys, simple=simple, separator="." if simple else "") or "array"
