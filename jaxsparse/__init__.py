@@ -50,6 +50,9 @@ from jaxsparse.train.refresh import flush as flush
 from jaxsparse.train.refresh import from_optax_state as from_optax_state
 from jaxsparse.train.refresh import refresh as refresh
 from jaxsparse.train.refresh import to_optax_state as to_optax_state
+from jaxsparse.train.resize import grow as grow
+from jaxsparse.train.resize import remap as remap
+from jaxsparse.train.resize import shrink as shrink
 from jaxsparse.train.rowwise import rowwise as rowwise
 from jaxsparse.train.step import make_train_step as make_train_step
 

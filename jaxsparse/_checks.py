@@ -24,14 +24,16 @@ def message(function: str, argument: str, must: str, got: object, do: str = "") 
     return f"The '{argument}' argument of js.{function} must be {must}. Got {got} instead.{' ' + do if do else ''}"
 
 
-def chosen_paths(function: str, tables: Any, paths: Sequence[str], leaves: Sequence[Any]) -> list[bool]:
-    """Which leaves a `tables` argument means: a part of their paths, several, or a function of (path, leaf)."""
+def chosen_paths(
+    function: str, tables: Any, paths: Sequence[str], leaves: Sequence[Any], argument: str = "tables"
+) -> list[bool]:
+    """Which leaves such an argument means: a part of their paths, several, or a function of (path, leaf)."""
     if callable(tables):
         return [bool(tables(path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     names = [tables] if isinstance(tables, str) else tables
     for name in names:
         if not any(name in path for path in paths):
-            raise ValueError(message(function, "tables", f"parts of the paths {list(paths)}", repr(name)))
+            raise ValueError(message(function, argument, f"parts of the paths {list(paths)}", repr(name)))
     return [any(name in path for name in names) for path in paths]
 
 

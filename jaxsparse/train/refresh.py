@@ -34,7 +34,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 
     Returns:
       The function. `state` is a TrainState, or any object with params, opt_state and replace, or a pair (params,
-      opt_state); what comes back is of the same kind.
+      opt_state), or a dictionary with these names; what comes back is of the same kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -52,11 +52,11 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
     """
 
     def only_read(state: Any, batch: Any, *args: Any) -> Any:
-        loss_fn(_apart(state, "refresh")[0], batch, *args)
+        loss_fn(take_apart(state, "refresh")[0], batch, *args)
         return state  # as it is when a step begins: up to date
 
     def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
-        if is_tracing() or not replay_states(_apart(state, "refresh")[1]):
+        if is_tracing() or not replay_states(take_apart(state, "refresh")[1]):
             return state
         with jax.named_scope("refresh"):
             axes = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
@@ -75,8 +75,8 @@ def flush(state: Any) -> Any:
     as one dense step, in chunks, with a few MB of memory besides the state.
 
     Args:
-      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state). It is
-        donated, like a step's: use the returned one.
+      state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state), or a
+        dictionary with these names. It is donated, like a step's: use the returned one.
 
     Returns:
       The state, of the same kind.
@@ -95,7 +95,7 @@ def flush(state: Any) -> Any:
       >>> js.flush(state).params["t"].ravel().tolist()
       [-1.75, -2.5, 0.0]
     """
-    params, opt_state, together = _apart(state, "flush")
+    params, opt_state, together = take_apart(state, "flush")
     if not replay_states(opt_state):
         return state
     mesh, specs = _row_shardings(params, opt_state)
@@ -215,15 +215,18 @@ def _is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-def _apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+def take_apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
     """params, opt_state and how to put them together again."""
     if isinstance(state, tuple) and len(state) == 2:
         return *state, lambda params, opt_state: (params, opt_state)
+    if isinstance(state, dict) and state.keys() >= {"params", "opt_state"}:
+        changed = lambda params, opt_state: state | {"params": params, "opt_state": opt_state}  # noqa: E731
+        return state["params"], state["opt_state"], changed
     if all(hasattr(state, name) for name in ("params", "opt_state", "replace")):
         return (
             state.params,
             state.opt_state,
             lambda params, opt_state: state.replace(params=params, opt_state=opt_state),
         )
-    must = "a TrainState or a pair (params, opt_state)"
+    must = "a TrainState or a pair (params, opt_state), or a dictionary with these names"
     raise TypeError(message(function, "state", must, type(state).__name__))

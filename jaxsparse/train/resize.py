@@ -1,0 +1,376 @@
+"""Tables that change their number of rows, or their order, between two steps.
+
+What belongs to a table's rows is not guessed from shapes. An optimizer's `init` is evaluated abstractly for two heights
+of the table, and the arrays whose first axis follows are those with the table's rows; the new ones start from what
+`init` makes for them. Only the stamps of replaying optimizers start from now: a row misses no step before it exists.
+
+All these arrays are made in one program. It has a few rows in hand at a time, which are gathered from the old ones and
+scattered into the new, so that arrays that are split over a mesh stay so, as in a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse._checks import check_num_rows, check_table, chosen_paths, message
+from jaxsparse._jax import is_traced
+from jaxsparse.ops.rows import gather_rows, scatter_rows
+from jaxsparse.optim.replaying import replay_states
+from jaxsparse.parallel.collectives import in_auto_mode
+from jaxsparse.train.refresh import take_apart
+
+# their stubs give a tree definition no methods
+_flatten: Any = jax.tree.flatten
+_flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
+_structure: Any = jax.tree.structure
+
+_CHUNK = 1 << 18  # elements of an array that are in hand at a time
+
+
+def grow(
+    state: Any,
+    table: str | Sequence[str] | Callable[[str, Any], bool],
+    num_rows: int,
+    *,
+    init: Any,
+    key: Any = None,
+    copies: str | Sequence[str] | Callable[[str, Any], bool] | None = None,
+    tx: Any = None,
+) -> Any:
+    """A state whose table has more rows, as if the new ones had been there and no batch had named them.
+
+    The new rows are behind the old ones, and with them go those of all arrays of the optimizer that have a row for each
+    row of the table: moments, accumulators, stamps. Old rows keep their values, in the table and in these arrays.
+    Counters go on: bias correction counts updates, as for a row that is first touched late. With skipped="replay" the
+    new rows are up to date, so that they do not move or decay for steps before they existed; the old ones need no
+    js.flush.
+
+    It is for use between two steps, outside of jit; the next step compiles for the new shapes. Flax modules want to be
+    told (num_embeddings=num_rows), and so does js.batches(num_rows=). It costs about as much as some dense steps, and
+    memory for the old and the new arrays of the table.
+
+    Args:
+      state: a TrainState, or another object with params, opt_state and replace, or a pair (params, opt_state), or a
+        dictionary with these names. It is not donated, but what has nothing to do with the table is in both states:
+        after a step from the new one, do not use the old one.
+      table: which parameter: a part of its path as jax.tree_util.keystr writes it, that is in no other one's. Several
+        such parts, or a function of (path, leaf), mean tables of one height whose rows go together.
+      num_rows: how many rows the table has afterwards, at least as many as before. Where the rows are split over
+        devices, a multiple of their number (js.padded_rows). Rows of zeros that js.shard_rows has added are old rows:
+        js.remap makes new ones of them.
+      init: the new rows: a number, one row, an array (number of new rows, ...), or a function init(key, shape, dtype)
+        like those of jax.nn.initializers, of which `shape` is that of the new rows. It is cast to the table's dtype.
+      key: a jax.random key, for a function.
+      copies: which other parts of the state, of the structure and shapes of params, are copies of them: averages,
+        target networks. Parts of their paths, or a function of (path, subtree). Their new rows are those of the table.
+        None if there are no such parts. Any other array, counts of visits for example, stays as it is.
+      tx: the optimizer whose state is in `state`; state.tx if that is there.
+
+    Returns:
+      The state, of the same kind, each array split over the devices that had it, in the same way.
+
+    Raises:
+      TypeError: if `state` is of another kind, or tx, or key for a function, is missing.
+      ValueError: if `table` does not mean one table, there would be fewer rows, `init` is of another shape, the rows
+        would not divide among their devices, opt_state is not of tx, tx has arrays that follow the table's height in
+        another way than by row, or parts of the state look like copies that `copies` does not name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsparse as js
+      >>> from flax.training.train_state import TrainState
+      >>> params = {"words": jnp.ones((2, 3)), "head": jnp.ones(3)}
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adagrad(0.1))
+      >>> state = js.grow(state, "words", 4, init=jax.nn.initializers.normal(0.02), key=jax.random.key(0))
+      >>> [x.shape for x in jax.tree.leaves(state.params)]
+      [(3,), (4, 3)]
+      >>> state.opt_state[0].sum_of_squares["words"][:, 0].tolist() == 4 * [jnp.float32(0.1)]
+      True
+    """
+    resize = _Resize("grow", "num_rows", state, table, tx)
+    if num_rows < resize.num_rows:
+        must = f"at least the table's number of rows, {resize.num_rows}"
+        raise ValueError(message("grow", "num_rows", must, num_rows, "js.shrink leaves rows out."))
+    return resize.state_with(num_rows, None, num_rows - resize.num_rows, init, key, copies)
+
+
+def shrink(
+    state: Any, table: str | Sequence[str] | Callable[[str, Any], bool], num_rows: int, *, tx: Any = None
+) -> Any:
+    """A state without the last rows of a table, and without what belongs to them. All else is as of `js.grow`.
+
+    Args:
+      state, table, tx: as of `js.grow`.
+      num_rows: how many rows are left, at least 1. Where the rows are split over devices, a multiple of their number.
+
+    Returns:
+      The state, of the same kind. Copies of params in it are cut as well.
+
+    Raises:
+      TypeError, ValueError: as js.grow; and if there would be more rows, or none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx, table = optax.sgd(0.1, momentum=0.9), jnp.array([[1.], [2.], [3.]])
+      >>> table, opt_state = js.shrink((table, tx.init(table)), "", 2, tx=tx)
+      >>> table.ravel().tolist(), opt_state[0].trace.shape
+      ([1.0, 2.0], (2, 1))
+    """
+    resize = _Resize("shrink", "num_rows", state, table, tx)
+    if not 0 < num_rows <= resize.num_rows:
+        must = f"at least 1 and at most the table's number of rows, {resize.num_rows}"
+        raise ValueError(message("shrink", "num_rows", must, num_rows, "js.grow adds rows."))
+    return resize.state_with(num_rows, None, 0)
+
+
+def remap(
+    state: Any,
+    table: str | Sequence[str] | Callable[[str, Any], bool],
+    new_ids: Any,
+    *,
+    init: Any = None,
+    key: Any = None,
+    copies: str | Sequence[str] | Callable[[str, Any], bool] | None = None,
+    tx: Any = None,
+) -> Any:
+    """A state with other rows of a table, in another order: row i is what row new_ids[i] was, and -1 is a new row.
+
+    For rows in the order of their frequency, rows that are dropped, rows that are taken for others. What belongs to the
+    rows, and what a new row is, is as of `js.grow`.
+
+    Args:
+      state, table, key, copies, tx: as of `js.grow`.
+      new_ids: integers in [-1, number of rows), of shape (new number of rows,), on the host. A row may be named more
+        than once, and is then copied with its slots.
+      init: the new rows, in the order of the -1, as of `js.grow`. Only if there are any.
+
+    Returns:
+      The state, of the same kind.
+
+    Raises:
+      TypeError, ValueError: as js.grow; and if new_ids are no such integers.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, optax, jaxsparse as js
+      >>> tx, table = optax.adam(0.1), jnp.array([[1.], [2.], [3.]])
+      >>> state = js.remap((table, tx.init(table)), "", [2, -1, 0, 0], init=9.0, tx=tx)
+      >>> state[0].ravel().tolist()
+      [3.0, 9.0, 1.0, 1.0]
+
+      Ids that js.spread_ids has renamed have other names in a larger table, here with 5 rows instead of 3 on 2 devices:
+
+      >>> old, new = js.spread_ids(np.arange(3), 3, 2), js.spread_ids(np.arange(5), 5, 2)
+      >>> new_ids = np.full(js.padded_rows(5, 2), -1)
+      >>> new_ids[new[:3]] = old
+      >>> new_ids.tolist()
+      [0, 1, -1, 2, -1, -1]
+    """
+    resize = _Resize("remap", "new_ids", state, table, tx)
+    ids, must = np.asarray(new_ids), f"integers in [-1, {resize.num_rows}), of shape (new number of rows,)"
+    if not np.issubdtype(ids.dtype, np.integer):
+        do = "Make them of a mask by np.flatnonzero." if ids.dtype == bool else ""
+        raise TypeError(message("remap", "new_ids", must, f"{ids.dtype} of shape {ids.shape}", do))
+    if ids.ndim != 1 or not ids.size:
+        raise ValueError(message("remap", "new_ids", must, f"shape {ids.shape}"))
+    if not -1 <= ids.min() <= ids.max() < resize.num_rows:
+        raise ValueError(message("remap", "new_ids", must, f"{ids.min()} to {ids.max()}"))
+    new = int(np.sum(ids < 0))
+    if new and init is None:
+        raise ValueError(message("remap", "init", f"given, for {new} new rows (-1 in new_ids)", None))
+    return resize.state_with(len(ids), ids.astype(np.int32), new, init, key, copies)
+
+
+class _Part(NamedTuple):
+    """An array with the table's rows: where it is among the leaves of the state, and what it is of."""
+
+    leaf: int
+    slot: int | None = None  # a leaf of tx.init
+    table: int | None = None  # a leaf of params, or of a copy of these
+    steps: int | None = None  # it has stamps, whose present value is this leaf of the state
+
+
+class _Resize:
+    """A state, taken apart into its leaves, and which of them have the rows of a table.
+
+    Args:
+      function, argument: for messages: what is called, and which of its arguments says how many rows there will be.
+      state, table, tx: as of `grow`.
+    """
+
+    def __init__(self, function: str, argument: str, state: Any, table: Any, tx: Any) -> None:
+        self._function, self._argument = function, argument
+        self._leaves, self._tree = _flatten(state)
+        # trees of the leaves' numbers
+        self._numbers = self._tree.unflatten(range(len(self._leaves)))
+        self._params, self._opt_state, _ = take_apart(self._numbers, function)
+        self._tx: Any = getattr(state, "tx", None) if tx is None else tx
+        if self._tx is None:
+            raise TypeError(message(function, "tx", "the optimizer, for a state without tx", None, "Pass tx=."))
+        self._of_params, self._definition = _flatten(self._params)
+        self._tables = self._find_tables(table)
+        for i in self._tables:
+            check_table(function, self._param(i))
+        heights = {self._param(i).shape[0] for i in self._tables}
+        if len(heights) > 1:
+            raise ValueError(message(function, "table", "tables of one height", f"heights {sorted(heights)}"))
+        self.num_rows = heights.pop()
+
+    def _param(self, i: int) -> Any:
+        return self._leaves[self._of_params[i]]
+
+    def _find_tables(self, table: Any) -> list[int]:
+        paths = [jax.tree_util.keystr(path) for path, _ in _flatten_with_path(self._params)[0]]
+        values = [self._leaves[n] for n in self._of_params]
+        found: list[int] = []
+        for name in [table] if isinstance(table, str) or callable(table) else table:
+            flags = chosen_paths(self._function, name, paths, values, "table")
+            meant = [i for i, flag in enumerate(flags) if flag]
+            if not meant or (len(meant) > 1 and not callable(name)):
+                got = f"{name!r}, which is in {[paths[i] for i in meant]}"
+                do = "Name more of the path; several tables whose rows go together are a list of such names."
+                raise ValueError(message(self._function, "table", f"a part of one of the paths {paths}", got, do))
+            found += [i for i in meant if i not in found]
+        return found
+
+    def state_with(
+        self, num_rows: int, ids: np.ndarray | None, new: int, init: Any = None, key: Any = None, copies: Any = None
+    ) -> Any:
+        """The state with `num_rows` rows: those of `ids`, or all in their order, `new` of them being new."""
+        if ids is None and num_rows == self.num_rows:
+            return self._tree.unflatten(self._leaves)
+        check_num_rows(self._function, self._argument, num_rows)
+        parts = self._find_slots(num_rows) + self._find_copies(new, copies)
+        parts += [_Part(self._of_params[i], table=i) for i in self._tables]
+        old = [self._leaves[part.leaf] for part in parts]
+        shardings = [self._check_sharding(x, num_rows) for x in old]
+        rows = {i: self._new_rows(self._param(i), new, init, key) for i in self._tables} if new else {}
+        at = np.arange(num_rows - new, num_rows) if ids is None else np.flatnonzero(ids < 0)
+        steps = {part.steps: self._leaves[part.steps] for part in parts if part.steps is not None}
+        params = [self._leaves[n] for n in self._of_params]
+
+        def make(old: list[Any], params: list[Any], rows: dict[int, Any], steps: dict[int, Any], ids: Any) -> Any:
+            made = self._started(parts, old, num_rows, params, rows, steps, at.astype(np.int32))
+            return _with_old_rows(made, old, num_rows, ids), ()
+
+        run = jax.jit(lambda *args: in_auto_mode(make, *args)[0], out_shardings=shardings)
+        leaves = list(self._leaves)
+        for part, x in zip(parts, run(old, params, rows, steps, ids), strict=True):
+            leaves[part.leaf] = x
+        return self._tree.unflatten(leaves)
+
+    def _started(
+        self, parts: list[_Part], old: list[Any], num_rows: int, params: list[Any], rows: Any, steps: Any, at: Any
+    ) -> list[Any]:
+        """The arrays of all parts, of which only the new rows, `at` these places, have their values."""
+        params = list(params)
+        for i in self._tables:
+            made = jnp.zeros((num_rows, *params[i].shape[1:]), params[i].dtype)
+            params[i] = scatter_rows(made, at, rows[i]) if rows else made
+        slots = jax.tree.leaves(self._tx.init(self._definition.unflatten(params)))
+
+        def start(part: _Part, x: Any) -> Any:
+            if part.steps is not None:
+                return jnp.full((num_rows,), steps[part.steps], x.dtype)
+            return (params[part.table] if part.slot is None else slots[part.slot]).astype(x.dtype)  # type: ignore[index]
+
+        return [start(part, x) for part, x in zip(parts, old, strict=True)]
+
+    def _find_slots(self, num_rows: int) -> list[_Part]:
+        """The leaves of opt_state with the table's rows."""
+        other = num_rows if num_rows != self.num_rows else num_rows + 1
+        before, after = (self._abstract_slots(height) for height in (self.num_rows, other))
+        numbers = jax.tree.leaves(self._opt_state)
+        given = [jnp.shape(self._leaves[n]) for n in numbers]
+        if [x.shape for x in jax.tree.leaves(before)] != given:
+            must = "the optimizer whose state is in 'state', with the same settings"
+            raise ValueError(message(self._function, "tx", must, "one whose state has other shapes than opt_state"))
+        must, do = "an optimizer that keeps its state by row", "Make a new state: tx.init(params)."
+        if _structure(before) != _structure(after):
+            got = f"one whose state has another structure for {other} rows than for {self.num_rows}"
+            raise ValueError(message(self._function, "tx", must, got, do))
+        stamps: dict[Any, Any] = {
+            stamp.rows: state.steps
+            for state in replay_states(self._opt_state)
+            for stamp in (state.plain | state.decayed).values()
+        }
+        parts, flat = [], zip(numbers, _flatten_with_path(before)[0], jax.tree.leaves(after), strict=True)
+        for slot, (number, (path, x), y) in enumerate(flat):
+            if x.shape == y.shape:
+                continue
+            if (x.shape[:1], y.shape[:1]) != ((self.num_rows,), (other,)) or x.shape[1:] != y.shape[1:]:
+                name = jax.tree_util.keystr(path)
+                got = f"one with {name} of shape {x.shape}, and of shape {y.shape} for {other} rows"
+                raise ValueError(message(self._function, "tx", must, got, do))
+            parts.append(_Part(number, slot=slot, steps=stamps.get(number)))
+        return parts
+
+    def _abstract_slots(self, num_rows: int) -> Any:
+        shapes = [
+            jax.ShapeDtypeStruct((num_rows, *x.shape[1:]) if i in self._tables else jnp.shape(x), jnp.result_type(x))
+            for i, x in enumerate(self._leaves[n] for n in self._of_params)
+        ]
+        return jax.eval_shape(self._tx.init, self._definition.unflatten(shapes))
+
+    def _find_copies(self, new: int, copies: Any) -> list[_Part]:
+        """The tables in what else of the state has the structure and the shapes of params."""
+        like = lambda node: _structure(node) == self._definition  # noqa: E731
+        known = {*self._of_params, *jax.tree.leaves(self._opt_state)}
+        shapes = [jnp.shape(self._leaves[n]) for n in self._of_params]
+        found = []
+        for path, node in _flatten_with_path(self._numbers, is_leaf=like)[0]:
+            numbers = jax.tree.leaves(node)
+            if like(node) and not known & {*numbers} and [jnp.shape(self._leaves[n]) for n in numbers] == shapes:
+                found.append((jax.tree_util.keystr(path), numbers))
+        paths = [path for path, _ in found]
+        named = [False] * len(found) if copies is None else chosen_paths(self._function, copies, paths, found, "copies")
+        others = [path for path, flag in zip(paths, named, strict=True) if not flag]
+        if new and others:
+            must = f"parts of the paths {paths}, which look like copies of params"
+            do = "Their new rows are the table's. Take out of the state what is something else (sums of gradients)."
+            raise ValueError(message(self._function, "copies", must, f"{copies!r}, without {others}", do))
+        return [_Part(numbers[i], table=i) for _, numbers in found for i in self._tables]
+
+    def _check_sharding(self, x: Any, num_rows: int) -> Any:
+        """Where an array of x's kind with so many rows goes: None for a single device."""
+        sharding = None if is_traced(x) else getattr(x, "sharding", None)
+        if sharding is None or len(sharding.device_set) == 1:
+            return None
+        parts = x.shape[0] // sharding.shard_shape(x.shape)[0]
+        if num_rows % parts:
+            do = f"Make it js.padded_rows({num_rows}, {parts}) = {-(-num_rows // parts) * parts}."
+            got = f"{num_rows} rows"
+            must = f"for a multiple of {parts} rows, which are split over as many devices"
+            raise ValueError(message(self._function, self._argument, must, got, do))
+        return sharding
+
+    def _new_rows(self, table: Any, new: int, init: Any, key: Any) -> Any:
+        shape, row = (new, *table.shape[1:]), table.shape[1:]
+        if callable(init):
+            if key is None:
+                raise TypeError(message(self._function, "key", "a jax.random key, for a function init", None))
+            made = init(key, shape, table.dtype)
+        else:
+            made = jnp.asarray(init)
+        if made.shape not in ((), row, shape):
+            must = f"a number, a row of shape {row}, or new rows of shape {shape}"
+            raise ValueError(message(self._function, "init", must, f"shape {made.shape}"))
+        return jnp.broadcast_to(made.astype(table.dtype).reshape((1,) * (len(shape) - made.ndim) + made.shape), shape)
+
+
+def _with_old_rows(new: list[Any], old: list[Any], num_rows: int, ids: Any) -> list[Any]:
+    """`new`, row i of which is row ids[i] of `old`; where that is negative, it stays. Without ids, row i is row i."""
+    before, widest = old[0].shape[0], max(math.prod(x.shape[1:]) for x in old)
+    size = min(num_rows, max(1, _CHUNK // max(1, widest)))
+
+    def body(i: jax.Array, new: list[Any]) -> list[Any]:
+        to = i * size + jnp.arange(size, dtype=jnp.int32)
+        source = to if ids is None else ids.at[to].get(mode="fill", fill_value=-1)
+        to = jnp.where((source >= 0) & (source < before), to, -1 - to)
+        return [scatter_rows(n, to, gather_rows(x, source)) for n, x in zip(new, old, strict=True)]
+
+    return jax.lax.fori_loop(0, -(-num_rows // size), body, new)
