@@ -6,7 +6,10 @@ Checks that need values live on the host, in `inputs.py`.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +21,33 @@ from jax.experimental.sparse import BCOO
 # Row ids travel as int32 words, and a block of k rows pads its ids with num_rows, num_rows + 1, ...
 MAX_ROWS = 2**31 - 1
 
+_HERE = os.path.dirname(__file__) + os.sep
+_LIBRARIES = re.compile(r"[/\\\\](jax|jaxlib|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)")
+
 
 def message(function: str, argument: str, must: str, got: object, do: str = "") -> str:
     """Names the argument, what it must be, what it was, and what to do about it."""
     return f"The '{argument}' argument of js.{function} must be {must}. Got {got} instead.{' ' + do if do else ''}"
+
+
+def is_library(file: str) -> bool:
+    """Whether a source file belongs to this library, or to one that calls it or is called for the user."""
+    return file.startswith(_HERE) or _LIBRARIES.search(file) is not None
+
+
+def warn(text: str) -> None:
+    """Warns at the user's line that led here: the innermost frame outside of the libraries."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and is_library(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
+
+
+def check_transformation(function: str, argument: str, x: Any) -> None:
+    """Raises TypeError unless `x` is an optax transformation."""
+    if not (callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))):
+        do = "Call it, optax.adam(1e-3) say." if callable(x) else ""
+        raise TypeError(message(function, argument, "an optax transformation, as of optax.adam(1e-3)", repr(x), do))
 
 
 def chosen_paths(

@@ -1,5 +1,6 @@
 """Row-sparse gradients: which leaves get them, and that densified they are jax.grad's."""
 
+import dataclasses
 import functools
 import pathlib
 import warnings
@@ -245,6 +246,7 @@ DENSE = {
     "dense_in_a_branch": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t), lambda: squares(t[IDS[0]])),
     "slice": lambda t: squares(t[2:5]),
     "unused": lambda t: jnp.float32(1),
+    "one row, squeezed": lambda t: squares(jnp.squeeze(t[IDS] @ t[:1].T, -1)),
     "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
 }
 
@@ -523,6 +525,26 @@ def test_tables_forces_the_choice():
         js.grad(loss, tables=["a", "z"])(params)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """As an Equinox module is: a pytree, some of whose leaves are functions."""
+
+    table: jax.Array
+    act: object
+
+
+def test_one_output_unit():
+    """A weight (1, d), as torch and Equinox lay it out, is no table of one row."""
+    params = {"t": TABLE, "w": jnp.ones((1, D)), "b": jnp.ones(1)}
+    for loss in (
+        lambda p: squares(jax.vmap(lambda x: (p["w"] @ x + p["b"])[0])(p["t"][IDS[0]])),
+        lambda p: squares(jnp.squeeze(p["t"][IDS[0]] @ p["w"].T, 1)),
+        lambda p: squares((p["t"][IDS[0]] @ p["w"].T)[:, 0]),
+    ):
+        assert_as_jax(loss, (params,), {"['t']"})
+
+
 ERRORS = [
     (lambda: js.grad(lambda t: t[IDS])(TABLE), TypeError, r"'fun'.*real scalar.*float32\[2,3,4\]"),
     (lambda: js.grad(lambda t: jnp.sum(IDS))(TABLE), TypeError, "real scalar.*int32"),
@@ -531,6 +553,12 @@ ERRORS = [
     (lambda: js.grad(squares)(IDS), TypeError, "floating arrays.*int32"),
     (lambda: js.grad(squares)("t"), TypeError, "floating arrays.*str"),
     (lambda: js.grad(squares, argnums=1)(TABLE), TypeError, "'argnums'.*1"),
+    (lambda: js.grad(lambda m: squares(m.table))(Module(TABLE, jnp.tanh)), TypeError, r"Got a \w+ at \.act.*partition"),
+    (
+        lambda: js.grad(lambda p: squares(p["a"]["t"]))({"a": {"t": TABLE, "n": IDS}}),
+        TypeError,
+        r"int32 at \['a'\]\['n'\]",
+    ),
 ]
 
 

@@ -96,6 +96,7 @@ def test_a_region_that_cannot_be_opened_is_said(monkeypatch):
         UserWarning, match=r"the parameter is dense: shard_map at .*test_jax\.py:\d+ .*cannot open"
     ) as got:
         value, grads = js.value_and_grad(in_shard_map)(TABLE)
+    assert got[0].filename == __file__
     assert len(got) == 1 and jax.__version__ in str(got[0].message)
     assert not is_row_sparse(grads)
     np.testing.assert_allclose(value, jnp.sum(TABLE[IDS] ** 2), rtol=1e-6)

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse.trace import pieces
+from jaxsparse.trace import pieces, planning
 from jaxsparse.train.host_rows import _distinct, _look_up
 from tests.hlo import compiled_by_default
 from tests.marks import slow_but
@@ -492,6 +493,47 @@ def test_a_gradient_is_no_state():
         ValueError, match=r"its gradient, or what is not made of its rows, in the place of the table.*jax\.jit"
     ):
         js.jit(gradient, donate_argnums=0)(table, np.array([3]))
+
+
+def announced(table, ids):
+    return table.at[ids].add(1.0) + 0 * table.sum(), {"loss": 0.0}  # dense, and said so
+
+
+def by_lazy(table):
+    gradient = js.RowSparse(jnp.array([3]), jnp.ones((1, 2)), (50, 2))
+    tx = js.lazy(optax.stateless(lambda u, p: u + 0 * jnp.sum(p)))
+    return tx.update(gradient, tx.init(table), table)[0].rows  # js.lazy
+
+
+THREE = np.array([3])
+CALLS = {
+    "js.jit": lambda table: js.jit(announced)(table, THREE),  # js.jit
+    "lower": lambda table: js.jit(announced).lower(table, THREE),  # lower
+    "js.rowwise": lambda table: jax.jit(js.rowwise(announced))(table, THREE),  # js.rowwise
+    "js.fit": lambda table: js.fit(js.jit(announced), table, [THREE], progress=False),  # js.fit
+    "js.lazy": by_lazy,
+    "js.lazy in jit": jax.jit(by_lazy),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_warnings_are_at_the_users_line(name, monkeypatch):
+    monkeypatch.setattr(planning, "_ANNOUNCED", set())
+    with pytest.warns(UserWarning) as said:
+        CALLS[name](jnp.ones((50, 2)))
+    line = pathlib.Path(__file__).read_text().splitlines()[said[0].lineno - 1]
+    assert said[0].filename == __file__ and line.endswith(f"# {name.removesuffix(' in jit')}")
+
+
+def test_what_is_no_array():
+    """As in an Equinox module, some of whose leaves are functions."""
+    state = {"t": jnp.ones((50, 2)), "act": jnp.tanh}
+    step = lambda state, ids: state | {"t": 2 * state["t"]}  # noqa: E731
+    for call in (js.jit(step), js.rowwise(step), lambda state, ids: js.jit(step)(state, ids=ids)):
+        with pytest.raises(
+            TypeError, match=r"arrays and numbers\. Got a \w+ at argument \[0\]\['act'\].*static_argnums"
+        ):
+            call(state, np.array([3]))
 
 
 def test_two_states_of_one_structure():

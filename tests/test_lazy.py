@@ -550,6 +550,38 @@ def test_shapes_that_do_not_fit():
     wrong = gradient(0) | {"t": js.RowSparse(np.arange(2), np.ones((2, D), np.float32), (V + 1, D))}
     with pytest.raises(ValueError, match=r"'updates'.*\(12, 3\).*\(13, 3\)"):
         tx.update(wrong, tx.init(params()), params())
+    with pytest.raises(ValueError, match=r"\(13, 3\) at \['t'\]"):
+        tx.update(wrong, tx.init(params()), params())
+    with pytest.raises(ValueError, match=r"'params' argument of js\.lazy must be a tree like the gradient.*'w'"):
+        tx.update({"t": gradient(0)["t"]}, tx.init(params()), params())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: js.lazy(0.1), r"'inner' argument of js\.lazy must be an optax transformation.*Got 0\.1"),
+        (lambda: js.lazy(optax.adam), r"'inner'.*Got <function adam.*Call it"),
+        (lambda: js.lazy_adagrad(0.1, before=1.0), r"'before' argument of js\.lazy_adagrad.*Got 1\.0"),
+        (lambda: js.lazy_sgd(0.1, before=optax.clip, skipped="replay"), r"'before' argument of js\.lazy_sgd.*Call it"),
+    ],
+)
+def test_what_is_no_transformation(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+def test_apply_if_finite_outside():
+    """It looks at the rows; where it refuses them, nothing changes."""
+    tx = optax.apply_if_finite(ADAM, 3)
+    table = jnp.ones((V, D))
+    good = js.RowSparse(np.arange(2), np.ones((2, D), np.float32), (V, D), unique=True)
+    new, state = jitted(tx)(good, table, tx.init(table))
+    assert (new[:2] < 1).all() and (new[2:] == 1).all()
+    bad = js.RowSparse(np.arange(2), np.array([[1, 1, np.nan], [1, 1, 1]], np.float32), (V, D), unique=True)
+    kept, after = jitted(tx)(bad, new, state)
+    np.testing.assert_array_equal(kept, new)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    assert after.total_notfinite == 1
 
 
 PIECES = {

@@ -513,7 +513,7 @@ REFUSED = {
     "coupled": (
         lambda: js.lazy_adam(0.1, skipped="replay", before=optax.add_decayed_weights(0.1)).init(params()),
         ValueError,
-        "'before'.*zeros of zeros",
+        r"'before' argument of js\.lazy_adam must be.*zeros of zeros.*at \['b'\].*weight_decay=",
     ),
     "trace": (
         lambda: js.lazy_adam(0.1, skipped="replay", before=optax.trace(0.9)).init(params()),

@@ -181,6 +181,58 @@ def test_the_refusal_names_the_way_out():
         optax.scale(0.1).update(GRADS, optax.EmptyState())
 
 
+BY_LABEL = optax.partition({2: js.lazy_sgd(0.1), 1: optax.sgd(0.1)}, lambda p: jax.tree.map(jnp.ndim, p))
+OUTSIDE = {
+    "adam": optax.adam(0.1),
+    "multi_steps": optax.MultiSteps(js.lazy_sgd(0.1), 2),
+    "a label function": BY_LABEL,
+    "a mask function": optax.masked(js.lazy_sgd(0.1), lambda p: jax.tree.map(lambda x: x.ndim == 2, p)),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(0.1), 3),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_tree_of_gradients_beside_one_of_parameters_names_the_way_out(name, jit):
+    tx = OUTSIDE[name]
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError, match=r"'jaxsparse\.RowSparse', .* put the whole optax chain inside js\.lazy"):
+        update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_label_function_belongs_inside():
+    tx = js.lazy(optax.partition({2: optax.sgd(0.1), 1: optax.set_to_zero()}, lambda p: jax.tree.map(jnp.ndim, p)))
+    new = optax.apply_updates(PARAMS, tx.update(GRADS, tx.init(PARAMS), PARAMS)[0])
+    np.testing.assert_allclose(new["t"][:, 0], [1, 0.9, 0.9, 1], rtol=1e-6)
+    np.testing.assert_array_equal(new["w"], PARAMS["w"])
+
+
+def test_a_map_of_the_users_own():
+    want = {"t": np.ones((4, 3)) - 0.5 * np.asarray(GRADS["t"].todense()), "w": np.full(3, 0.5)}
+    for new in (
+        jax.tree.map(lambda p, g: p - 0.5 * g, PARAMS, GRADS),
+        jax.tree.map(lambda p, g: p - 0.5 * g, PARAMS, GRADS, is_leaf=is_row_sparse),
+        optax.apply_updates(PARAMS, jax.tree.map(lambda g: -0.5 * g, GRADS, is_leaf=is_row_sparse)),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, new, want)
+    with pytest.raises(ValueError, match=r"name the parameters first, jax\.tree\.map\(f, params, grads\)"):
+        jax.tree.map(lambda g, p: p - 0.5 * g, GRADS, PARAMS)
+
+
+def test_a_norm_by_optax_names_ours():
+    with pytest.raises(TypeError, match=r"a norm is js\.global_norm"):
+        jax.jit(optax.tree.norm)(GRADS)
+
+
+def test_it_is_no_array():
+    g = GRADS["t"]
+    for use in (np.asarray, np.linalg.norm, lambda g: np.sum([g])):
+        with pytest.raises(TypeError, match=r"is no array.*g\.todense\(\)"):  # or NumPy makes one of objects
+            use(g)
+    with pytest.raises(AttributeError, match=r"no 'mean'.*js\.global_norm\(g\).*g\.todense\(\)"):
+        g.mean()
+
+
 MAPS = {
     "add": lambda g: jax.tree.map(jnp.add, g, g),
     "multiply": lambda g: jax.tree.map(lambda x: 0.5 * x, g),

@@ -9,17 +9,17 @@ Conventions, here and everywhere downstream:
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
   num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding too.
 
-Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an
-id moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an
+Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an id
+moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an
 "extended" dtype of JAX, made by its own extension point for PRNG implementations: it is the public way to such a dtype,
-and jit, scan, cond, vmap, pmap and shard_map carry it). The dtype's name is the advice that the refusal prints. The one
-map that no dtype refuses is zeros_like; the words are stored inverted, so that a zeroed word is id -1, which is
-padding.
+and jit, scan, cond, vmap, pmap and shard_map carry it). The dtype's name is the advice that the refusal prints, and so
+is the name of the type, where JAX finds it in a tree that has an array there. The one map that no dtype refuses is
+zeros_like; the words are stored inverted, so that a zeroed word is id -1, which is padding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def _not_a_key(*args: Any) -> Any:
 _OPAQUE: Any = opaque_dtype(
     name="row_ids",
     tag="row ids of a js.RowSparse, not numbers: put the whole optax chain inside js.lazy(...), "
-    "or use before=; across devices use js.psum / js.pmean",
+    "or use before=; a norm is js.global_norm; across devices use js.psum / js.pmean",
     refuse=_not_a_key,
 )
 
@@ -54,8 +54,16 @@ def _unseal(sealed: jax.Array) -> jax.Array:
     return ~jax.lax.bitcast_convert_type(jax.random.key_data(sealed)[..., 0], jnp.int32)
 
 
+class _Advice(type):
+    def __repr__(cls) -> str:
+        return (
+            f"<class 'jaxsparse.{cls.__name__}', a row-sparse gradient: put the whole optax chain inside js.lazy(...); "
+            "in a map of your own, name the parameters first, jax.tree.map(f, params, grads)>"
+        )
+
+
 @jax.tree_util.register_pytree_with_keys_class
-class RowSparse:
+class RowSparse(metaclass=_Advice):
     """A row-sparse array: `rows[i]` adds to row `ids[i]`, every other row is zero.
 
     Args:
@@ -116,6 +124,13 @@ class RowSparse:
         self._ids, self.rows = children
         self.shape, self.unique = aux
         return self
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self} is no array. Its rows are g.rows, the dense array is g.todense().")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        do = "It has ids, rows, shape and dtype, js.global_norm(g) is its norm, and g.todense() the dense array."
+        raise AttributeError(f"A js.RowSparse has no {name!r}. {do}", name=name, obj=self)
 
     @property
     def ids(self) -> jax.Array:
@@ -276,6 +291,9 @@ def global_norm(tree: Any) -> jax.Array:
       >>> g = js.RowSparse(jnp.array([1, 1, 3]), jnp.array([[1.], [2.], [5.]]), shape=(3, 1))  # 3 is padding
       >>> js.global_norm({"t": g, "w": jnp.array([4.])}).item()
       5.0
+
+    optax.tree.norm would square the ids, and raises: under jax.jit with this advice, and outside of it as "Cannot call
+    abstract method real".
     """
     leaves = jax.tree.leaves(tree, is_leaf=is_row_sparse)
     arrays = [jnp.asarray(_without_padding(coalesce(x)) if is_row_sparse(x) else x) for x in leaves]

@@ -51,7 +51,7 @@ def lazy_adagrad(
       Duchi et al., "Adaptive subgradient methods for online learning and stochastic optimization", JMLR 2011
     """
     check_choice("lazy_adagrad", "skipped", skipped, SKIPPED)
-    return lazy_chain(before, optax.adagrad(learning_rate, initial_accumulator_value, eps))
+    return lazy_chain("lazy_adagrad", before, optax.adagrad(learning_rate, initial_accumulator_value, eps))
 
 
 class RowwiseAdagradState(NamedTuple):
@@ -115,7 +115,7 @@ def lazy_rowwise_adagrad(
         return jax.tree.map(scale, updates, sums), RowwiseAdagradState(sums)
 
     by_row = optax.GradientTransformation(init_fn, update_fn)
-    return lazy_chain(before, optax.chain(by_row, optax.scale_by_learning_rate(learning_rate)))
+    return lazy_chain("lazy_rowwise_adagrad", before, optax.chain(by_row, optax.scale_by_learning_rate(learning_rate)))
 
 
 class FtrlState(NamedTuple):
@@ -195,4 +195,4 @@ def lazy_ftrl(
         )
         return jax.tree.map(lambda z, n, w: weight(z, n) - w, z, n, params), FtrlState(z, n)
 
-    return lazy_chain(before, optax.GradientTransformation(init_fn, update_fn))
+    return lazy_chain("lazy_ftrl", before, optax.GradientTransformation(init_fn, update_fn))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse import _jax
-from jaxsparse._checks import message
+from jaxsparse._checks import check_transformation, message
 from jaxsparse._context import tracing
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.trace.pieces import rows_of, write
@@ -53,6 +53,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
       calls it. The state must be donated for a step to cost O(rows).
 
     Raises:
+      TypeError: if inner is no transformation.
       ValueError: from update, if a gradient's shape is not its parameter's, or inner does not act on each row by
         itself, with its line.
 
@@ -65,6 +66,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
       >>> optax.apply_updates(params, updates).ravel().tolist()
       [1.0, 1.0, 0.5, 1.0]
     """
+    check_transformation("lazy", "inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -74,11 +76,16 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
                 do = "In a step under js.jit or js.rowwise, give it to that."
                 raise ValueError(message("lazy", "rows", "left out where no gradient is a RowSparse", "it", do))
             return inner.update(updates, state, params, **extra_args)
-        values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
+        try:
+            values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
+        except ValueError:
+            got = f"{jax.tree.structure(params)} for {tree}"
+            raise ValueError(message("lazy", "params", "a tree like the gradient", got)) from None
         for i, (g, p) in enumerate(zip(grads, values, strict=True)):
             if is_row_sparse(g) and p is not None and jnp.shape(p) != g.shape:
                 must = f"of the parameter's shape, {jnp.shape(p)}"
-                raise ValueError(message("lazy", "updates", must, f"{g.shape} at leaf {i}"))
+                at = jax.tree_util.keystr(_flatten_with_path(updates, is_leaf=is_row_sparse)[0][i][0])
+                raise ValueError(message("lazy", "updates", must, f"{g.shape}{f' at {at}' if at else ''}"))
         with jax.named_scope("lazy_coalesce"):
             grads = [coalesce(g) if is_row_sparse(g) else g for g in grads]
             if rows is not None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._checks import check_choice
+from jaxsparse._checks import check_choice, check_transformation
 from jaxsparse.optim.catch_up import Adam, Decay, check_adam, check_rates
 from jaxsparse.optim.lazy import lazy
 from jaxsparse.optim.replaying import replay
@@ -92,9 +92,9 @@ def lazy_adam(
     check_choice("lazy_adam", "skipped", skipped, SKIPPED)
     adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     if skipped == "freeze":
-        return lazy_chain(before, adam)
+        return lazy_chain("lazy_adam", before, adam)
     check_adam("lazy_adam", b1, b2, eps, eps_root, nesterov)
-    return replay(_wide(adam), Adam(b1, b2, eps), learning_rate, before=before)
+    return replay("lazy_adam", _wide(adam), Adam(b1, b2, eps), learning_rate, before=before)
 
 
 def lazy_adamw(
@@ -142,11 +142,11 @@ def lazy_adamw(
     adamw = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
     check_choice("lazy_adamw", "skipped", skipped, SKIPPED)
     if skipped == "freeze":
-        return lazy_chain(before, adamw)
+        return lazy_chain("lazy_adamw", before, adamw)
     check_adam("lazy_adamw", b1, b2, eps, eps_root, nesterov)
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
     rule = Adam(b1, b2, eps, plain=mask is not None or not decays, decayed=decays)
-    return replay(_wide(adamw), rule, learning_rate, before=before, weight_decay=weight_decay, mask=mask)
+    return replay("lazy_adamw", _wide(adamw), rule, learning_rate, before=before, weight_decay=weight_decay, mask=mask)
 
 
 def lazy_sgd(
@@ -188,10 +188,14 @@ def lazy_sgd(
     check_choice("lazy_sgd", "skipped", skipped, SKIPPED)
     sgd = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
     if skipped == "freeze":
-        return lazy_chain(before, sgd)
+        return lazy_chain("lazy_sgd", before, sgd)
     check_rates("lazy_sgd", momentum=momentum)
     return replay(
-        sgd, Decay(() if momentum is None else (("trace", momentum),), nesterov), learning_rate, before=before
+        "lazy_sgd",
+        sgd,
+        Decay(() if momentum is None else (("trace", momentum),), nesterov),
+        learning_rate,
+        before=before,
     )
 
 
@@ -240,20 +244,22 @@ def lazy_rmsprop(
     )
     check_choice("lazy_rmsprop", "skipped", skipped, SKIPPED)
     if skipped == "freeze":
-        return lazy_chain(before, rmsprop)
+        return lazy_chain("lazy_rmsprop", before, rmsprop)
     check_rates("lazy_rmsprop", decay=decay, momentum=momentum)
     rates = [
         ("nu", decay),
         *([("mu", decay)] if centered else []),
         *([] if momentum is None else [("trace", momentum)]),
     ]
-    return replay(rmsprop, Decay(tuple(rates), nesterov, scaled=False), learning_rate, before=before)
+    return replay("lazy_rmsprop", rmsprop, Decay(tuple(rates), nesterov, scaled=False), learning_rate, before=before)
 
 
 def lazy_chain(
-    before: optax.GradientTransformation | None, inner: optax.GradientTransformation
+    function: str, before: optax.GradientTransformation | None, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """`lazy(chain(before, inner))`."""
+    """`lazy(chain(before, inner))`, of what js.{function} is called with."""
+    if before is not None:
+        check_transformation(function, "before", before)
     return lazy(inner if before is None else optax.chain(before, inner))
 
 

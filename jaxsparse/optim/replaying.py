@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._checks import message
+from jaxsparse._checks import check_transformation, message
 from jaxsparse._context import is_tracing, rows_of
 from jaxsparse._jax import is_traced
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
@@ -83,6 +83,7 @@ flax.serialization.register_serialization_state(
 
 
 def replay(
+    function: str,
     inner: optax.GradientTransformation,
     rule: Any,
     learning_rate: Any,
@@ -94,17 +95,20 @@ def replay(
     """`lazy(chain(before, inner))`, with what `refresh` and `flush` need to know in its state.
 
     Args:
+      function: whose `before` it is, for messages.
       inner: an optimizer of optax whose state and zero-gradient steps `rule` describes.
       rule: `catch_up.Adam` or `catch_up.Decay`.
       learning_rate: inner's: a number, or a schedule of the number of updates before this one.
       before: a transformation of the gradient without state by row, that makes zeros of zeros.
       weight_decay, mask: inner's.
     """
+    if before is not None:
+        check_transformation(function, "before", before)
     frozen = lazy(inner if before is None else optax.chain(before, inner))
 
     def init_fn(params: Any) -> ReplayState:
         if before is not None:
-            _check_before(before, params)
+            _check_before(function, before, params)
         stamps = per_leaf(lambda p: Stamps(jnp.zeros(jnp.shape(p)[:1], jnp.int32), jnp.zeros((), jnp.int32)), params)
         decays = _decays(rule.decayed, mask, params)
         return ReplayState(
@@ -298,15 +302,18 @@ def _decays(any_do: bool, mask: Any, params: Any) -> dict[str, bool]:
     return named_leaves(jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params))[0]
 
 
-def _check_before(before: optax.GradientTransformation, params: Any) -> None:
+def _check_before(function: str, before: optax.GradientTransformation, params: Any) -> None:
     """Raises ValueError unless `before` makes zeros of zeros and keeps no array of the parameters' shapes."""
     shapes = [jnp.shape(p) for p in jax.tree.leaves(params) if jnp.ndim(p)]
     state = jax.eval_shape(before.init, params)
     kept = [x.shape for x in jax.tree.leaves(state) if x.shape and x.shape in shapes]
-    do = "A row without gradient would move on by it. Only what leaves zeros alone can come before: clipping, say."
+    do = (
+        "A row without gradient would move on by it. Only what leaves zeros alone and keeps nothing for a row can come "
+        "before, clipping say; weight decay is weight_decay= of js.lazy_adamw."
+    )
     if kept:
         got = f"one with state of shape {kept[0]}"
-        raise ValueError(message("skipped='replay'", "before", "a transformation without state by row", got, do))
+        raise ValueError(message(function, "before", "without state by row for skipped='replay'", got, do))
     try:
         small = jax.tree.map(
             lambda p: jnp.full(tuple(min(n, 2) for n in jnp.shape(p)), 0.5, jnp.result_type(p)), params
@@ -314,10 +321,10 @@ def _check_before(before: optax.GradientTransformation, params: Any) -> None:
         zeros = jax.tree.map(jnp.zeros_like, small)
         with jax.ensure_compile_time_eval():
             made, _ = optax.with_extra_args_support(before).update(zeros, before.init(small), small)
-            moved = any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(made))
+            leaves = jax.tree_util.tree_flatten_with_path(made)[0]
+            moved = [jax.tree_util.keystr(path) for path, x in leaves if bool(jnp.any(x != 0))]
     except Exception:
         return  # it needs more than this; what is wrong with it shows where it is really called
     if moved:
-        raise ValueError(
-            message("skipped='replay'", "before", "a transformation that makes zeros of zeros", "other", do)
-        )
+        got = "one that makes something else of them" + (f", at {moved[0]}" if moved[0] else "")
+        raise ValueError(message(function, "before", "one that makes zeros of zeros for skipped='replay'", got, do))

@@ -8,7 +8,6 @@ the program with stand-ins for the rows, until nothing changes any more.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse._checks import message
+from jaxsparse._checks import message, warn
 from jaxsparse._jax import Program
 from jaxsparse.trace.known_ids import Known
 from jaxsparse.trace.plan import Plan, Read, Reason
@@ -368,4 +367,4 @@ def warn_once(name: str, planned: Planned, said: Sequence[str] = ()) -> None:
     for line in (f"{name}: {line}" for line in said):
         if line not in _ANNOUNCED:
             _ANNOUNCED.add(line)
-            warnings.warn(line, stacklevel=4)
+            warn(line)

@@ -60,7 +60,8 @@ def moved(eqn: Equation, axis: int, size: int) -> tuple[dict[str, Any], int] | N
         new = int(param("broadcast_dimensions")[axis])
         return ({"shape": with_size(param("shape"), new)}, new) if after[new] == before[axis] else None
     if primitive is _SQUEEZE:
-        return {}, axis - sum(a < axis for a in param("dimensions"))
+        dims = param("dimensions")
+        return None if axis in dims else ({}, axis - sum(a < axis for a in dims))
     if primitive is _RESHAPE:
         for new, length in enumerate(after):
             if length == before[axis] and math.prod(after[:new]) == math.prod(before[:axis]):

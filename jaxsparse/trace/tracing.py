@@ -10,14 +10,11 @@ from typing import Any
 import jax
 
 from jaxsparse import _jax
-from jaxsparse._checks import Modules, message
+from jaxsparse._checks import Modules, is_library, message
 from jaxsparse._context import tracing
 from jaxsparse._jax import Equation, Program
 from jaxsparse.trace.states import found_states, named_states
 
-_LIBRARIES = re.compile(
-    r"[/\\\\](jax|jaxlib|jaxsparse|flax|optax|chex|equinox|haiku|contextlib\.py|functools\.py)([/\\\\]|$)"
-)
 _CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
 
 
@@ -29,7 +26,7 @@ def source_line(eqns: Sequence[Equation]) -> str:
     frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
     for eqn in reversed(eqns):
         for file, line, function in _jax.source_frames(eqn):
-            if not _LIBRARIES.search(file):
+            if not is_library(file):
                 return f"{'cell' if _CELL.search(file) else file}:{line} ({function})"
     return UNKNOWN_SOURCE
 
@@ -55,6 +52,18 @@ class TracedStep:
     again: Callable[[list[Any]], Program]  # traced at other shapes
 
 
+def check_arguments(args: Any, kwargs: Any) -> None:
+    """Raises TypeError unless all leaves are arrays and numbers."""
+    for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs))[0]:
+        if not (_jax.is_array_or_number(x) or isinstance(x, jax.ShapeDtypeStruct)):
+            got = f"a {type(x).__name__} at argument {jax.tree_util.keystr(path[1:])}"
+            do = (
+                "Name the argument in static_argnums of js.jit, or take the module apart before, and put it together "
+                "inside (eqx.partition and eqx.combine, nnx.split and nnx.merge)."
+            )
+            raise TypeError(message("jit or js.rowwise", "step", "called with arrays and numbers", got, do))
+
+
 def trace_step(
     step: Callable[..., Any],
     args: Any,
@@ -67,6 +76,7 @@ def trace_step(
     Args:
       state_argnums: as of `rowwise`.
     """
+    check_arguments(args, kwargs)
     numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums or ())
     for n in numbers:
         if not -len(args) <= n < len(args):

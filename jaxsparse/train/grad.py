@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse._checks import Modules, chosen_paths, message
+from jaxsparse._checks import Modules, chosen_paths, message, warn
 from jaxsparse._context import is_tracing, tracing
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
@@ -325,7 +324,7 @@ def _warn_of_closed_regions(planned: PlannedGradient) -> None:
         if why.closed and why.source not in _WARNED:
             _WARNED.add(why.source)
             path = planned.paths[i] or "the parameter"
-            warnings.warn(f"The gradient of {path} is dense: {why}. {closed_advice(why)}", stacklevel=3)
+            warn(f"The gradient of {path} is dense: {why}. {closed_advice(why)}")
 
 
 def closed_advice(why: Reason) -> str:

@@ -21,6 +21,7 @@ import jax
 from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse.trace.planning import PlannedStep, announce
+from jaxsparse.trace.tracing import check_arguments
 from jaxsparse.train.device_rows import knows_all
 from jaxsparse.train.host_rows import HostRows
 from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, prepare_step, rowwise
@@ -212,7 +213,12 @@ class JittedStep:
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
             return leaves, None
-        key = (tree, static, tuple(map(_jax.kind_of_array, leaves)), _jax.settings())
+        try:
+            kinds = tuple(map(_jax.kind_of_array, leaves))
+        except TypeError:
+            check_arguments(args, kwargs)
+            raise
+        key = (tree, static, kinds, _jax.settings())
         program = self._programs.get(key)
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
