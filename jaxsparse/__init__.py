@@ -32,6 +32,7 @@ from jaxsparse.optim.optimizers import lazy_adam as lazy_adam
 from jaxsparse.optim.optimizers import lazy_adamw as lazy_adamw
 from jaxsparse.optim.optimizers import lazy_rmsprop as lazy_rmsprop
 from jaxsparse.optim.optimizers import lazy_sgd as lazy_sgd
+from jaxsparse.optim.rounding import stochastic_rounding as stochastic_rounding
 from jaxsparse.parallel.collectives import pmean as pmean
 from jaxsparse.parallel.collectives import psum as psum
 from jaxsparse.parallel.sharding import global_batch as global_batch

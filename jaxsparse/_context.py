@@ -45,3 +45,19 @@ def _rows_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 _rows_of.__name__ = ROWS_OF
 _ROWS_OF = jax.jit(_rows_of)
+
+
+ROW_NUMBERS = "jaxsparse_row_numbers"  # the name under which a walk knows row_numbers
+
+
+def row_numbers(x: Any) -> jax.Array:
+    """The numbers of an array's rows, int32 (n,): a step that computes some of its rows has theirs."""
+    return _ROW_NUMBERS(x)
+
+
+def _row_numbers(x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+_row_numbers.__name__ = ROW_NUMBERS
+_ROW_NUMBERS = jax.jit(_row_numbers)

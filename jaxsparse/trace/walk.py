@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _jax
-from jaxsparse._context import ROWS_OF
+from jaxsparse._context import ROW_NUMBERS, ROWS_OF
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import gather_rows
 from jaxsparse.trace import row_elementwise, row_reads, row_regions, row_rules
@@ -102,6 +102,9 @@ class Walk:
         primitive = eqn.primitive
         if _jax.called_name(eqn) == ROWS_OF:
             return self._rows_of(eqn, values[0])
+        if _jax.called_name(eqn) == ROW_NUMBERS and isinstance(v := values[0], Rows) and v.axis == 0:
+            (num_rows,) = _jax.shape(eqn.outputs[0])
+            return [Rows(self.ids(v.node), v.node, whole=lambda walk: jnp.arange(num_rows, dtype=jnp.int32))]
         if primitive in INLINED:
             return self.run(_jax.called(eqn), values)
         if any(isinstance(v, Summed) for v in values):

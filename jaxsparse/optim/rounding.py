@@ -1,0 +1,141 @@
+"""`stochastic_rounding(inner)`: any optax transformation for parameters of 16 bits, without a copy in 32.
+
+bfloat16 has 8 significant bits. Parameters between 1 and 2 are multiples of 2^-7 = 0.008, and an update of 0.001 is
+lost, at each step, if the sum is rounded to nearest. Rounded up or down at random, in proportion to where it lies
+between the two, it is kept on average.
+
+The noise is a hash of seed, step, leaf, row and position in the row. So it is made for the rows that a step reads, is
+the same in a dense step and in a row-sparse one, and on all devices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._checks import check_transformation, message
+from jaxsparse._context import row_numbers
+from jaxsparse.ops.row_sparse import is_row_sparse
+
+
+class StochasticRoundingState(NamedTuple):
+    """The number of updates, and the state of what makes them."""
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+    inner_state: Any
+
+
+def stochastic_rounding(inner: optax.GradientTransformation, *, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Rounds new parameters of 16 bits (bfloat16, float16) up or down at random, so that small updates are not lost.
+
+    p + u, made in float32, lies between two neighbours a < b of the parameter's type. The new parameter is
+
+        b with probability (p + u - a) / (b - a), and a otherwise,
+
+    whose mean is p + u. inner is given gradients and parameters of 16 bits as float32, so that its moments are float32
+    too, as if there were a copy of the table in float32. All other parameters are inner's.
+
+    It is for stock steps, under `js.jit` at the cost of the rows that are read. It goes inside of `js.lazy`, around the
+    whole chain: `js.lazy(js.stochastic_rounding(optax.adamw(1e-3)))`.
+
+    Args:
+      inner: an optax transformation, usually a whole chain.
+      seed: another seed, other noise.
+
+    Returns:
+      A transformation. Its updates of 16-bit parameters are float32: new parameter minus old, so that
+      `optax.apply_updates`, which adds in float32 and rounds to nearest, gives the new parameter.
+
+    Raises:
+      TypeError: if inner is no transformation; from update, if a gradient is a RowSparse.
+      ValueError: from update without params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> def train(tx, steps=100):
+      ...     @js.jit
+      ...     def step(state, ids):
+      ...         table, opt_state = state
+      ...         gradient = jax.grad(lambda table: jnp.sum(table[ids]))(table)
+      ...         updates, opt_state = tx.update(gradient, opt_state, table)
+      ...         return optax.apply_updates(table, updates), opt_state
+      ...     state = jnp.ones((4, 1000), jnp.bfloat16), tx.init(jnp.ones((4, 1000), jnp.bfloat16))
+      ...     for _ in range(steps):
+      ...         state = step(state, jnp.array([2]))
+      ...     return [round(float(x), 2) for x in state[0].astype(jnp.float32).mean(1)]
+      >>> train(optax.sgd(1e-3))  # rounded to nearest, 1 - 0.001 is 1
+      [1.0, 1.0, 1.0, 1.0]
+      >>> train(js.stochastic_rounding(optax.sgd(1e-3)))
+      [1.0, 1.0, 0.9, 1.0]
+
+    References:
+      Gupta et al., "Deep learning with limited numerical precision", https://arxiv.org/abs/1502.02551
+      FBGEMM's stochastic_rounding, torchao's bf16_stochastic_round
+    """
+    check_transformation("stochastic_rounding", "inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> StochasticRoundingState:
+        return StochasticRoundingState(jnp.zeros((), jnp.int32), inner.init(_widened(params, params)))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if any(map(is_row_sparse, jax.tree.leaves(updates, is_leaf=is_row_sparse))):
+            do = "Put it inside: js.lazy(js.stochastic_rounding(optax.adam(1e-3)))."
+            raise TypeError(message("stochastic_rounding", "updates", "of arrays", "a js.RowSparse", do))
+        if params is None:
+            do = "Pass params to update."
+            raise ValueError(message("stochastic_rounding", "params", "the parameters", "None", do))
+        count, inner_state = state
+        wide = _widened(params, params)
+        updates, inner_state = inner.update(_widened(updates, params), inner_state, wide, **extra_args)
+        leaves, tree = jax.tree.flatten(updates)
+        narrow, values = jax.tree.leaves(params), jax.tree.leaves(wide)
+        step = _mixed(_mixed(jnp.uint32(seed % 2**32)) ^ count.astype(jnp.uint32))
+        for i, (u, p, like) in enumerate(zip(leaves, values, narrow, strict=True)):
+            if _is_16_bit(like):
+                new = _rounded(p + u, _noise(_mixed(step + jnp.uint32(i)), p), like.dtype)
+                leaves[i] = jnp.where(jnp.isfinite(p + u), new - p, u)
+        return jax.tree.unflatten(tree, leaves), StochasticRoundingState(optax.safe_increment(count), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_16_bit(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(x.dtype).itemsize == 2
+
+
+def _widened(tree: Any, params: Any) -> Any:
+    """A tree like params, as float32 where these have 16 bits."""
+    return jax.tree.map(lambda p, x: x.astype(jnp.float32) if _is_16_bit(p) else x, params, tree)
+
+
+def _rounded(x: jax.Array, noise: jax.Array, dtype: Any) -> jax.Array:
+    """float32, rounded to a neighbour of a 16-bit type: up if `noise`, uint32, is large enough."""
+    wide, narrow = jnp.finfo(jnp.float32), jnp.finfo(dtype)
+    eps, least = float(narrow.eps), max(float(narrow.tiny), float(wide.tiny / narrow.eps))  # XLA has no subnormals
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # of 2, at most |x|
+    unit = jnp.maximum(power, least) * eps  # between neighbours: x / unit is exact, and so is its sum with the noise
+    lost = wide.nmant - narrow.nmant
+    fraction = (noise >> (32 - lost)).astype(jnp.float32) * 2.0**-lost  # in [0, 1)
+    return jnp.floor(x / unit + fraction) * unit
+
+
+def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
+    """Random bits, uint32, the shape of x; the rows of an array have theirs by their numbers."""
+    if not x.ndim:
+        return key
+    row = _mixed(_mixed(row_numbers(x).astype(jnp.uint32)) ^ key).reshape(-1, *[1] * (x.ndim - 1))
+    place = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(1, *x.shape[1:])
+    return _mixed(row + place * jnp.uint32(0x9E3779B9))
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+    """Each bit of the result depends on all bits of h: the last step of MurmurHash3."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
