@@ -18,6 +18,9 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 
+# Traced programs are many small objects that live long: looking through them for garbage took 6 % of the time.
+gc.set_threshold(100_000, 50, 100)
+
 # Shapes are drawn, and every new shape compiles: slow examples are no fault of the test.
 hypothesis.settings.register_profile("jaxsparse", deadline=None, max_examples=30, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jaxsparse")

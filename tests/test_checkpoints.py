@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 import jaxsparse as js
 from jaxsparse.optim.replaying import replay_states
 from tests.devices import mesh_of
+from tests.marks import slow_but
 
 V, D, STEPS, AT = 30, 3, 6, 3
 SCHEDULE = optax.cosine_decay_schedule(0.1, 20)
@@ -119,9 +120,7 @@ def equal(got, want):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "replay adamw")) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(["lazy", "jit, replay"], CASES))
 def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
     """As a whole TrainState, saved and loaded as it comes."""
     state, want = jax.tree.map(jnp.array, through(name)[AT - 1]), through(name)[-1]

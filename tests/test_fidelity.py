@@ -42,6 +42,7 @@ def test_replay_is_as_exact_as_dense_float32(name):
     is_exact(group)
 
 
+@pytest.mark.slow
 def test_one_table_alone():
     group = group_of(8, 60, injected=False, tables=0)
     assert group.optimizer == "nesterov"

@@ -226,12 +226,17 @@ def test_every_row_decays_under_replay_and_only_touched_rows_under_freeze():
     ("betas", "gaps"),
     [
         ((0.9, 0.999), [(1, 1), (1, 2), (1, 400), (10, 3), (500, 2000)]),
-        ((0.9, 0.95), [(1, 1), (1, 2), (1, 400), (10, 3), (500, 2000)]),
-        ((0.95, 0.99), [(1, 3), (2, 500), (500, 100)]),
-        ((0.9, 0.98), [(1, 3), (2, 500), (500, 100)]),
         ((0.0, 0.9), [(1, 3), (500, 100)]),
-        ((0.99, 0.999), [(1, 3), (2, 500)]),
-        pytest.param((0.9, 0.999), [(1000, 100_000)], marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ((0.9, 0.95), [(1, 1), (1, 2), (1, 400), (10, 3), (500, 2000)]),
+                ((0.95, 0.99), [(1, 3), (2, 500), (500, 100)]),
+                ((0.9, 0.98), [(1, 3), (2, 500), (500, 100)]),
+                ((0.99, 0.999), [(1, 3), (2, 500)]),
+                ((0.9, 0.999), [(1000, 100_000)]),
+            ]
+        ),
     ],
 )
 def test_catching_up_is_the_sum_of_the_steps(betas, gaps, monkeypatch):
@@ -401,6 +406,7 @@ def test_hand_over_to_plain_optax_and_back(name, tables):
     close(run(state, 25, 40)[1].params, dense_run(want, 0, 40)[0].params)
 
 
+@pytest.mark.slow  # as test_checkpoints.py for all optimizers
 @pytest.mark.parametrize("how", ["orbax", "flax"])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     """Stamps and history are in the checkpoint, and what goes on is bit-equal."""
@@ -417,13 +423,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     chex.assert_trees_all_equal([state.params for state in got], [state.params for state in want])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "momentum",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "adamw_mask", "rmsprop_all", "partition")),
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(["momentum"], ["momentum", "adam", "adamw_mask", "rmsprop_all", "partition"]))
 def test_nothing_of_the_tables_size_is_made(name):
     """Neither by the step, flush in time included, nor by flush; and what is donated is written in place."""
     rows = 1_000_003

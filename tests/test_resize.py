@@ -19,6 +19,7 @@ import jaxsparse as js
 from jaxsparse.optim.replaying import ReplayState, replay_states
 from tests.devices import mesh_of
 from tests.hlo import bytes_moved, compiled_by_default, large_arrays
+from tests.marks import slow_but
 
 V, MORE, D, STEPS = 12, 20, 3, 5
 RNG = np.random.default_rng(0)
@@ -101,13 +102,11 @@ def close(got, want):
     chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-7)
 
 
-SLOW = "replay adam"  # a part of what replay adamw is
+QUICK = [("adam", False), ("rowwise adagrad", False), ("replay adamw", False)]
 EVERY = [(name, flushed) for name in CASES for flushed in (False, True)[: 1 + ("replay" in name)]]
 
 
-@pytest.mark.parametrize(
-    ("name", "flushed"), [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == SLOW)) for case in EVERY]
-)
+@pytest.mark.parametrize(("name", "flushed"), slow_but(QUICK, EVERY))
 def test_a_table_that_grew_is_one_that_was_larger_from_the_start(name, flushed):
     tx, run = CASES[name]
     flush = js.flush if flushed else lambda state: state
@@ -143,7 +142,7 @@ def arrays_of_t(state):
     return {name(path): np.asarray(x) for path, x in flat if "['t']" in name(path) and jnp.ndim(x)}
 
 
-@pytest.mark.parametrize("name", ["adam", "replay sgd", "rowwise adagrad"])
+@pytest.mark.parametrize("name", slow_but(["replay sgd"], ["adam", "replay sgd", "rowwise adagrad"]))
 def test_rows_in_another_order_are_trained_as_in_their_own(name):
     tx, run = CASES[name]
     order = np.random.default_rng(1).permutation(MORE)

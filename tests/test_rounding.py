@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
 from tests.hlo import compiled_by_default, large_arrays
+from tests.marks import slow_but
 
 DTYPES = [jnp.bfloat16, jnp.float16]
 ADD = js.stochastic_rounding(optax.identity())  # updates are gradients
@@ -158,7 +159,7 @@ def new_state(dtype=jnp.bfloat16, shapes=SHAPES):
     return params, js.stochastic_rounding(INNER).init(params)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], DTYPES))
 def test_a_row_sparse_step_draws_what_a_dense_one_does(dtype):
     """And all other rows keep their bits."""
     want, jitted, lazy = new_state(dtype), new_state(dtype), new_state(dtype)

@@ -751,7 +751,7 @@ DEVICES = {
 }
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", slow_but(["shard_map", "js.jit, batch split"], DEVICES))
 def test_devices(name):
     """Replicas are bit-equal, and what one device makes of the whole batch."""
     run, spread = DEVICES[name](Mesh(np.array(jax.devices()[:4]), "d"))

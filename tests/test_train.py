@@ -355,7 +355,8 @@ def test_scopes_are_named():
 # pmap
 
 
-@pytest.mark.parametrize(("devices", "optimizer"), [(2, "clip_adamw"), pytest.param(8, "adam", marks=pytest.mark.slow)])
+@pytest.mark.slow  # as tests.devices, of which test_devices.py is a sample, but with another loss
+@pytest.mark.parametrize(("devices", "optimizer"), [(2, "clip_adamw"), (8, "adam")])
 def test_pmap_agrees_with_one_device(devices, optimizer):
     """19 examples in batches of 16: the last one has a device with a part and, with 8, devices without any example."""
     x, y = data(19)

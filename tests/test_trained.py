@@ -76,7 +76,7 @@ ROADS = {
 }
 
 
-@pytest.mark.parametrize("piece", [0, 1 << 18], ids=["in pieces", "at once"])
+@pytest.mark.parametrize("piece", slow_but([0], [0, 1 << 18]))
 @pytest.mark.parametrize("road", slow_but(["js.jit", "two words"], ROADS))
 @pytest.mark.parametrize("name", slow_but(["a mask"], ["a mask", "most", "none"]))
 def test_against_the_masked_dense_step(name, road, piece, monkeypatch):

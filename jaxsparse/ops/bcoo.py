@@ -18,6 +18,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, check_bcoo, check_float, message
 from jaxsparse.ops.embedding import segment_sum, sum_by_bag
+from jaxsparse.ops.row_sparse import is_row_sparse
 from jaxsparse.ops.rows import at_least_int32, in_range
 
 
@@ -158,7 +159,7 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
 
 
 def _is_dense(x: Any) -> bool:
-    return hasattr(x, "__array__")  # which BCOO, BCSR, RowSparse and SciPy's matrices have not
+    return hasattr(x, "__array__") and not is_row_sparse(x)  # BCOO, BCSR and SciPy's matrices have none
 
 
 def _real_entries(indices: jax.Array, shape: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
