@@ -102,11 +102,11 @@ def close(got, want):
     chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-7)
 
 
-QUICK = [("adam", False), ("rowwise adagrad", False), ("replay adamw", False)]
+FIRST = [("adam", False), ("rowwise adagrad", False), ("replay adamw", False)]
 EVERY = [(name, flushed) for name in CASES for flushed in (False, True)[: 1 + ("replay" in name)]]
 
 
-@pytest.mark.parametrize(("name", "flushed"), slow_but(QUICK, EVERY))
+@pytest.mark.parametrize(("name", "flushed"), slow_but(FIRST, EVERY))
 def test_a_table_that_grew_is_one_that_was_larger_from_the_start(name, flushed):
     tx, run = CASES[name]
     flush = js.flush if flushed else lambda state: state
