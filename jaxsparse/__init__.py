@@ -27,6 +27,8 @@ from jaxsparse.ops.row_sparse import global_norm as global_norm
 from jaxsparse.optim.adagrad import lazy_adagrad as lazy_adagrad
 from jaxsparse.optim.adagrad import lazy_ftrl as lazy_ftrl
 from jaxsparse.optim.adagrad import lazy_rowwise_adagrad as lazy_rowwise_adagrad
+from jaxsparse.optim.averaging import ema_params as ema_params
+from jaxsparse.optim.averaging import params_ema as params_ema
 from jaxsparse.optim.lazy import lazy as lazy
 from jaxsparse.optim.optimizers import lazy_adam as lazy_adam
 from jaxsparse.optim.optimizers import lazy_adamw as lazy_adamw

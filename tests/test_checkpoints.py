@@ -56,6 +56,7 @@ MADE = lambda: js.make_train_step(loss_fn)  # noqa: E731
 CASES = {
     "jit, adamw": (lambda: js.jit(stock), lambda: optax.chain(CLIP, optax.adamw(SCHEDULE))),
     "jit, injected": (lambda: js.jit(stock), lambda: optax.inject_hyperparams(optax.adam)(learning_rate=SCHEDULE)),
+    "jit, average": (lambda: js.jit(stock), lambda: js.params_ema(optax.adam(SCHEDULE), 0.9)),
     "lazy": (lambda: jax.jit(two_words, donate_argnums=0), lambda: js.lazy(optax.chain(CLIP, optax.adam(0.1)))),
     "rowwise adagrad": (MADE, lambda: js.lazy_rowwise_adagrad(0.1, before=CLIP)),
     "ftrl": (MADE, lambda: js.lazy_ftrl(0.1)),

@@ -1,0 +1,207 @@
+"""`params_ema(inner, decay)`: an exponential moving average of the parameters, at the cost of the rows that are read.
+
+The average moves in all its rows at each step. But a row that is not read does not change, and then k steps at once are
+
+    e = e + (1 - decay^k) (p - e).
+
+So each row has a stamp: the number of the update up to which it has been averaged. An update brings the rows that it is
+evaluated on up to date, with the parameters that it is given: those after all updates before, as they really are. Its
+own effect is seen by the next update of the row, or by the reader. So whatever makes the new parameters, behind the
+update too, is in the average, and rounded as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse._checks import check_transformation, message
+from jaxsparse._context import rows_of
+from jaxsparse.ops.row_sparse import is_row_sparse
+from jaxsparse.optim.lazy import named_leaves, per_leaf
+from jaxsparse.optim.replaying import replay_states
+
+_FROZEN = "an optimizer that leaves skipped rows alone, as the average takes it"
+_INSTEAD = "Use skipped='freeze', or optax.incremental_update on what js.flush returns."
+
+
+class ParamsEmaState(flax.struct.PyTreeNode):
+    """The average of each row, as it was before the update that its stamp names. `ema_params` reads it."""
+
+    count: jax.Array  # shape=(), dtype=jnp.int32
+    inner_state: Any
+    ema: Any  # like params, at least float32
+    stamps: Any  # {name of the parameter: shape=(num_rows,), dtype=jnp.int32}
+    decay: float = flax.struct.field(pytree_node=False)
+    debias: bool = flax.struct.field(pytree_node=False)
+
+
+def params_ema(
+    inner: optax.GradientTransformation, decay: float, *, debias: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps an exponential moving average of the parameters beside an optimizer, for evaluation: `js.ema_params`.
+
+    After each step, for the new parameters p,
+
+        ema = decay ema + (1 - decay) p,
+
+    in all rows, though a row-sparse step costs the rows that it reads: a row that was not read has not changed, and its
+    steps are made up for when it is read, or asked for. The average is float32 for parameters of 16 bits.
+
+    It goes around the whole chain, and inside of `js.lazy`: `js.lazy(js.params_ema(optax.adamw(1e-3), 0.999))`. Updates
+    are inner's. What is averaged are the parameters that the next update is given: what a step does to them behind this
+    update, a projection say, is in the average too. Rows that are changed by hand between two steps count as changed
+    since they were last read.
+
+    Args:
+      inner: an optax transformation, usually a whole chain.
+      decay: between 0 and 1, a Python number.
+      debias: False: the average starts from the initial parameters, as timm's and torch's do. True: it starts from
+        zero and is divided by 1 - decay^count, as optax.ema has it, so that the initial parameters are not in it.
+
+    Returns:
+      A transformation. Its state has the average, and an int32 for each row of each parameter.
+
+    Raises:
+      TypeError: if inner is no transformation, or decay no Python number; from update, if a gradient is a RowSparse.
+      ValueError: if decay is not between 0 and 1; from init, if inner replays skipped rows; from update without params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx = js.params_ema(optax.sgd(1.0), 0.5)
+      >>> @js.jit
+      ... def step(state, ids):
+      ...   table, opt_state = state
+      ...   gradient = jax.grad(lambda table: jnp.sum(table[ids]))(table)
+      ...   updates, opt_state = tx.update(gradient, opt_state, table)
+      ...   return optax.apply_updates(table, updates), opt_state
+      >>> table, opt_state = jnp.zeros((3, 1)), tx.init(jnp.zeros((3, 1)))
+      >>> for row in (0, 1, 1):
+      ...   table, opt_state = step((table, opt_state), jnp.array([row]))
+      >>> table.ravel().tolist()
+      [-1.0, -2.0, 0.0]
+      >>> [round(float(x), 3) for x in js.ema_params(opt_state, table)[:, 0]]  # row 0 has been -1 for three steps
+      [-0.875, -1.25, 0.0]
+
+    References:
+      Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30 (1992)
+      torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn, timm's ModelEma
+    """
+    check_transformation("params_ema", "inner", inner)
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        do = "All steps have the same: with optax.inject_hyperparams, list it in static_args."
+        raise TypeError(message("params_ema", "decay", "a Python number", type(decay).__name__, do))
+    if not 0 < decay < 1:
+        raise ValueError(message("params_ema", "decay", "between 0 and 1", decay))
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> ParamsEmaState:
+        inner_state = inner.init(params)
+        if replay_states(inner_state):
+            raise ValueError(message("params_ema", "inner", _FROZEN, "one with skipped='replay'", _INSTEAD))
+
+        def start(p: Any) -> jax.Array:
+            dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
+            return jnp.zeros(jnp.shape(p), dtype) if debias else jnp.array(p, dtype)  # a copy, to be donated
+
+        stamps = per_leaf(lambda p: jnp.zeros(jnp.shape(p)[:1], jnp.int32), params)
+        ema = jax.tree.map(start, params)
+        return ParamsEmaState(jnp.zeros((), jnp.int32), inner_state, ema, stamps, float(decay), debias)
+
+    def update_fn(updates: Any, state: ParamsEmaState, params: Any = None, **extra_args: Any) -> Any:
+        if any(map(is_row_sparse, jax.tree.leaves(updates, is_leaf=is_row_sparse))):
+            do = "Put it inside: js.lazy(js.params_ema(optax.adam(1e-3), 0.999))."
+            raise TypeError(message("params_ema", "updates", "of arrays", "a js.RowSparse", do))
+        if params is None:
+            raise ValueError(message("params_ema", "params", "the parameters", "None", "Pass params to update."))
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        ema = named_leaves(state.ema)[1].unflatten(_up_to_date("params_ema", state, params).values())
+
+        def stamp(name: str, p: Any) -> jax.Array:
+            count, chosen = rows_of(p)  # not the count in all rows: that is no array with the rows of a table
+            return jnp.where(chosen | (count < 0), state.count, state.stamps[name])
+
+        stamps = {name: stamp(name, p) for name, p in named_leaves(params)[0].items()}
+        count = optax.safe_increment(state.count)
+        return updates, state.replace(count=count, inner_state=inner_state, ema=ema, stamps=stamps or state.stamps)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def ema_params(opt_state: Any, params: Any) -> Any:
+    """The average that `params_ema` keeps of the parameters, in all rows, as it is after the last step.
+
+    Evaluate with it in place of the parameters: `state.replace(params=js.ema_params(state.opt_state, state.params))`.
+    Training goes on with the state and the parameters as they were. It makes new arrays, and costs about as much as
+    one dense step.
+
+    Args:
+      opt_state: an optimizer's state with one `params_ema` in it, however deep.
+      params: the parameters that belong to it.
+
+    Returns:
+      A tree like params, at least float32. With debias=True and before the first update, the parameters.
+
+    Raises:
+      TypeError: if opt_state has no such state, or several.
+      ValueError: if it has been kept of other parameters, or opt_state is of an optimizer with skipped="replay" beside.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxsparse as js
+      >>> tx, params = js.params_ema(optax.sgd(1.0), 0.75), {"w": jnp.zeros(2)}
+      >>> updates, opt_state = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
+      >>> average = js.ema_params(opt_state, optax.apply_updates(params, updates))
+      >>> [round(float(x), 3) for x in average["w"]]
+      [-0.25, -0.25]
+    """
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(x)]
+    if len(found) != 1:
+        do = "Make the optimizer with js.params_ema, around all others."
+        raise TypeError(message("ema_params", "opt_state", "one with one js.params_ema", f"{len(found)} of them", do))
+    if replay_states(opt_state):
+        must, got = f"of {_FROZEN}", "of one with skipped='replay'"
+        raise ValueError(message("ema_params", "opt_state", must, got, _INSTEAD))
+    (state,) = found
+    return _read(state.replace(inner_state=None), params)
+
+
+@jax.jit
+def _read(state: ParamsEmaState, params: Any) -> Any:
+    ema = _up_to_date("ema_params", state, params)
+    values, tree = named_leaves(params)
+
+    def corrected(e: jax.Array, p: Any) -> jax.Array:
+        weight = _weight(state.decay, state.count, e.dtype)
+        return jnp.where(weight > 0, e / jnp.where(weight > 0, weight, 1), jnp.asarray(p, e.dtype))
+
+    return tree.unflatten([corrected(ema[name], p) if state.debias else ema[name] for name, p in values.items()])
+
+
+def _is_state(x: object) -> bool:
+    return isinstance(x, ParamsEmaState)
+
+
+def _up_to_date(function: str, state: ParamsEmaState, params: Any) -> dict[str, jax.Array]:
+    """The averages by name, with all that params have been before the count, in the order of state.ema."""
+    values, averages = named_leaves(params)[0], named_leaves(state.ema)[0]
+    if {name: jnp.shape(p) for name, p in values.items()} != {name: jnp.shape(e) for name, e in averages.items()}:
+        must, got = "those that the average is kept of", "other names or shapes"
+        raise ValueError(message(function, "params", must, got, "Pass all parameters that the optimizer is made for."))
+
+    def bring(name: str, e: jax.Array) -> jax.Array:
+        weight = _weight(state.decay, state.count - state.stamps[name], e.dtype)
+        weight = weight.reshape(weight.shape + (1,) * (e.ndim - weight.ndim))
+        return e + weight * (jnp.asarray(values[name], e.dtype) - e)
+
+    return {name: bring(name, e) for name, e in averages.items()}
+
+
+def _weight(decay: float, steps: jax.Array, dtype: Any) -> jax.Array:
+    """1 - decay^steps, to its last bits for any decay and number of steps."""
+    real = jnp.finfo(dtype).dtype
+    return -jnp.expm1(steps.astype(real) * jnp.asarray(math.log(decay), real))
