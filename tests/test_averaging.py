@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 import jaxsparse as js
 from tests.devices import mesh_of
 from tests.hlo import compiled_by_default, large_arrays
+from tests.marks import slow_but
 
 V, D, DECAY, STEPS = 30, 3, 0.9, 20
 RNG = np.random.default_rng(0)
@@ -80,7 +81,7 @@ def assert_close(got, want):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), got, want)
 
 
-@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("inner", slow_but(["clip"], INNERS))
 @pytest.mark.parametrize("road", ROADS)
 def test_the_average_is_the_dense_one(road, inner):
     tx = js.params_ema(INNERS[inner](), DECAY)
@@ -179,7 +180,7 @@ def test_modules_of_nnx():
     np.testing.assert_allclose(average.embed.embedding[...], want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("debias", slow_but([True], [False, True]))
 def test_rows_come_and_go(debias):
     """A run whose table grows and is put into another order, against the one that had its rows from the start."""
     tx, more = js.params_ema(INNERS["adam"](), DECAY, debias=debias), V + 10

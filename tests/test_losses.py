@@ -157,7 +157,7 @@ def test_several_labels_and_smoothing():
     np.testing.assert_allclose(full_softmax(several), full_softmax(LABELS), rtol=1e-5)
 
 
-@pytest.mark.parametrize("ignored", slow_but([-100, V], [-100, -1, V, 2**31 - 1]))
+@pytest.mark.parametrize("ignored", slow_but([-100], [-100, -1, V, 2**31 - 1]))
 def test_labels_that_are_none(ignored):
     """Under weight 0 they touch nothing, in value and gradient; the ignored one is 0 under any weight."""
     labels = jnp.asarray(LABELS).at[1].set(ignored)

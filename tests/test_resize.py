@@ -1,7 +1,6 @@
 """js.grow, js.shrink, js.remap: a run whose table changes its rows against one that had these rows from the start."""
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import chex
@@ -26,7 +25,6 @@ RNG = np.random.default_rng(0)
 ROWS = jnp.asarray(RNG.normal(size=(MORE, D)), jnp.float32)
 IDS = np.concatenate([RNG.integers(V - 2, size=(STEPS, 4)), RNG.integers(MORE, size=(STEPS, 4))])
 IDS[-STEPS:, 0] = V + 3  # a new row in each of these batches; rows V - 2 and V - 1 are not read before
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def loss_fn(p, ids):
@@ -47,7 +45,7 @@ def start(tx, num_rows):
 def steps_of(step):
     """run(state, begin, end): one program for any number of steps."""
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(state, begin, end):
         return jax.lax.fori_loop(begin, end, lambda i, state: step(state, jnp.asarray(IDS)[i]), state)
 
@@ -102,11 +100,11 @@ def close(got, want):
     chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-7)
 
 
-FIRST = [("adam", False), ("rowwise adagrad", False), ("replay adamw", False)]
+QUICK = [("adam", False), ("rowwise adagrad", False), ("replay adamw", False)]
 EVERY = [(name, flushed) for name in CASES for flushed in (False, True)[: 1 + ("replay" in name)]]
 
 
-@pytest.mark.parametrize(("name", "flushed"), slow_but(FIRST, EVERY))
+@pytest.mark.parametrize(("name", "flushed"), slow_but(QUICK, EVERY))
 def test_a_table_that_grew_is_one_that_was_larger_from_the_start(name, flushed):
     tx, run = CASES[name]
     flush = js.flush if flushed else lambda state: state
@@ -236,7 +234,7 @@ def test_averages_of_parameters():
 def test_lookahead_has_its_parameters_twice():
     tx = optax.lookahead(optax.adam(0.1), 3, 0.5)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(state, ids):
         p, opt_state = state["params"], state["opt_state"]
         updates, opt_state = tx.update(jax.grad(loss_fn)(p.fast, ids), opt_state, p)

@@ -13,6 +13,7 @@ from jax.experimental.sparse import BCOO
 import jaxsparse as js
 from jaxsparse.ops.row_sparse import coalesce, concatenate_blocks, is_row_sparse
 from jaxsparse.ops.rows import _distinct_by_hash, distinct_rows
+from tests.marks import slow_but
 
 
 def dense(ids, rows, shape):
@@ -395,7 +396,7 @@ def test_only_scalars(factor):
             product()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
 def test_many_duplicates_of_16_bits(dtype):
     """Sums are made in float32: 256 + 1 is 256 in bfloat16, 2048 + 1 is 2048 in float16."""
     many = 1000 if dtype == jnp.bfloat16 else 4000

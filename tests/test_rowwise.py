@@ -241,6 +241,7 @@ def only_t(ids, y):
     return {"t": ids}
 
 
+@pytest.mark.slow  # test_grad.py has the same reads, of a loss
 @EVERY_ROAD
 def test_reads(transform):
     step = {
