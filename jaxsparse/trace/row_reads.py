@@ -27,7 +27,7 @@ Outs = list[Value] | None
 Mode = jax.lax.GatherScatterMode
 
 # t[ids] reads the first or last row where ids are out of range
-_CLIPPED = frozenset({Mode.CLIP, Mode.PROMISE_IN_BOUNDS})
+CLIPPED = frozenset({Mode.CLIP, Mode.PROMISE_IN_BOUNDS})
 
 
 def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
@@ -52,14 +52,14 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return None
     component = tuple(numbers.start_index_map).index(axis)
     ids, mode = at[..., component], eqn.param("mode")
-    place = walk.note_read(rows.node, ids, num_rows, rows.updated, mode in _CLIPPED)
+    place = walk.note_read(rows.node, ids, num_rows, rows.updated, mode in CLIPPED)
     if walk.planning and rows.whole is not None:  # other ids may be made of these rows
         return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows), at])]
     at = at.astype(jnp.int32)
-    if mode in _CLIPPED:
-        at = _clip_others(at, component, numbers.start_index_map, shape, sizes)
+    if mode in CLIPPED:
+        at = clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
-    fill = _nothing(rows.made.dtype) if fill is None else fill
+    fill = nothing(rows.made.dtype) if fill is None else fill
     along = _summed_along(walk, eqn) if walk.alone and not walk.planning else None
     whole_rows = _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
     if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
@@ -73,7 +73,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
     if rows.table is not None:
         wide = at_least_int32(ids)
-        inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in _CLIPPED else wide, num_rows)
+        inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in CLIPPED else wide, num_rows)
         out = jax.lax.platform_dependent(
             cpu=lambda: read(rows.table, inside), default=lambda: read(rows.for_branch(), place)
         )
@@ -94,7 +94,7 @@ def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
     return [Rows(block, index.node, axis, min(index.outside, UNIFORM), index.updated, whole)]
 
 
-def _clip_others(
+def clip_others(
     at: jax.Array, component: int, axes: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
 ) -> jax.Array:
     """Indices whose other components are moved into the array, as XLA does it."""
@@ -104,7 +104,7 @@ def _clip_others(
     return at
 
 
-def _nothing(dtype: Any) -> Any:
+def nothing(dtype: Any) -> Any:
     """What is read where there is no row, as jnp.take has it."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.nan
@@ -190,21 +190,14 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     axis = into.axis
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
-    if axis not in numbers.inserted_window_dims:
-        kept = [
-            a for a in range(len(shape)) if a not in (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-        ]
-        if _jax.shape(eqn.inputs[2])[numbers.update_window_dims[kept.index(axis)]] != 1:
-            return None
+    sizes = window_sizes(eqn)
+    if sizes[axis] != 1:
+        return None
     component = tuple(numbers.scatter_dims_to_operand_dims).index(axis)
     at = array_of(index)
     ids, clipped = at[..., component], eqn.param("mode") == Mode.CLIP
     if clipped:
-        window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
-        sizes = [1] * len(shape)
-        for a, dim in zip(window, numbers.update_window_dims, strict=True):
-            sizes[a] = _jax.shape(eqn.inputs[2])[dim]
-        at = _clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
+        at = clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
     adds = eqn.primitive is _jax.SCATTER_ADD
     repeated = (
         walk.alone  # otherwise each of the small scatters would be added up over the devices
@@ -237,6 +230,16 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, adds=adds, clipped=clipped)
+
+
+def window_sizes(eqn: Equation) -> list[int]:
+    """Of a scatter: how large what one index adds to is, along each axis."""
+    shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
+    sizes = [1] * len(shape)
+    window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
+    for a, dim in zip(window, numbers.update_window_dims, strict=True):
+        sizes[a] = _jax.shape(eqn.inputs[2])[dim]
+    return sizes
 
 
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:

@@ -13,6 +13,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import Modules, is_library, message
 from jaxsparse._context import tracing
 from jaxsparse._jax import Equation, Program
+from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.states import found_states, named_states
 
 _CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
@@ -115,12 +116,12 @@ def trace_step(
     places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
     donated = [i for n in numbers for i in leaves_of[n]]
     return TracedStep(
-        program,
+        read_apart(program, leaves, places),
         leaves,
         places,
         set(donated),
         {i: jax.tree_util.keystr(with_paths[i][0][1:]) for i in donated},
         getattr(step, "__qualname__", type(step).__name__),
         lambda outs: jax.tree.unflatten(structure, outs),
-        lambda leaves: _jax.trace(flat_step, *leaves),
+        lambda leaves: read_apart(_jax.trace(flat_step, *leaves), leaves, places),
     )

@@ -21,6 +21,7 @@ from jaxsparse._context import is_tracing, tracing
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
 from jaxsparse.ops.rows import gather_rows, zero_after
+from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.known_ids import Known, find_known
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
@@ -211,6 +212,7 @@ def plan_gradient(
     with tracing():
         known, arrays, with_arrays = _known_of_batches(args, kwargs, len(leaves))
         program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
+        program = read_apart(program, [*leaves, *arrays], can)
         would = _would_be_read(both, leaves, args, kwargs, places, can)
     settled = settle(program, [*leaves, *arrays], places, can, would, unfit=functools.partial(_unfit, places))
     unused = set()
@@ -271,6 +273,7 @@ def _would_be_read(
         program = _jax.trace(traced, leaves, filled)
     except Exception:  # the function wants these shapes, or values
         return set()
+    program = read_apart(program, [*leaves, *(filled or ())], can)
     settled = settle(program, [*leaves, *(filled or ())], places, can, unfit=functools.partial(_unfit, places))
     return settled.chosen
 

@@ -1,0 +1,225 @@
+"""Tables that a program puts below each other before it reads them: `jnp.concatenate([t0, t1])[ids]`.
+
+One array with all their rows would be made at each step. So the program is rewritten: each table is read by the ids
+that are its own, and what all of them are read for is chosen among these reads. The same is done for the gradient: what
+is added into zeros with all rows, and cut into parts, is added into the zeros of each part.
+
+Where such an array is used in another way it is made, as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse._context import ROW_NUMBERS, ROWS_OF
+from jaxsparse._jax import Equation, Program
+from jaxsparse.ops.rows import at_least_int32, in_range, row_ids
+from jaxsparse.trace.row_reads import CLIPPED, clip_others, nothing, window_sizes
+
+Mode = jax.lax.GatherScatterMode
+
+_ADD = _jax.primitives("add add_jaxvals")
+(_BROADCAST,) = _jax.primitives("broadcast_in_dim")
+
+
+def read_apart(program: Program, leaves: Sequence[Any], tables: Collection[int]) -> Program:
+    """The program in which tables that are put below each other are read one by one; itself if there are none.
+
+    Args:
+      leaves: arrays, or their shapes, for the program's inputs.
+      tables: the numbers of those that may be tables.
+    """
+    shapes = {_jax.shape(program.inputs[i]) for i in tables} - {()}
+    if not _joins(program, shapes):
+        return program
+    return _jax.trace(lambda leaves: _Rewriting([leaves[i] for i in tables]).run(program, leaves), list(leaves))
+
+
+def _joins(program: Program, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether an array of one of these shapes is put below others, as far as calls are looked into."""
+    return any(
+        _joins(_jax.called(eqn), shapes)
+        if eqn.primitive in _jax.CALLS
+        else _is_join(eqn) and any(_jax.shape(v) in shapes for v in eqn.inputs)
+        for eqn in program.equations
+    )
+
+
+def _is_join(eqn: Equation) -> bool:
+    return eqn.primitive is _jax.CONCATENATE and eqn.param("dimension") == 0
+
+
+class _Unmade:
+    """An array that is made when something needs it as a whole."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._array = make, None
+
+    @property
+    def array(self) -> Any:
+        if self._array is None:
+            self._array = self._make()
+        return self._array
+
+
+class _Joined(_Unmade):
+    """Arrays below each other."""
+
+    def __init__(self, make: Callable[[], Any], parts: Sequence[Any]) -> None:
+        super().__init__(make)
+        self.parts = parts
+
+
+class _Zeros(_Unmade):
+    """Zeros of which `_Added` may be made."""
+
+
+class _Scatter(NamedTuple):
+    eqn: Equation
+    index: Any
+    updates: Any
+
+
+class _Added(_Unmade):
+    """What is added into zeros, or its rows from `start` on."""
+
+    def __init__(self, make: Callable[[], Any], scatters: Sequence[_Scatter], start: int = 0) -> None:
+        super().__init__(make)
+        self.scatters, self.start = scatters, start
+
+    def cut(self, start: int, out: Any) -> _Added:
+        """Those from another row on, for the variable that they are."""
+        start += self.start
+        return _Added(lambda: _add(self.scatters, start, out), self.scatters, start)
+
+
+class _Rewriting:
+    """One way through a program. tables: its inputs that may be."""
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        self._tables = list(tables)  # and what they are cast to
+        self._heights: set[int] = set()  # of tables that are below each other
+
+    def run(self, program: Program, values: Sequence[Any]) -> list[Any]:
+        return [_array(v) for v in self._run(program, values)]
+
+    def _run(self, program: Program, values: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(program.constants)
+        env.update(zip(program.inputs, values, strict=True))
+
+        def read(v: Any) -> Any:
+            return _jax.literal_value(v) if _jax.is_literal(v) else env[v]
+
+        for eqn in program.equations:
+            outs = self._step(program, eqn, [read(v) for v in eqn.inputs])
+            env.update(zip(eqn.outputs, outs, strict=True))
+        return [read(v) for v in program.outputs]
+
+    def _step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
+        primitive = eqn.primitive
+        first: Any = values[0] if values else None
+        if primitive in _jax.CALLS and _jax.called_name(eqn) not in (ROWS_OF, ROW_NUMBERS):
+            return self._run(_jax.called(eqn), values)
+
+        def as_it_is() -> list[Any]:
+            return _jax.evaluate(program, eqn, [_array(v) for v in values])
+
+        def later() -> Any:
+            return as_it_is()[0]
+
+        if _is_join(eqn) and any(isinstance(v, _Joined) or self._is_table(v) for v in values):
+            self._heights.add(_jax.shape(eqn.outputs[0])[0])
+            return [_Joined(later, [part for v in values for part in _parts(v)])]
+        if primitive is _jax.GATHER and isinstance(first, _Joined) and _reads_rows(eqn):
+            return [_read(eqn, first.parts, _array(values[1]))]
+        if primitive is _BROADCAST and _jax.shape(eqn.outputs[0])[:1] and _is_zero(first):
+            return [_Zeros(later)] if _jax.shape(eqn.outputs[0])[0] in self._heights else as_it_is()
+        if primitive is _jax.SCATTER_ADD and isinstance(first, _Zeros) and _adds_to_rows(eqn):
+            return [_Added(later, [_Scatter(eqn, _array(values[1]), _array(values[2]))])]
+        if primitive in _ADD and all(isinstance(v, _Added) and v.start == first.start for v in values):
+            return [_Added(later, [scatter for v in values for scatter in v.scatters], first.start)]
+        if isinstance(first, _Added) and (cuts := _cuts(eqn)) is not None:
+            return [first.cut(start, v) for start, v in zip(cuts, eqn.outputs, strict=True)]
+        outs = as_it_is()
+        if primitive is _jax.CONVERT and self._is_table(first):
+            self._tables += outs
+        return outs
+
+    def _is_table(self, v: Any) -> bool:
+        return any(v is table for table in self._tables)
+
+
+def _array(v: Any) -> Any:
+    return v.array if isinstance(v, _Unmade) else v
+
+
+def _parts(v: Any) -> Sequence[Any]:
+    return v.parts if isinstance(v, _Joined) else [_array(v)]
+
+
+def _is_zero(v: Any) -> bool:
+    return not isinstance(v, jax.core.Tracer | _Unmade) and jnp.ndim(v) == 0 and not v
+
+
+def _reads_rows(eqn: Equation) -> bool:
+    numbers = eqn.param("dimension_numbers")
+    return 0 in numbers.start_index_map and eqn.param("slice_sizes")[0] == 1
+
+
+def _adds_to_rows(eqn: Equation) -> bool:
+    return 0 in eqn.param("dimension_numbers").scatter_dims_to_operand_dims and window_sizes(eqn)[0] == 1
+
+
+def _cuts(eqn: Equation) -> list[int] | None:
+    """From which row on each output has rows of the input, if that is what this equation does."""
+    if eqn.primitive.name == "split" and eqn.param("axis") == 0:  # by name: JAX does not list it
+        return [sum(eqn.param("sizes")[:i]) for i in range(len(eqn.outputs))]
+    if eqn.primitive is not _jax.SLICE:
+        return None
+    starts, ends, strides = eqn.param("start_indices"), eqn.param("limit_indices"), eqn.param("strides")
+    whole = not any(starts[1:]) and tuple(ends[1:]) == _jax.shape(eqn.inputs[0])[1:]
+    return [starts[0]] if whole and (strides is None or set(strides) == {1}) else None
+
+
+def _read(eqn: Equation, parts: Sequence[Any], at: Any) -> Any:
+    """A gather from arrays below each other, as one from each of them."""
+    numbers, mode = eqn.param("dimension_numbers"), eqn.param("mode")
+    shape, out = _jax.shape(eqn.inputs[0]), eqn.outputs[0]
+    component = tuple(numbers.start_index_map).index(0)
+    at, ids = at_least_int32(at), at_least_int32(at[..., component])
+    if mode in CLIPPED:
+        ids = jnp.clip(ids, 0, shape[0] - 1)
+        at = clip_others(at, component, numbers.start_index_map, shape, eqn.param("slice_sizes"))
+    fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
+    fill = nothing(_jax.dtype(out)) if fill is None else fill
+    batch = [a for a in range(len(_jax.shape(out))) if a not in numbers.offset_dims]
+    total, start = jnp.full(_jax.shape(out), fill, _jax.dtype(out)), 0
+    for part in parts:
+        own = in_range(ids - start, jnp.shape(part)[0])
+        where = at.at[..., component].set(row_ids(ids - start, jnp.shape(part)[0]).astype(at.dtype))
+        changes = {"mode": Mode.FILL_OR_DROP, "fill_value": 0, "indices_are_sorted": False, "unique_indices": False}
+        (read,) = _jax.bind(eqn, [part, where], **changes)
+        total = jnp.where(jax.lax.broadcast_in_dim(own, read.shape, batch), read, total)
+        start += jnp.shape(part)[0]
+    return total
+
+
+def _add(scatters: Sequence[_Scatter], start: int, cut: Any) -> Any:
+    """The rows from `start` on of what is added into zeros, for the variable that they are."""
+    out, many = jnp.zeros(_jax.shape(cut), _jax.dtype(cut)), _jax.shape(cut)[0]
+    for eqn, index, updates in scatters:
+        numbers, shape = eqn.param("dimension_numbers"), _jax.shape(eqn.inputs[0])
+        component = tuple(numbers.scatter_dims_to_operand_dims).index(0)
+        at, ids = at_least_int32(index), at_least_int32(index[..., component])
+        if eqn.param("mode") == Mode.CLIP:
+            ids = jnp.clip(ids, 0, shape[0] - 1)
+            at = clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, window_sizes(eqn))
+        where = at.at[..., component].set(row_ids(ids - start, many).astype(at.dtype))
+        changes = {"mode": Mode.FILL_OR_DROP, "indices_are_sorted": False, "unique_indices": False}
+        (out,) = _jax.bind(eqn, [out, where, updates], **changes)
+    return out
