@@ -1,7 +1,7 @@
 """Whatever JAX does not promise to keep, in one room: all other files see it through here.
 
-`TESTED` are the versions of JAX that the tests were run with: all of them with the first and the last, a part with the
-one in between. What this room leans on:
+`TESTED` are the versions of JAX that the tests were run with: with the one in between, those of the README's command.
+What this room leans on:
 
 * The result of jax.make_jaxpr: `eqns`, `invars`, `outvars`, `constvars`, `consts`, `effects`, `debug_info`, `replace`
   of a program, which since 0.11 holds its own constants; `primitive`, `params`, `invars`, `outvars`, `effects`,
