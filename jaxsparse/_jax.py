@@ -81,6 +81,7 @@ def _primitive(name: str) -> Any:
 
 
 CALLS = primitives("jit closed_call")
+BROADCAST = _primitive("broadcast_in_dim")
 COND, CONCATENATE, CONVERT, DYNAMIC_SLICE, GATHER, REDUCE_SUM, SCAN, SCATTER_ADD, SELECT, SLICE, STOP_GRADIENT = map(
     _primitive,
     "cond concatenate convert_element_type dynamic_slice gather reduce_sum scan scatter_add select_n slice "

@@ -4,7 +4,8 @@ One array with all their rows would be made at each step. So the program is rewr
 that are its own, and what all of them are read for is chosen among these reads. The same is done for the gradient: what
 is added into zeros with all rows, and cut into parts, is added into the zeros of each part.
 
-Where such an array is used in another way it is made, as it was.
+Where such an array is used in another way, it is made, as it was. Inside of a scan, cond or remat, and where it is
+handed to one of these, it is made too. Its tables are dense then.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from jaxsparse.trace.row_reads import CLIPPED, clip_others, nothing, window_size
 Mode = jax.lax.GatherScatterMode
 
 _ADD = _jax.primitives("add add_jaxvals")
-(_BROADCAST,) = _jax.primitives("broadcast_in_dim")
 
 
 def read_apart(program: Program, leaves: Sequence[Any], tables: Collection[int]) -> Program:
@@ -137,7 +137,7 @@ class _Rewriting:
             return [_Joined(later, [part for v in values for part in _parts(v)])]
         if primitive is _jax.GATHER and isinstance(first, _Joined) and _reads_rows(eqn):
             return [_read(eqn, first.parts, _array(values[1]))]
-        if primitive is _BROADCAST and _jax.shape(eqn.outputs[0])[:1] and _is_zero(first):
+        if primitive is _jax.BROADCAST and _jax.shape(eqn.outputs[0])[:1] and _is_zero(first):
             return [_Zeros(later)] if _jax.shape(eqn.outputs[0])[0] in self._heights else as_it_is()
         if primitive is _jax.SCATTER_ADD and isinstance(first, _Zeros) and _adds_to_rows(eqn):
             return [_Added(later, [_Scatter(eqn, _array(values[1]), _array(values[2]))])]

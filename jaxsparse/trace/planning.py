@@ -158,7 +158,7 @@ def settle(
     def beside(tables: set[int], walked: Walked, leaves: set[int], only_updated: bool = False) -> set[int]:
         """Leaves whose new values have the rows of a table."""
         find, outs = walked.plan.find, ((i, walked.outs[places[i]]) for i in leaves)
-        rows = {i: v for i, v in outs if isinstance(v, Rows) and v.axis == 0 and v.updated >= only_updated}
+        rows = {i: v for i, v in outs if isinstance(v, Rows) and v.axis == 0 and (v.updated or not only_updated)}
         classes = {find(i) for i in tables}
         return {i for i, v in rows.items() if find(v.node) in classes}
 
@@ -178,7 +178,7 @@ def settle(
         named = {find(n) for n in (*plan.read, *would, *updates)}
         unread = Reason("not read by rows", "")
         now = {i: reasons.get(find(i), unread) for i in chosen if find(i) in reasons or find(i) not in named}
-        if now and guess:
+        if now and guess:  # which may be the reason
             chosen, guess = set(tables), set()
             continue
         guess = set()

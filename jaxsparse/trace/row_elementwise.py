@@ -23,9 +23,11 @@ from jaxsparse.trace.values import (
     ZERO,
     Note,
     Notes,
+    Outs,
     Rows,
     Same,
     Value,
+    Values,
     Whole,
     array_of,
     notes_of,
@@ -34,8 +36,6 @@ from jaxsparse.trace.values import (
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
 
-Values = Sequence[Value]
-Outs = list[Value] | None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # elementwise

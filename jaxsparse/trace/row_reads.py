@@ -17,13 +17,11 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
 from jaxsparse.ops.rows import at_least_int32, is_narrow, row_ids
-from jaxsparse.trace.values import UNIFORM, UNKNOWN, Rows, Same, Summed, Value, Whole, array_of
+from jaxsparse.trace.values import UNIFORM, UNKNOWN, Outs, Rows, Same, Summed, Values, Whole, array_of
 
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
 
-Values = Sequence[Value]
-Outs = list[Value] | None
 Mode = jax.lax.GatherScatterMode
 
 # t[ids] reads the first or last row where ids are out of range

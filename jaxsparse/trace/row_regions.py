@@ -15,13 +15,10 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
-from jaxsparse.trace.values import NOBODY, Rows, Same, Value, Whole, array_of, notes_of
+from jaxsparse.trace.values import NOBODY, Outs, Rows, Same, Value, Values, Whole, array_of, notes_of
 
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
-
-Values = Sequence[Value]
-Outs = list[Value] | None
 
 
 def _inside(walk: Walk, program: Program, values: Values) -> tuple[list[Value], list[Any], list[jax.Array]]:

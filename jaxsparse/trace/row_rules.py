@@ -24,9 +24,11 @@ from jaxsparse.trace.values import (
     ZERO,
     Note,
     Notes,
+    Outs,
     Rows,
     Same,
     Value,
+    Values,
     Whole,
     array_of,
 )
@@ -34,10 +36,6 @@ from jaxsparse.trace.values import (
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
 
-Values = Sequence[Value]
-Outs = list[Value] | None
-
-(BROADCAST,) = _jax.primitives("broadcast_in_dim")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # other shapes
@@ -56,7 +54,7 @@ def moved(eqn: Equation, axis: int, size: int) -> tuple[dict[str, Any], int] | N
         return None if axis in param("axes") else ({}, axis - sum(a < axis for a in param("axes")))
     if primitive is _TRANSPOSE:
         return {}, tuple(param("permutation")).index(axis)
-    if primitive is BROADCAST:
+    if primitive is _jax.BROADCAST:
         new = int(param("broadcast_dimensions")[axis])
         return ({"shape": with_size(param("shape"), new)}, new) if after[new] == before[axis] else None
     if primitive is _SQUEEZE:
@@ -295,6 +293,6 @@ RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(("sharding_constraint", "reshard"), placed),
     **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
     **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K, "split", "stack"), several),  # by name: JAX does not list them
-    BROADCAST: broadcast,
+    _jax.BROADCAST: broadcast,
     **dict.fromkeys(_jax.primitives("dot_general"), dot),
 }

@@ -8,7 +8,7 @@ to it: a broadcast that nobody needs yet, of which nothing table-sized is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +133,10 @@ class Summed:
 
 
 Value = Any  # Whole, Rows, Same or Summed
+
+# What a rule takes, and what it makes: None where it cannot be done row by row.
+Values = Sequence[Value]
+Outs = list[Value] | None
 
 
 def array_of(v: Value) -> Any:

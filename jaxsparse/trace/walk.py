@@ -122,7 +122,7 @@ class Walk:
             outs = row_rules.across_devices(self, eqn, values)
         elif rule is not None and not all_whole:
             outs = rule(self, eqn, values)
-        elif primitive is row_rules.BROADCAST:
+        elif primitive is _jax.BROADCAST:
             outs = row_rules.broadcast(self, eqn, values)
         else:
             outs = None
