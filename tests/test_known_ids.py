@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse.data.distinct import Scratch, distinct_ids, room_for
+from jaxsparse.data.distinct import NO_ID, Scratch, distinct_ids, room_for
+from jaxsparse.trace.known_ids import Coded, Shared
+from jaxsparse.train.device_rows import _part, ids_of
 from tests.marks import slow_but
 
 V, D, N, B = 300, 4, 96, 32
@@ -278,3 +280,21 @@ def test_devices_with_states_of_their_own(check_vma):
     tables_after, loss = jax.jit(run)(tables, wrong)
     assert np.isnan(loss) or not check_vma
     assert np.array_equal(tables_after[0], TABLE)
+
+
+@pytest.mark.parametrize(
+    ("values", "in_order"),
+    [([3, 9, NO_ID, V], True), ([3, 9, V, V], True), ([3, 3], False), ([9, 3], False), ([V, 3], False)],
+)
+def test_values_in_order_are_distinct_rows_as_they_are(values, in_order):
+    values = jnp.array(values, jnp.int32)
+    code = Coded(Shared(values), values != NO_ID, Shared(jnp.zeros(4, jnp.int32)), True)
+    assert bool(_part(values, False, V, code).in_order(V)) == in_order
+
+
+def test_a_mask_of_other_data_leaves_values_in_order():
+    (batch, *_) = js.batches(csr(), Y, batch_size=B)
+    planned = js.jit(lambda p, b: (p - jax.grad(lambda p: js.dot(b.x, p).sum())(p), 0)).plan(TABLE, batch)
+    ids = ids_of(planned, [TABLE, *jax.tree.leaves(batch)])
+    code = next(c for c in ids.codes if c is not None)
+    assert bool(_part(code.values.array, False, V, code).in_order(V))

@@ -197,7 +197,7 @@ class _Evaluation:
         return out
 
     def _joined(self, eqn: Equation, entries: list[_Entry], before: list[Shared], *, all_named: bool) -> Coded | None:
-        """Of what consists of elements of the entries: all their values, one after another."""
+        """Of what consists of elements of the entries: all their values, one after another, single ones last."""
         codes = []
         for v in entries:
             code = v.coded
@@ -209,6 +209,7 @@ class _Evaluation:
                 return None
             codes.append(code)
         parts = {code.values: code for code in codes}
+        parts = dict(sorted(parts.items(), key=lambda part: part[0].array.shape == (1,)))
         ends = itertools.accumulate(code.values.array.shape[0] for code in parts.values())
         start = dict(zip(parts, [0, *ends], strict=False))
         places = self._bind(eqn, [*before, *(Shared(code.places.array + start[code.values]) for code in codes)])

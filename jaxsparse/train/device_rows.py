@@ -111,7 +111,7 @@ def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *,
         (first, *others) = parts.values()
         if first.code is not None and not others and size > everything.shape[0]:
             unique, places = jax.lax.cond(
-                first.in_order(),
+                first.in_order(num_rows),
                 lambda: _as_they_are(everything, num_rows),
                 lambda: distinct_rows(everything, num_rows, size),
             )
@@ -157,20 +157,19 @@ class _Part:
 
     def rows(self, num_rows: int, wrong: jax.Array | None) -> jax.Array:
         """The rows that they are, num_rows for those that are none."""
-        real = in_range(self.inside, num_rows)
-        if self.code is not None:
-            real &= self.code.is_id
-        if wrong is not None:
-            real &= ~wrong
-        if self.named is not None:
-            real &= self.named
-        return jnp.where(real, self.inside, num_rows)
+        rows = self._rows(num_rows)
+        for known in (None if wrong is None else ~wrong, self.named):
+            rows = rows if known is None else jnp.where(known, rows, num_rows)
+        return rows
 
-    def in_order(self) -> jax.Array:
-        """Whether values of ids are distinct because each is larger than the one before, and that is of an id too."""
-        assert self.code is not None
-        is_id = self.code.is_id
-        return jnp.all((self.inside[1:] > self.inside[:-1]) & is_id[:-1] | ~is_id[1:])
+    def in_order(self, num_rows: int) -> jax.Array:
+        """Whether rows are distinct because each is larger than the one before, and what is no row comes last."""
+        rows = self._rows(num_rows)
+        return jnp.all((rows[1:] > rows[:-1]) | (rows[1:] == num_rows))
+
+    def _rows(self, num_rows: int) -> jax.Array:
+        real = in_range(self.inside, num_rows)
+        return jnp.where(real if self.code is None else real & self.code.is_id, self.inside, num_rows)
 
 
 def _part(ids: jax.Array, clipped: bool, num_rows: int, code: Coded | None) -> _Part:
