@@ -82,7 +82,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("inner", slow_but(["clip"], INNERS))
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("road", slow_but(["jit", "lazy"], ROADS))
 def test_the_average_is_the_dense_one(road, inner):
     tx = js.params_ema(INNERS[inner](), DECAY)
     params, opt_state = follow(made(road, tx), tx, new_params())
@@ -103,7 +103,7 @@ def test_debias_leaves_the_initial_parameters_out(road):
     follow(made(road, tx), tx, new_params(), debias=True)
 
 
-@pytest.mark.parametrize("road", ["jit", "lazy", "dense"])
+@pytest.mark.parametrize("road", slow_but(["jit"], ["jit", "lazy", "dense"]))
 def test_parameters_of_16_bits_have_an_average_of_32(road):
     """Of what they are, rounded as they are."""
     tx = js.params_ema(js.stochastic_rounding(INNERS["adam"]()), DECAY)
@@ -142,7 +142,7 @@ def test_a_decay_near_one_for_many_steps():
             np.testing.assert_allclose(got - 1, np.full((2, 1), want - 1), rtol=1e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("road", ["jit", "lazy"])
+@pytest.mark.parametrize("road", slow_but(["jit"], ["jit", "lazy"]))
 def test_nothing_as_large_as_a_table(road):
     tx, params = js.params_ema(INNERS["clip"](), DECAY), new_params(num_rows=50_000)
     lowered = made(road, tx).lower((params, tx.init(params)), jnp.arange(12))

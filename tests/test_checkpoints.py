@@ -121,7 +121,7 @@ def equal(got, want):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", slow_but(["lazy", "jit, replay"], CASES))
+@pytest.mark.parametrize("name", slow_but(["jit, replay"], CASES))
 def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
     """As a whole TrainState, saved and loaded as it comes."""
     state, want = jax.tree.map(jnp.array, through(name)[AT - 1]), through(name)[-1]
@@ -138,7 +138,7 @@ def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["bytes", "orbax"])
-@pytest.mark.parametrize("name", ["jit, replay", "lazy"])
+@pytest.mark.parametrize("name", slow_but(["jit, replay"], ["jit, replay", "lazy"]))
 def test_fit_that_was_interrupted_goes_on_in_another_process(name, way, tmp_path):
     """The state that an interrupt gives back, and the position in the data."""
     step, data = program(name, 0)[0], batches()
@@ -160,6 +160,7 @@ def test_fit_that_was_interrupted_goes_on_in_another_process(name, way, tmp_path
     equal(got, want)
 
 
+@pytest.mark.slow  # two more programs, on a mesh
 def test_a_split_state_comes_back_split(tmp_path):
     name, mesh = "jit, replay", mesh_of((2,), ("rows",))
     step = program(name, 0)[0]

@@ -117,7 +117,7 @@ def without(batch):
     return dataclasses.replace(batch, distinct=None)
 
 
-QUICK = ("hashed ids", "examples of weight 0", "features together", "lists", "a matrix")
+QUICK = ("hashed ids", "a matrix")
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK, PROGRAMS))
@@ -236,6 +236,7 @@ def test_what_no_row_id_is_made_of_may_be_something_else():
     np.testing.assert_allclose(known.params["t"], unknown.params["t"], rtol=1e-6)
 
 
+@pytest.mark.slow  # on three roads
 def test_an_id_of_31_bits():
     ids = np.array([2**31 - 1, 5, 7, 9])
     (batch,) = js.batches(ids, batch_size=4)
@@ -245,6 +246,7 @@ def test_an_id_of_31_bits():
         np.testing.assert_allclose(known.params["t"], unknown.params["t"], rtol=1e-6)
 
 
+@pytest.mark.slow  # on three roads; what is cut along the first axis is above
 def test_cut_along_another_axis():
     """Where not every distinct id is in the array any more, rows that are not read are left alone."""
     (batch,) = js.batches(IDS[:B] % 3 + np.arange(5) * 3, batch_size=B, num_rows=V)
@@ -254,7 +256,7 @@ def test_cut_along_another_axis():
         assert float(loss) == float(want) and np.array_equal(known.params["t"], unknown.params["t"])
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", slow_but([True], [True, False]))
 def test_devices_with_states_of_their_own(check_vma):
     """A loss that is the same on all devices stays so: what is wrong on one is wrong on all."""
     mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))

@@ -87,13 +87,13 @@ TABLES = dict.fromkeys(PAIRS, "t") | dict.fromkeys(("adam_schedule", "nesterov",
 TABLES |= dict.fromkeys(("adamw_mask", "momentum", "rmsprop_all", "partition"), "tb")
 
 
-# All that is different in the others is a part of what these do, or is a number.
-QUICK = ("adamw_mask", "clip", "inject", "momentum", "rmsprop_all", "sgd")
+# The smallest programs, which other tests run too; test_fidelity.py has AdamW.
+FIRST = ("momentum",)
 
 
 def with_tables(names):
     cases = [(name, TABLES[name]) for name in names] + [(name, "tb") for name in names if TABLES[name] != "tb"]
-    quick = [case for case in cases[: len(names)] if case[0] in QUICK]
+    quick = [case for case in cases[: len(names)] if case[0] in FIRST]
     return pytest.mark.parametrize(("name", "tables"), slow_but(quick, cases))
 
 
@@ -280,6 +280,7 @@ def test_nodes_are_as_good_as_the_docstring_says():
         assert max(errors) < bound, (betas, errors)
 
 
+@pytest.mark.slow  # test_fidelity.py has a case whose history does
 def test_history_that_goes_round(monkeypatch):
     """Rows are flushed before history forgets what they missed: here every 480 steps or so."""
     monkeypatch.setattr(catch_up, "HISTORY", 512)
@@ -354,6 +355,7 @@ def test_a_table_that_another_loss_uses_as_a_whole(name):
     close(got.params, turns(start(dense), dense_run, steps_of(dense_whole)).params)
 
 
+@pytest.mark.slow  # test_rowwise.py has them without replay
 @small_and_large
 def test_accumulated_gradients(name):
     """Rows stay as they were refreshed until the update that all of them wait for."""
@@ -467,6 +469,7 @@ def test_pmap_agrees_with_one_device(name):
     close(js.flush(replicas[0]).params, one.params)
 
 
+@pytest.mark.slow  # test_fidelity.py has one of bfloat16
 def test_bfloat16_tables_have_float32_moments():
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params("t"))
     state, flushed, _ = run(start(js.lazy_adam(0.05, skipped="replay"), "t", **p), 0, 30)

@@ -96,7 +96,7 @@ _DISTINCT = {
 }
 
 
-@pytest.mark.parametrize("road", _DISTINCT)
+@pytest.mark.parametrize("road", slow_but(["as called"], _DISTINCT))  # by hash, on CPU
 @given(
     st.sampled_from([1, 7, 64]),
     st.sampled_from([1, 5, 100, 10**6]),
@@ -413,6 +413,7 @@ def per_example_loss(params, ids, y):
     return (jnp.tanh(params["t"][ids]).sum() - y) ** 2 * (1 + params["w"].sum())
 
 
+@pytest.mark.slow  # as a cell of the README, and test_rowwise.py's gradient for each example
 def test_gradients_of_examples_are_clipped_one_by_one():
     """DP-SGD: the mean of clipped gradients, at the cost of the rows, is that of dense gradients."""
     rng = np.random.default_rng(0)

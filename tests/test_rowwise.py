@@ -120,6 +120,7 @@ def after(first, second):
     return Case(STEP, create(optax.chain(first, second)), oracle=step)
 
 
+@pytest.mark.slow  # a norm of the gradient is in test_steps
 def test_norms_of_updates_are_those_of_the_rows_that_move():
     cases = {
         "clip after adam": after(optax.adam(0.1), optax.clip_by_global_norm(0.05)),
@@ -540,6 +541,7 @@ def test_two_words_do_nothing_of_their_own():
     compare("slots", state.opt_state, wanted.opt_state, 0)
 
 
+@pytest.mark.slow  # test_steps has accumulation against the dense step
 def test_accumulation_is_one_big_batch():
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
     big, small = copied(create(tx)), copied(create(tx))
@@ -1072,6 +1074,7 @@ def test_complex_tables():
     compare("complex", js.jit(step)(jnp.array(table), *arrays)[0].real, jax.jit(step)(table, *arrays)[0].real, 1e-5)
 
 
+@pytest.mark.slow  # JAX caches nothing while it looks
 def test_nothing_leaks():
     with jax.checking_leaks():
         js.jit(STEP)(copied(create(optax.adam(0.1))), *batch())

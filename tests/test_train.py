@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 import jaxsparse as js
 from jaxsparse.ops.row_sparse import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
+from tests.marks import slow_but
 
 V, D, B, L = 50, 4, 8, 3
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -180,6 +181,7 @@ def test_lazy_anywhere_in_the_optimizer_state():
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(4 + 1 + 1))
 
 
+@pytest.mark.slow  # test_the_loss_is_passed_on_as_value has both, of one table
 def test_stock_optax_takes_the_same_step():
     """An optimizer need not be lazy, and its state is the same."""
     x, y = data(20)
@@ -208,7 +210,7 @@ STEPS = {
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("adam", jnp.bfloat16),
+        pytest.param("adam", jnp.bfloat16, marks=pytest.mark.slow),
         ("clip_adamw", jnp.float32),
         pytest.param("adam", jnp.float32, marks=pytest.mark.slow),
         pytest.param("clip_adamw", jnp.bfloat16, marks=pytest.mark.slow),
@@ -266,8 +268,8 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("name", ORDERS)
-@pytest.mark.parametrize("tx", [js.lazy_sgd(0.1), js.lazy_adagrad(0.1)])
+@pytest.mark.parametrize("name", slow_but(["linear", "linear_bag", "linear_in_one_of_two", "metrics"], ORDERS))
+@pytest.mark.parametrize("tx", [js.lazy_sgd(0.1), pytest.param(js.lazy_adagrad(0.1), marks=pytest.mark.slow)])
 def test_reads_come_before_the_update(name, tx):
     """Nothing in a gradient that is constant says that the table is read before it is written; a copy would."""
     ids = jax.ShapeDtypeStruct((7,), jnp.int32)
@@ -291,7 +293,7 @@ CREATE_LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "float16", "bfloat16"]))
 def test_no_table_sized_arrays_unless_explain_says_so(dtype, explained_by_default):
     """XLA on CPU converts a whole bfloat16 table before it writes some rows, or does not: what it compiles tells."""
     tx = js.lazy_adam(0.05)
@@ -404,7 +406,7 @@ def test_a_loss_that_is_nan_on_an_empty_device_does_no_harm():
     np.testing.assert_allclose(metrics["loss"], np.full(4, 14 / 3), rtol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", slow_but([True], [True, False]))
 def test_shard_map(check_vma):
     """Each device's mean over its own ids, then the mean of these: a batch without weights."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))

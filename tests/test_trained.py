@@ -97,7 +97,7 @@ def test_against_the_masked_dense_step(name, road, piece, monkeypatch):
         np.testing.assert_array_equal(x["words"][~trained], y["words"][~trained])
 
 
-@pytest.mark.parametrize("name", ["ids", "all"])
+@pytest.mark.parametrize("name", slow_but(["ids"], ["ids", "all"]))
 def test_ids_and_masks(name):
     results = []
     for rows in ({"words": ROWS[name]}, {"words": FEW} if name == "ids" else None):
