@@ -55,13 +55,17 @@ def copy_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     XLA's CPU backend makes a plain copy of rows 4 bytes at a time; what it has to calculate with, it loads in vectors,
     which is two to three times as fast. So every word is or-ed with n (n + 1) % 2, which XLA does not know to be 0.
     """
-    rows = gather_rows(x, ids)
     simple = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    if jax.default_backend() != "cpu" or not simple or rows.dtype.itemsize not in (2, 4, 8):
-        return rows
-    word = jnp.dtype(f"int{8 * rows.dtype.itemsize}")
-    zero = (ids * (ids + 1) & 1).astype(word).reshape(ids.shape + (1,) * (rows.ndim - 1))
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, word) | zero, x.dtype)
+    if not is_traced(ids) or not simple or x.dtype.itemsize not in (2, 4, 8):
+        return gather_rows(x, ids)
+    word = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+
+    def in_vectors() -> jax.Array:
+        rows = gather_rows(x, ids)
+        zero = (ids * (ids + 1) & 1).astype(word).reshape(ids.shape + (1,) * (rows.ndim - 1))
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, word) | zero, x.dtype)
+
+    return jax.lax.platform_dependent(cpu=in_vectors, default=lambda: gather_rows(x, ids))
 
 
 def computed_once(
@@ -73,14 +77,14 @@ def computed_once(
     On CPU, XLA takes a gather apart from what is done with its rows if there is more than one use of that, and does it
     over again for each use. It cannot look through a cond.
     """
-    if jax.default_backend() != "cpu" or not is_traced(always):
+    if not is_traced(always):
         return make()
 
     def zeros() -> list[jax.Array]:
         out = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(make)]
         return [vary(x, over) for x, over in itertools.zip_longest(out, axes, fillvalue=())]
 
-    return jax.lax.cond(always, make, zeros)
+    return jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(always, make, zeros), default=make)
 
 
 def scatter_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:

@@ -75,8 +75,8 @@ def jit(
         and get no gradient.
 
     Returns:
-      A function of the step's arguments that returns what the step returns, with `lower` as in jax.jit. Without step, a
-      decorator.
+      A function of the step's arguments that returns what the step returns, with `lower` and `trace` as in jax.jit:
+      jax.export takes it. Without step, a decorator.
 
     Raises:
       ValueError: at the first call, if the step cannot be right on the rows that it reads.
@@ -166,6 +166,16 @@ class JittedStep:
         lowered, call = program.lower(leaves)
         return Lowered(lowered, lambda compiled, args, kwargs: call(compiled, self._program(args, kwargs)[0]))
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """The step as one function of its arguments, as of a jitted function: jax.export takes it, and it is lowered
+        for other platforms than this one. No host looks at its ids: it finds the distinct ones itself."""
+        step, dynamic, named, states, _ = self._dynamic_by_position(args, kwargs)
+        _, program = self._program(args, kwargs)
+        if program is None:
+            run = rowwise(step, state_argnums=states, rows=self._rows)
+            return jax.jit(run, donate_argnums=states or ()).trace(*dynamic, **named)
+        return program.trace(step, dynamic, named)
+
     def plan(self, *args: Any, **kwargs: Any) -> PlannedStep:
         """What is known of the step for arguments of these shapes, before it runs: for `js.explain`."""
         _, program = self._program(args, kwargs)
@@ -192,9 +202,8 @@ class JittedStep:
         states = None if donate is None else tuple(kept.index(n % len(args)) for n in donate if n % len(args) in kept)
         return step, tuple(args[n] for n in kept), {k: x for k, x in kwargs.items() if k not in named}, states
 
-    def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], _Program | None]:
-        """The leaves of what is not static, and the program for such leaves: none inside of another trace."""
-        static: Any = ()
+    def _dynamic_by_position(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """As `_dynamic`, what can be given by position being so; and what is static."""
         if kwargs and self._signature is not None:
             try:
                 bound = self._signature.bind(*args, **kwargs)
@@ -202,14 +211,17 @@ class JittedStep:
                 pass  # which the step itself says
             else:
                 args, kwargs = bound.args, bound.kwargs
+        static: Any = ()
         if self._static or self._static_names:
             static = (
                 tuple(x for n, x in enumerate(args) if n in self._static),
                 tuple(sorted((k, x) for k, x in kwargs.items() if k in self._static_names)),
             )
-            step, args, kwargs, states = self._dynamic(args, kwargs)
-        else:
-            step, states = self._step, self._donate
+        return *self._dynamic(args, kwargs), static
+
+    def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], _Program | None]:
+        """The leaves of what is not static, and the program for such leaves: none inside of another trace."""
+        step, args, kwargs, states, static = self._dynamic_by_position(args, kwargs)
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
             return leaves, None
@@ -358,6 +370,22 @@ class _Program:
             return self._returned(compiled(donated, kept, chosen))
 
         return self._on_host.lower(donated, kept, chosen), with_rows
+
+    def trace(self, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The step as one jitted function, traced for these arguments."""
+        alone = _jax.on_one_device(_flatten((args, kwargs))[0])
+
+        @functools.wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._unflatten(on_rows(self._prepared, _flatten((args, kwargs))[0], alone=alone))
+
+        def is_donated(leaves: Any) -> bool:
+            return bool(jax.tree.leaves(leaves)) and set(jax.tree.leaves(leaves)) <= set(self._donated)
+
+        numbers = jax.tree.unflatten(_flatten((args, kwargs))[1], range(self._num_leaves))
+        donated = [n for n, leaves in enumerate(numbers[0]) if is_donated(leaves)]
+        names = [k for k, leaves in numbers[1].items() if is_donated(leaves)]
+        return jax.jit(run, donate_argnums=donated, donate_argnames=names).trace(*args, **kwargs)
 
     def cache_size(self) -> int:
         programs: list[Any] = [self._on_host, self._on_device]
