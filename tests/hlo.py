@@ -10,7 +10,7 @@ from tests.flags import DEFAULTS, QUICK
 
 # Instructions that name an array which is already there, or write into one in place.
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "scatter", "opt-barrier"}
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w\-]+)\((?P<rest>.*)$")
 _SHAPE = re.compile(r"\b(?:pred|[usf]\d+\w*|bf16|c64|c128)\[([\d,]*)\]")
 
 
@@ -21,7 +21,7 @@ def computations(text: str) -> dict[str, list[re.Match]]:
     for line in text.splitlines():
         if line.endswith("{") and "=" not in line.split("(")[0]:
             current = out.setdefault(line.removeprefix("ENTRY ").split()[0].lstrip("%"), [])
-        elif match := _INSTRUCTION.match(line):
+        elif match := INSTRUCTION.match(line):
             current.append(match)
     return out
 

@@ -1,0 +1,71 @@
+"""What there is to say of one compiled case."""
+
+import dataclasses
+import time
+
+from tests.accelerators import cases, reading
+from tests.accelerators.topologies import device
+from tests.hlo import compiled_by_default
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Of a case.
+
+    Attributes:
+      large: operations as large as a table, by kind: how often each is in the program.
+      temporaries, arguments, in_place: bytes, as the compiler says.
+      state, given: bytes of the state, and of all arguments, without padding.
+      needed: bytes that a step has to move.
+      moved: bytes that the program moves, by kind of operation.
+      seconds: that tracing, lowering and compiling took.
+      text: optimized HLO.
+    """
+
+    case: cases.Case
+    large: dict[str, int]
+    temporaries: int
+    arguments: int
+    in_place: int
+    state: int
+    given: int
+    needed: float
+    moved: dict[str, float]
+    seconds: float
+    text: str
+
+    @property
+    def ratio(self) -> float:
+        return sum(self.moved.values()) / self.needed
+
+    def __str__(self) -> str:
+        large = ", ".join(f"{many} {kind}" for kind, many in self.large.items()) or "none"
+        moved = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in list(self.moved.items())[:4])
+        return (
+            f"{self.case}: table-sized: {large}; temporaries {self.temporaries / 1e6:.1f} MB, arguments "
+            f"{self.arguments / 1e6:.0f} MB of state {self.state / 1e6:.0f} MB, in place {self.in_place / 1e6:.0f} MB; "
+            f"moved {sum(self.moved.values()) / 1e6:.1f} MB / needed {self.needed / 1e6:.1f} MB = {self.ratio:.1f} "
+            f"({moved}); {self.seconds:.0f} s"
+        )
+
+
+def report(case: cases.Case) -> Report:
+    """Compiles a case and reads what comes out."""
+    start = time.monotonic()
+    made = cases.lower(case, device(case.kind))
+    compiled = compiled_by_default(made.lowered)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    program = reading.Program(text)
+    return Report(
+        case=case,
+        large=reading.table_sized(program, case.num_rows, made.ids, case.dim),
+        temporaries=memory.temp_size_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        in_place=memory.alias_size_in_bytes,
+        state=made.state_bytes,
+        given=made.argument_bytes,
+        needed=reading.bytes_needed(made.distinct, made.row_bytes, made.ids, cases.BAGS, case.dim),
+        moved=reading.bytes_moved(program),
+        seconds=time.monotonic() - start,
+        text=text,
+    )

@@ -1,0 +1,114 @@
+"""Steps compiled for TPUs and a GPU that are not here have no work as large as a table in them.
+
+    pip install -e ".[accelerators]"
+    python -m pytest -m accelerators
+
+Each case is one of `python -m tests.accelerators`, which says more of it. What fails today is marked, with why.
+"""
+
+import pytest
+
+from tests.accelerators.cases import Case
+from tests.accelerators.report import report
+from tests.accelerators.topologies import TPUS, missing
+
+M = 10**6
+COPIED = "a row that is no multiple of 128 wide lies across the lanes, and XLA copies the table to read and write rows"
+SLABS = "a narrow row lies across the lanes: a slab of 128 rows is moved for each"
+STREAMED = "all of a small array of one number a row is streamed onto the chip and back"
+ALL_IDS = "a row for each id is made before those of a bag are added up"
+REREAD = "XLA reads and writes rows more often than it has to"
+
+# of each case, why it fails today; None if it does not
+CASES: dict[Case, str | None] = {
+    Case("v5e", M, 1, optimizer="ftrl"): STREAMED,
+    Case("v5e", M, 8): COPIED,
+    Case("v5e", M, 16): COPIED,
+    Case("v5e", M, 32): COPIED,
+    Case("v5e", M, 64): COPIED,
+    Case("v5e", M, 96): COPIED,
+    Case("v5e", M, 100): COPIED,
+    Case("v5e", M, 128): None,
+    Case("v5e", M, 200): COPIED,
+    Case("v5e", M, 256): None,
+    Case("v5e", 8 * M, 1, optimizer="ftrl"): None,
+    Case("v5e", 8 * M, 16): SLABS,
+    Case("v5e", 8 * M, 64): COPIED,
+    Case("v5e", 8 * M, 128): None,
+    Case("v5e", 100 * M, 1, optimizer="ftrl"): None,
+    Case("v5e", 100 * M, 8, optimizer="sgd"): SLABS,
+    Case("v5e", 100 * M, 16, optimizer="sgd"): SLABS,
+    Case("v5p", 100 * M, 64, optimizer="sgd"): COPIED,
+    Case("v5p", 100 * M, 128, optimizer="sgd"): None,
+    Case("v5e", M, 32, "bfloat16"): COPIED,
+    Case("v5e", M, 64, "bfloat16"): COPIED,
+    Case("v5e", M, 128, "bfloat16"): None,
+    Case("v5e", M, 128, optimizer="sgd", way="jit"): None,
+    Case("v5e", M, 128, optimizer="clip", way="jit"): None,
+    Case("v5e", M, 128, optimizer="clip", way="hand"): None,
+    Case("v5e", M, 128, optimizer="clip", way="unknown"): None,
+    Case("v5e", M, 128, optimizer="rowwise", way="jit"): STREAMED,
+    Case("v5e", M, 128, optimizer="replay"): STREAMED,
+    Case("v5e", M, 128, optimizer="replay", way="flush"): STREAMED,
+    Case("v5e", M, 128, way="evaluate"): None,
+    Case("v5e", M, 128, length=20): None,
+    Case("v5e", M, 64, optimizer="sgd", way="hand"): COPIED,
+    Case("v5e", M, 64, optimizer="clip", way="jit"): COPIED,
+    Case("v5e", M, 64, optimizer="rowwise", way="hand"): COPIED,
+    Case("v5e", M, 64, optimizer="replay", way="jit"): COPIED,
+    Case("v5e", M, 64, optimizer="replay", way="flush"): COPIED,
+    Case("v5e", M, 64, way="evaluate"): COPIED,
+    Case("v4", M, 64): COPIED,
+    Case("v4", M, 128): None,
+    Case("v5p", M, 16): COPIED,
+    Case("v5p", M, 128): None,
+    Case("v6e", M, 64): COPIED,
+    Case("v6e", M, 128): None,
+    Case("h100", M, 1, optimizer="ftrl"): None,
+    Case("h100", M, 16): None,
+    Case("h100", M, 64, optimizer="clip", way="jit"): None,
+    Case("h100", M, 64, optimizer="clip", way="hand"): None,
+    Case("h100", M, 64, optimizer="clip", way="unknown"): None,
+    Case("h100", M, 64, optimizer="rowwise", way="jit"): None,
+    Case("h100", M, 64, optimizer="replay"): None,
+    Case("h100", M, 64, optimizer="replay", way="flush"): None,
+    Case("h100", M, 64, way="evaluate"): None,
+    Case("h100", M, 100, "bfloat16"): None,
+    Case("h100", M, 128): ALL_IDS,
+    Case("h100", M, 128, way="hand"): REREAD,
+    Case("h100", 100 * M, 64, optimizer="sgd"): None,
+    Case("h100", M, 64, length=20): None,
+}
+
+
+def problems(case, found):
+    """What is not as it must be."""
+    loops = {"while"} if case.optimizer == "replay" else set()  # flush's own, also before a step
+    yield from (f"{many} {kind} as large as a table" for kind, many in found.large.items() if kind not in loops)
+    most = 8e6 if case.length <= 4 else 64e6
+    if found.temporaries > most:
+        yield f"temporaries of {found.temporaries / 1e6:.1f} MB"
+    if found.arguments > 1.01 * found.given:
+        yield f"arguments of {found.arguments / 1e6:.0f} MB for {found.given / 1e6:.0f} MB"
+    if case.way != "evaluate" and found.in_place < found.state:
+        yield f"only {found.in_place / 1e6:.0f} MB written in place"
+    if case.way not in ("flush", "unknown") and found.ratio > most_moved(case):
+        yield f"{found.ratio:.1f} times the bytes that have to move"
+
+
+def most_moved(case):
+    """How many times the bytes that have to move. Of rows that are narrower than 128 a TPU moves 128 columns."""
+    return 3 * max(1, 128 / case.dim) if case.kind in TPUS else 2
+
+
+def marked(case, reason):
+    marks = [pytest.mark.skipif(bool(missing(case.kind)), reason=missing(case.kind))]
+    marks += [pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)] if reason else []
+    return pytest.param(case, marks=marks, id=str(case).replace(" ", "-"))
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("case", [marked(case, reason) for case, reason in CASES.items()])
+def test_no_work_as_large_as_a_table(case):
+    found = report(case)
+    assert list(problems(case, found)) == [], found
