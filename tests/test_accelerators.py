@@ -31,7 +31,7 @@ CASES: dict[Case, str | None] = {
     Case("v5e", M, 128): None,
     Case("v5e", M, 200): COPIED,
     Case("v5e", M, 256): None,
-    Case("v5e", 8 * M, 1, optimizer="ftrl"): None,
+    Case("v5e", 8 * M, 1, optimizer="ftrl"): STREAMED,
     Case("v5e", 8 * M, 16): SLABS,
     Case("v5e", 8 * M, 64): COPIED,
     Case("v5e", 8 * M, 128): None,

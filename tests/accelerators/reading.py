@@ -13,6 +13,8 @@ _FREE = "parameter get-tuple-element tuple bitcast constant opt-barrier after-al
 # Instructions that write rows into an array in place: where XLA cannot, it copies the array first, and that is found.
 _WRITES = ["scatter", "dynamic-update-slice"]
 _READS = ["gather", "dynamic-slice"]
+# Inside of a fusion: what nothing is made for, if only some rows of it are read.
+_SAME_ROWS = ["bitcast", "reshape", "copy"]
 _CALLS = ["while", "conditional", "call"]
 
 _ARRAY = re.compile(r"\b(pred|[usf]\d+\w*|bf16|c64|c128)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -240,14 +242,15 @@ def _read(x: re.Match, inner: list[re.Match], by_name: dict[str, re.Match], made
             given = operands(user) if user["op"] != "parameter" else []
             if name not in given:
                 continue
-            if user["op"] in ("bitcast", "reshape", "copy") and user["name"] not in names:
-                names.add(user["name"])
-                queue.append(user["name"])
+            if user["op"] in _SAME_ROWS and user not in made:
+                if user["name"] not in names:
+                    names.add(user["name"])
+                    queue.append(user["name"])
             elif user["op"] in _READS and given[0] == name:
                 size += sum(_windows(whole[0], r) for r in arrays(user["shape"]))
             elif user["op"] in _WRITES and name in given[: max(1, (len(given) - 1) // 2)] and user in made:
                 continue  # counted where it is written
-            elif user["op"] not in ("bitcast", "reshape", "copy"):
+            else:
                 return sum(a.bytes for a in whole)
     return min(size, sum(a.bytes for a in whole))
 
