@@ -7,6 +7,7 @@ evaluation on some rows), `optim` (any optax optimizer on row-sparse gradients),
 """
 
 from jaxsparse import nn as nn
+from jaxsparse import nnx as nnx
 from jaxsparse import testing as testing
 from jaxsparse.data.batch import Batch as Batch
 from jaxsparse.data.distinct import DistinctIds as DistinctIds

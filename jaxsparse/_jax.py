@@ -453,9 +453,10 @@ def _devices(x: Any) -> frozenset[Any]:
     return frozenset() if sharding is None else frozenset(sharding.device_set)
 
 
-def without_repeats(arrays: Sequence[Any]) -> list[Any]:
-    """The arrays, those being copied that are there already: no buffer can be donated twice."""
-    seen: set[int] = set()
+def without_repeats(arrays: Sequence[Any], kept: Sequence[Any] = ()) -> list[Any]:
+    """The arrays, those being copied that are there already, or are kept: no buffer can be donated twice, nor used
+    beside."""
+    seen = set(map(id, kept))
     out = []
     for x in arrays:
         out.append(jax.numpy.copy(x) if isinstance(x, jax.Array) and id(x) in seen else x)

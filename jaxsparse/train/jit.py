@@ -325,7 +325,8 @@ class _Program:
         return [leaves[i] for i in range(self._num_leaves)]
 
     def _apart(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        return _jax.without_repeats([leaves[i] for i in self._donated]), [leaves[i] for i in self._kept]
+        kept = [leaves[i] for i in self._kept]
+        return _jax.without_repeats([leaves[i] for i in self._donated], kept), kept
 
     def __call__(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]

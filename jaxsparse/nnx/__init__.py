@@ -1,0 +1,7 @@
+"""flax.nnx: the words of `nnx` for which there is one of ours, with its contract, at the cost of the rows.
+
+`js.nnx.jit` is `js.jit`, and `js.nnx.value_and_grad`, `grad` and `explain` are `js.value_and_grad`, `js.grad` and
+`js.explain`, for functions of nnx modules that change them in place.
+"""
+
+from jaxsparse.nnx.jit import jit as jit
