@@ -148,6 +148,25 @@ def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2
         )
 
 
+def _is_module(x: Any) -> bool:
+    nnx: Any = sys.modules.get("flax.nnx")  # not imported: there are none
+    return nnx is not None and isinstance(x, nnx.Pytree)
+
+
+def check_no_modules(function: str, argument: str, tree: Any) -> None:
+    """Raises TypeError if there is an nnx module in a tree, which JAX's trees tear apart: a variable that is there
+    twice would be two, and what a call changes in it would be lost."""
+    for path, module in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_module)[0]:
+        if _is_module(module):
+            leaves = jax.tree_util.tree_flatten_with_path(module)[0]
+            others = [at for at, x in leaves if not jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+            at = next(iter(others + [at for at, _ in leaves]), ())
+            name = jax.tree_util.keystr((*path[1:], *at)).removesuffix(".value")
+            got = f"a {type(module).__name__}, whose leaf {name} {'is no parameter' if others else 'is in a module'},"
+            do = "Use js.nnx.value_and_grad, js.nnx.grad and js.nnx.explain for nnx modules."
+            raise TypeError(message(function, argument, "arguments that are arrays or trees of them", got, do))
+
+
 class Modules:
     """The nnx modules among some arguments, and what was in them.
 
@@ -156,9 +175,7 @@ class Modules:
     """
 
     def __init__(self, tree: Any) -> None:
-        nnx: Any = sys.modules.get("flax.nnx")  # not imported: there are none
-        is_module = lambda x: nnx is not None and isinstance(x, nnx.Pytree)  # noqa: E731
-        self._modules = [x for x in jax.tree.leaves(tree, is_leaf=is_module) if is_module(x)]
+        self._modules = [x for x in jax.tree.leaves(tree, is_leaf=_is_module) if _is_module(x)]
         self._before = list(map(jax.tree.leaves, self._modules))
 
     def check_unchanged(self, function: str) -> None:
@@ -169,8 +186,5 @@ class Modules:
             if not same:
                 changed = [jax.tree_util.keystr(path) for path, x in after if not any(x is y for y in before)]
                 got = f"one that changes {', '.join(changed[:3])} of its {type(module).__name__}, which would be lost,"
-                do = (
-                    "Take the module apart before, and put it together inside: graph, params, rest = "
-                    "nnx.split(module, nnx.Param, ...); nnx.merge(graph, params, rest, copy=True)."
-                )
+                do = "Use js.nnx.jit, which keeps what changes in modules."
                 raise TypeError(message(function, "function", "one that changes no module that it is given", got, do))

@@ -267,11 +267,23 @@ class WithStatistics(nnx.Module):
 def test_what_changes_a_module_is_refused():
     """The module that a function gets is another one: what changes in it would be lost."""
     model = WithStatistics(nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"changes .*mean.* of its WithStatistics, which would be lost.*nnx\.split"):
-        js.value_and_grad(lambda model, ids: model(ids))(model, IDS)
-    model.eval()
-    grads = js.grad(lambda model, ids: model(ids))(model, IDS)
-    assert any(map(is_row_sparse, jax.tree.leaves(grads, is_leaf=is_row_sparse)))
+    with pytest.raises(TypeError, match=r"changes .*mean.* of its WithStatistics, which would be lost.*js\.nnx\.jit"):
+        js.jit(lambda scale, model, ids: scale + model(ids))(1.0, model, IDS)
+
+
+def test_a_module_is_refused_where_it_would_be_torn_apart():
+    model = Model(nnx.Rngs(0))
+    got = r"Got a Model, whose leaf \.dropout\.rngs\.count is no parameter, instead\. Use js\.nnx\.value_and_grad"
+    for function in (js.value_and_grad, js.grad, js.explain):
+        with pytest.raises(TypeError, match=got):
+            function(lambda model, ids: model(ids).sum())(model, IDS)
+    with pytest.raises(TypeError, match=r"a Linear, whose leaf \['b'\]\.kernel is in a module"):
+        js.grad(lambda p, x: p["b"](x).sum() * p["a"])({"a": 1.0, "b": model.head}, jnp.ones((1, D)))
+    with pytest.raises(TypeError, match=r"Use js\.nnx\.value_and_grad"):  # where the step as a whole is row-sparse, too
+        js.jit(lambda p, ids: js.grad(lambda m: m(ids).sum() * p)(model))(1.0, IDS)
+    graph, params = nnx.split(model.embed)
+    grads = js.grad(lambda params, ids: nnx.merge(graph, params)(ids).sum())(params, IDS)
+    assert is_row_sparse(grads["embedding"].get_value())
 
 
 def test_what_is_no_parameter_is_named():

@@ -4,4 +4,7 @@
 `js.explain`, for functions of nnx modules that change them in place.
 """
 
+from jaxsparse.nnx.explain import explain as explain
+from jaxsparse.nnx.grad import grad as grad
+from jaxsparse.nnx.grad import value_and_grad as value_and_grad
 from jaxsparse.nnx.jit import jit as jit

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._context import tracing
+from jaxsparse.nnx.apart import Given, Static, held_by, put_together, take_apart
 from jaxsparse.optim.replaying import is_replay_state
 from jaxsparse.train.jit import JittedStep
 
@@ -119,13 +120,9 @@ class JittedModules:
         self._layouts: dict[Any, _Layout] = {}
 
         def pure(states: Any, kept: list[Any], tree: Any, layout: _Layout) -> Any:
-            leaves = layout.together(states, kept)
-            ran = self._run(tree, leaves)
-            known = {id(x): k for k, x in enumerate(ran.values) if k in layout.changed or x is leaves[k]}
-            sources = tuple(known.get(id(x)) for x in ran.leaves)
-            fresh = [x for x, k in zip(ran.leaves, sources, strict=True) if k is None]
-            states = layout.definition.unflatten([ran.values[k] for k in layout.changed])
-            return states, _Result(ran.graphs, fresh, _Static(sources))
+            given, out = self._run(tree, layout.together(states, kept))
+            now, known = given.now(), given.left_alone().union(layout.changed)
+            return layout.definition.unflatten([now[k] for k in layout.changed]), given.after(out, known, self)
 
         pure.__qualname__ = getattr(step, "__qualname__", type(step).__name__)
         self.on_rows = JittedStep(pure, (0,), (), (), rows)
@@ -136,11 +133,13 @@ class JittedModules:
             pure, leaves = self.pure_arguments(args, kwargs)
             layout = pure[-1]
             try:
-                states, result = self._program(layout)(*pure)
+                states, outcome = self._program(layout)(*pure)
             except (RuntimeError, ValueError) as error:
                 _check_there(error, layout, leaves)
                 raise
-            return self._updated(layout, leaves, states, result)
+            for k, x in zip(layout.changed, layout.definition.flatten_up_to(states), strict=True):
+                leaves[k] = x
+            return outcome.put_into_objects(leaves, self)
 
     def __get__(self, owner: Any, kind: Any = None) -> Any:
         return self if owner is None else functools.partial(self, owner)
@@ -153,9 +152,8 @@ class JittedModules:
 
     def pure_arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, Any, Any, _Layout], list[Any]]:
         """The arguments of the pure step, and the leaves of the nnx objects in order. Within an update context."""
-        leaves: list[Any] = []
         args, kwargs = self._with_static(args, kwargs)
-        tree = nnx.to_tree((args, kwargs), split_fn=_split_into(leaves), ctxtag=self)
+        tree, leaves = take_apart((args, kwargs), self)
         others, definition = _flatten((tree, leaves))
         key = (definition, *((getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in others))
         layout = self._layouts.get(key)
@@ -177,25 +175,15 @@ class JittedModules:
         numbers = {n % len(args) for n in self._static if n < len(args)}
         numbers |= {n for n, name in enumerate(self._parameters[: len(args)]) if name in self._static_names}
         names = {*self._static_names, *(self._parameters[n] for n in self._static if n < len(self._parameters))}
-        args = tuple(_Static(x) if n in numbers else x for n, x in enumerate(args))
-        return args, {name: _Static(x) if name in names else x for name, x in kwargs.items()}
+        args = tuple(Static(x) if n in numbers else x for n, x in enumerate(args))
+        return args, {name: Static(x) if name in names else x for name, x in kwargs.items()}
 
-    def _run(self, tree: Any, leaves: Sequence[Any]) -> _Ran:
-        """The step itself, on modules that are made of these leaves."""
-        it, nodes = iter(leaves), list[Any]()
-
-        def merge(ctx: Any, path: Any, prefix: Any, graph: _Graph) -> Any:
-            nodes.append(ctx.unflatten(graph.definition, [next(it) for _ in range(graph.count)]))
-            return nodes[-1]
-
-        args, kwargs = _from_tree(tree, merge, is_inner=True, ctxtag=self)
-        held = held_by(nodes)
-        args = tuple(x.value if isinstance(x, _Static) else x for x in args)
-        out = self._step(*args, **{k: x.value if isinstance(x, _Static) else x for k, x in kwargs.items()})
-        values = [h.get_raw_value() if isinstance(h, nnx.Variable) else x for h, x in zip(held, leaves, strict=True)]
-        new: list[Any] = []
-        graphs = nnx.to_tree((nodes, out), split_fn=_split_into(new), ctxtag=self)
-        return _Ran(values, graphs, new)
+    def _run(self, tree: Any, leaves: Sequence[Any]) -> tuple[Given, Any]:
+        """The step itself, on objects that are made of these leaves: the objects, and what it returns."""
+        (args, kwargs), nodes = put_together(tree, leaves, self, is_inner=True)
+        given = Given(nodes)
+        args = [x.value if isinstance(x, Static) else x for x in args]
+        return given, self._step(*args, **{k: x.value if isinstance(x, Static) else x for k, x in kwargs.items()})
 
     def _layout_of(self, args: Any, kwargs: Any, tree: Any, leaves: list[Any]) -> _Layout:
         """Traces the step, to see which variables it changes."""
@@ -203,8 +191,8 @@ class JittedModules:
 
         def look(tree: Any, leaves: list[Any]) -> None:
             with tracing():
-                values = self._run(tree, leaves).values
-            pairs = enumerate(zip(leaves, values, strict=True))
+                given, _ = self._run(tree, leaves)
+            pairs = enumerate(zip(given.before, given.now(), strict=True))
             changed[:] = [k for k, (old, new) in pairs if new is not old and _kinds(new) == _kinds(old)]
 
         jax.eval_shape(look, tree, leaves)
@@ -214,37 +202,6 @@ class JittedModules:
         numbers, definition = _flatten(places)
         has_rows = any(shape and shape[0] > 1 for k in numbers for shape, _ in _kinds(leaves[k])[1])
         return _Layout(tuple(numbers), definition, has_rows)
-
-    def _updated(self, layout: _Layout, leaves: list[Any], states: Any, result: _Result) -> Any:
-        """What the step returned, the objects being updated."""
-        current = list(leaves)
-        for k, x in zip(layout.changed, layout.definition.flatten_up_to(states), strict=True):
-            current[k] = x
-        fresh = iter(result.fresh)
-        it = iter([next(fresh) if k is None else current[k] for k in result.sources.value])
-
-        def merge(ctx: Any, path: Any, prefix: Any, graph: _Graph) -> Any:
-            return ctx.unflatten(graph.definition, [next(it) for _ in range(graph.count)])
-
-        _, out = _from_tree(result.graphs, merge, is_inner=False, ctxtag=self)
-        return out
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A part of a tree that is no array."""
-
-    value: Any
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Graph:
-    """An nnx object without its leaves, of which there are `count`."""
-
-    definition: Any  # nnx.GraphDef
-    count: int
 
 
 @jax.tree_util.register_static
@@ -272,68 +229,6 @@ class _Layout:
         by_number = dict(zip(self.changed, self.definition.flatten_up_to(states), strict=True))
         it = iter(kept)
         return [by_number[k] if k in by_number else next(it) for k in range(len(self.changed) + len(kept))]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """What comes out of the pure step beside its state.
-
-    Attributes:
-      graphs: the nnx objects of the arguments, and what the step returned: trees with a _Graph for each nnx object.
-      fresh: leaves of these that are not those of the arguments.
-      sources: for each leaf of these the number of the argument's that it is, or None for the next fresh one.
-    """
-
-    graphs: Any
-    fresh: list[Any]
-    sources: _Static
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ran:
-    """What the step did.
-
-    Attributes:
-      values: what the leaves of the arguments are after it, in order.
-      graphs: as of `_Result`.
-      leaves: of these, all of them.
-    """
-
-    values: list[Any]
-    graphs: Any
-    leaves: list[Any]
-
-
-def _split_into(leaves: list[Any]) -> Callable[..., _Graph]:
-    """For nnx.to_tree, which takes objects apart, the same ones being one over all of a tree."""
-
-    def split(ctx: Any, path: Any, prefix: Any, node: Any) -> _Graph:
-        definition, own = ctx.flatten(node, with_paths=False)
-        leaves.extend(own)
-        return _Graph(definition, len(own))
-
-    return split
-
-
-def held_by(tree: Any) -> list[Any]:
-    """The variables and arrays that are the leaves of the nnx objects in a tree, in the order of these."""
-    held: list[Any] = []
-
-    def look(ctx: Any, path: Any, prefix: Any, node: Any) -> None:
-        held.extend(ctx.flatten(node)[1].leaves)
-
-    nnx.to_tree(tree, split_fn=look)
-    return held
-
-
-def _from_tree(tree: Any, merge: Callable[..., Any], *, is_inner: bool, ctxtag: Any) -> Any:
-    def is_graph(x: Any) -> bool:
-        return isinstance(x, _Graph)
-
-    return nnx.from_tree(
-        tree, merge_fn=merge, is_node_leaf=is_graph, is_leaf=is_graph, is_inner=is_inner, ctxtag=ctxtag
-    )
 
 
 def _kinds(value: Any) -> tuple[Any, list[tuple[Any, Any]]]:

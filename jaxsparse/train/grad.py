@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse._checks import Modules, chosen_paths, message, warn
+from jaxsparse._checks import check_no_modules, chosen_paths, message, warn
 from jaxsparse._context import is_tracing, tracing
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
@@ -53,7 +53,7 @@ def value_and_grad(
 
     Raises:
       TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
-        floating.
+        floating, or nnx modules, for which there is `js.nnx.value_and_grad`.
       ValueError: if `tables` names a leaf that is used as a whole, with the line that does it, or no leaf at all.
 
     Example:
@@ -69,6 +69,7 @@ def value_and_grad(
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
         if is_tracing():  # a step under js.jit or js.rowwise is as a whole evaluated on the rows that it reads
+            _numbers(argnums, args)
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
         _warn_of_closed_regions(planned)
@@ -161,12 +162,7 @@ def plan_gradient(
 ) -> PlannedGradient:
     """Traces `fun` and its gradient with respect to the arguments in `argnums`; everything else is closed over."""
     several = not isinstance(argnums, int)
-    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
-    for n in numbers:
-        if not -len(args) <= n < len(args):
-            must = f"positions among the {len(args)} positional arguments"
-            raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
-    numbers = [n % len(args) for n in numbers]
+    numbers = _numbers(argnums, args)
     with_paths = jax.tree_util.tree_flatten_with_path([args[n] for n in numbers])[0]
     treedef = jax.tree.structure([args[n] for n in numbers])
     leaves: Any = [_check_leaf(x, jax.tree_util.keystr(path[1:])) for path, x in with_paths]
@@ -178,9 +174,7 @@ def plan_gradient(
             full = list(args)
             for n, arg in zip(numbers, jax.tree.unflatten(treedef, leaves), strict=True):
                 full[n] = arg
-            modules = Modules((full, kwargs))
             out = fun(*full, **kwargs)
-            modules.check_unchanged("value_and_grad")
             if has_aux and not (isinstance(out, tuple) and len(out) == 2):
                 must = "a function that returns (scalar, aux), as has_aux=True says"
                 raise TypeError(message("value_and_grad", "fun", must, repr(out)))
@@ -233,6 +227,17 @@ def plan_gradient(
         unflatten=unflatten,
         aux=aux,
     )
+
+
+def _numbers(argnums: int | Sequence[int], args: Any) -> list[int]:
+    """Which arguments to differentiate with respect to."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    for n in numbers:
+        if not -len(args) <= n < len(args):
+            must = f"positions among the {len(args)} positional arguments"
+            raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
+    check_no_modules("value_and_grad", "argnums", [args[n] for n in numbers])
+    return [n % len(args) for n in numbers]
 
 
 def _known_of_batches(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:

@@ -1,0 +1,267 @@
+"""`js.nnx.value_and_grad` and `grad`: as in nnx, with row-sparse gradients where the function only reads rows.
+
+The objects are taken apart as nnx does it (`apart.py`); between stands `js.value_and_grad` of a pure function of the
+variables to differentiate, whose aux is what the objects have become.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxsparse._checks import message
+from jaxsparse.nnx.apart import Given, from_tree, held_by, value_of
+from jaxsparse.nnx.jit import check_unbound
+from jaxsparse.train.grad import Tables
+from jaxsparse.train.grad import value_and_grad as js_value_and_grad
+
+_flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
+Argnums = Any  # int, nnx.DiffState, or a sequence of these
+
+
+def value_and_grad(
+    fun: Callable[..., Any] | None = None,
+    *,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    tables: Tables = None,
+    **others: Any,
+) -> Any:
+    """nnx.value_and_grad, row-sparse where `fun` only reads rows.
+
+    What `fun` changes in its modules (statistics, rngs, what it sows) is changed after it. Under `js.nnx.jit` and
+    `js.jit` it is nnx.value_and_grad: there the whole step is evaluated on the rows that it reads.
+
+    Args:
+      fun: returns a real scalar, or with `has_aux` a pair (scalar, aux). Its arguments are nnx objects, arrays, or
+        trees of them.
+      argnums: which arguments to differentiate with respect to: positions, for the nnx.Params of the objects there, or
+        nnx.DiffState(position, filter), for the variables of a filter. Arrays there are differentiated as they are.
+      has_aux: whether `fun` returns (scalar, aux).
+      tables: as of `js.value_and_grad`, the path of a variable being "['embed']['embedding']".
+
+    Returns:
+      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient). The gradient is an
+      nnx.State for each nnx object, as in nnx, in which a variable that is only read by rows has a `RowSparse`. Without
+      fun, a decorator.
+
+    Raises:
+      TypeError: if `fun` does not return a real scalar, or a variable to differentiate is not floating; for other
+        options of nnx.value_and_grad.
+      ValueError: if a variable is in two arguments of which one is differentiated; for a bound method; as of
+        `js.value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax import nnx
+      >>> model = nnx.Embed(5, 2, embedding_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> loss, grads = js.nnx.value_and_grad(lambda model, ids: jnp.sum(model(ids) ** 2))(model, jnp.array([3, 0, 3]))
+      >>> float(loss), grads["embedding"].get_value()
+      (6.0, RowSparse(ids=int32[4], rows=float32[4,2], shape=(5, 2), unique=True))
+
+    References:
+      flax.nnx.value_and_grad.
+    """
+    _check_options("nnx.value_and_grad", others)
+    if fun is None:
+        return functools.partial(value_and_grad, argnums=argnums, has_aux=has_aux, tables=tables)
+    check_unbound("nnx.value_and_grad", "fun", fun)
+    _filters(argnums)
+
+    @functools.wraps(fun)
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
+        tag = object()
+        with nnx.update_context(tag):
+            call = Call(fun, argnums, has_aux, args, kwargs, tag)
+            both = js_value_and_grad(call.pure, call.argnums, True, tables=tables)
+            (value, outcome), gradient = both(*call.args)
+            aux = outcome.put_into_objects(call.leaves, tag)
+        gradient = _without_apart(gradient)
+        return ((value, aux), gradient) if has_aux else (value, gradient)
+
+    return value_and_grad_fun
+
+
+def grad(
+    fun: Callable[..., Any] | None = None,
+    *,
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    tables: Tables = None,
+    **others: Any,
+) -> Any:
+    """nnx.grad, row-sparse where `fun` only reads rows.
+
+    Arguments and errors are those of `js.nnx.value_and_grad`.
+
+    Returns:
+      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux). Without fun,
+      a decorator.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> from flax import nnx
+      >>> model = nnx.Embed(5, 1, embedding_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> grads = js.nnx.grad(lambda model, ids: jnp.sum(model(ids) ** 2))(model, jnp.array([3]))
+      >>> grads["embedding"].get_value().todense().tolist()
+      [[0.0], [0.0], [0.0], [2.0], [0.0]]
+
+    References:
+      flax.nnx.grad.
+    """
+    _check_options("nnx.grad", others)
+    if fun is None:
+        return functools.partial(grad, argnums=argnums, has_aux=has_aux, tables=tables)
+    both = value_and_grad(fun, argnums=argnums, has_aux=has_aux, tables=tables)
+
+    @functools.wraps(fun)
+    def grad_fun(*args: Any, **kwargs: Any) -> Any:
+        value, gradient = both(*args, **kwargs)
+        return (gradient, value[1]) if has_aux else gradient
+
+    return grad_fun
+
+
+class Call:
+    """A call of a function of nnx objects, as one of a pure function for `js.value_and_grad`. Within an update context.
+
+    Attributes:
+      args: of the pure function.
+      argnums: which of them to differentiate with respect to, as `js.value_and_grad` takes it.
+      leaves: those of all nnx objects in the arguments, in order.
+    """
+
+    def __init__(
+        self, fun: Callable[..., Any], argnums: Argnums, has_aux: bool, args: Any, kwargs: Any, tag: Any
+    ) -> None:
+        args = _positional(fun, args, kwargs)
+        filters = _filters(argnums)
+        for n in filters:
+            if not -len(args) <= n < len(args):
+                must = f"positions among the {len(args)} arguments"
+                raise TypeError(message("nnx.value_and_grad", "argnums", must, n))
+        filters = {n % len(args): f for n, f in filters.items()}
+        self._fun, self._has_aux, self._tag = fun, has_aux, tag
+        one = isinstance(argnums, int | nnx.DiffState)
+        self.argnums: Any = next(iter(filters)) if one else tuple(filters)
+        self.leaves = list(map(value_of, held_by(args)))
+        prefix = tuple(None if n not in filters else nnx.DiffState(-1, filters[n]) for n in range(len(args)))
+        self.args = nnx.to_tree(args, prefix=prefix, split_fn=_split, ctxtag=tag)
+
+    def pure(self, *args: Any) -> Any:
+        """The function's value, and what else comes out of it."""
+        nodes: list[Any] = []
+
+        def merge(ctx: Any, path: Any, prefix: Any, node: _Apart) -> Any:
+            nodes.append(ctx.merge(node.parts.definition, *node.states()))
+            return nodes[-1]
+
+        args = from_tree(args, _Apart, merge, self._tag, is_inner=True)
+        given = Given(nodes)
+        out = self._fun(*args)
+        if self._has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            must = "a function that returns (scalar, aux), as has_aux=True says"
+            raise TypeError(message("nnx.value_and_grad", "fun", must, repr(out)))
+        value, aux = out if self._has_aux else (out, None)
+        return value, given.after(aux, given.left_alone(), self._tag)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+    """An nnx object without the variables to differentiate.
+
+    Attributes:
+      definition: its nnx.GraphDef.
+      rest: the states of other variables, if it is divided.
+      tree: definition of the tree of what is to be differentiated.
+      keys: of the leaves of this.
+    """
+
+    definition: Any
+    rest: tuple[Any, ...]
+    tree: Any
+    keys: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """An nnx object. Its leaves are the variables to differentiate, or their gradients; none, if there is nothing to
+    differentiate."""
+
+    leaves: Sequence[Any]
+    parts: _Parts
+
+    def state(self) -> Any:
+        """Of the variables to differentiate."""
+        return self.parts.tree.unflatten(self.leaves)
+
+    def states(self) -> tuple[Any, ...]:
+        return (self.state(), *self.parts.rest) if self.parts.tree is not None else self.parts.rest
+
+
+jax.tree_util.register_pytree_with_keys(
+    _Apart,
+    lambda x: (list(zip(x.parts.keys, x.leaves, strict=True)), x.parts),
+    lambda parts, leaves: _Apart(tuple(leaves), parts),
+    lambda x: (x.leaves, x.parts),
+)
+
+
+class _Path(str):
+    """A path in a tree as one key: jax.tree_util.keystr prints it as it is."""
+
+
+def _split(ctx: Any, path: Any, prefix: Any, node: Any) -> _Apart:
+    """For nnx.to_tree; `prefix` is None where nothing is to be differentiated."""
+    if prefix is None:
+        definition, rest = ctx.split(node)
+        return _Apart((), _Parts(definition, (rest,), None, ()))
+    if isinstance(node, nnx.Variable):
+        definition, state, *rest = ctx.split(node)
+    else:
+        definition, state, *rest = ctx.split(node, prefix.filter, ...)
+    keyed = jax.tree_util.tree_flatten_with_path(state)[0]
+    leaves, tree = _flatten(state)
+    keys = tuple(_Path(jax.tree_util.keystr(path).removesuffix(".value")) for path, _ in keyed)
+    return _Apart(tuple(leaves), _Parts(definition, tuple(rest), tree, keys))
+
+
+def _without_apart(gradient: Any) -> Any:
+    """A gradient, with an nnx.State for each nnx object."""
+    is_apart = lambda x: isinstance(x, _Apart)  # noqa: E731
+    return jax.tree.map(lambda x: x.state() if is_apart(x) else x, gradient, is_leaf=is_apart)
+
+
+def _filters(argnums: Argnums) -> dict[int, Any]:
+    """By position, the filter of the variables to differentiate."""
+    out: dict[int, Any] = {}
+    for x in [argnums] if isinstance(argnums, int | nnx.DiffState) else argnums:
+        n, kind = (x.argnum, x.filter) if isinstance(x, nnx.DiffState) else (x, nnx.Param)
+        if n in out:
+            raise ValueError(message("nnx.value_and_grad", "argnums", "different positions", f"{n} twice"))
+        out[n] = kind
+    return out
+
+
+def _positional(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """All arguments by position, as nnx has it."""
+    if not kwargs:
+        return tuple(args)
+    bound = inspect.signature(fun).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        got, do = f"{sorted(bound.kwargs)}, which only go by name,", "Close over them, as nnx.value_and_grad wants it."
+        raise TypeError(message("nnx.value_and_grad", "fun", "called with arguments that have positions", got, do))
+    return bound.args
+
+
+def _check_options(function: str, others: dict[str, Any]) -> None:
+    if others:
+        name, value = next(iter(others.items()))
+        raise TypeError(message(function, name, "left out", repr(value)))
