@@ -22,6 +22,7 @@ from jaxsparse._checks import message
 from jaxsparse._context import tracing
 from jaxsparse.nnx.apart import Given, Static, held_by, put_together, take_apart
 from jaxsparse.optim.replaying import is_replay_state
+from jaxsparse.trace.tracing import check_arguments
 from jaxsparse.train.jit import JittedStep
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -187,6 +188,7 @@ class JittedModules:
 
     def _layout_of(self, args: Any, kwargs: Any, tree: Any, leaves: list[Any]) -> _Layout:
         """Traces the step, to see which variables it changes."""
+        check_arguments(*tree)
         changed: list[int] = []
 
         def look(tree: Any, leaves: list[Any]) -> None:
@@ -195,7 +197,7 @@ class JittedModules:
             pairs = enumerate(zip(given.before, given.now(), strict=True))
             changed[:] = [k for k, (old, new) in pairs if new is not old and _kinds(new) == _kinds(old)]
 
-        jax.eval_shape(look, tree, leaves)
+        jax.eval_shape(look, *jax.tree.map(_jax.abstract, (tree, leaves)))  # without shardings, as js.jit traces it
         named = dict(zip(self._parameters, args, strict=False))
         named |= {f"args[{n}]": x for n, x in enumerate(args) if n >= len(self._parameters)} | kwargs
         places = _places(named, changed, held_by((args, kwargs)))
