@@ -612,3 +612,16 @@ def test_numbers_among_the_operands_of_a_block():
     later = pieces.Later(ids, [rows, 0.5], lambda part, x, rate: x * rate, rows.shape, rows.dtype)
     assert all(x is rows for x in pieces.arrays_in([later, rows]))
     np.testing.assert_array_equal(later.block(), rows / 2)
+
+
+def test_an_array_of_the_state_may_be_in_another_argument():
+    """A target network starts as a copy, whose arrays are those of the state."""
+    table, ids = jnp.ones((V, D)), jnp.array([1, 2])
+
+    def step(table, target, ids):
+        return table - jax.grad(lambda t: jnp.sum(t[ids] * target[ids] * 2))(table)
+
+    np.testing.assert_array_equal(js.jit(step)(jnp.copy(table), table, ids), jax.jit(step)(table, table, ids))
+    shared = jnp.copy(table)
+    np.testing.assert_array_equal(js.jit(step)(shared, shared, ids), jax.jit(step)(table, table, ids))
+    np.testing.assert_array_equal(shared, table)  # and it is there

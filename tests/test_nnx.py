@@ -375,7 +375,9 @@ def test_ways_of_calling():
     assert_same(by_number, steps=1)
 
     def with_options(jit, objects):
-        step = jit(static_argnames="scale", donate_argnames=("model", "optimizer"))(scaled)
+        step = jit(static_argnames="scale", donate_argnames=("model", "optimizer"), graph=True, graph_updates=True)(
+            scaled
+        )
         return lambda batch: functools.partial(step, *objects)(batch=batch, scale=Scale(by=1.0))
 
     assert_same(with_options, steps=1)
@@ -651,7 +653,7 @@ def test_gradients_have_the_contract_of_nnx(name):
     for word in (nnx, js.nnx):
         objects = Small(rngs()), {"by": jnp.float32(3)} if name == "of an array" else Small(nnx.Rngs(3))
         out = word.value_and_grad(fun, **options)(*objects, batch)
-        again = word.grad(**options)(fun)(*objects, batch)
+        again = word.grad(**options, graph=True)(fun)(*objects, batch)
         value, grads = out
         if "has_aux" in options:
             assert value[1].pop("m") is objects[0] and again[1].pop("m") is objects[0]
@@ -719,6 +721,8 @@ def test_what_gradients_refuse():
         js.nnx.grad(model.loss)
     with pytest.raises(TypeError, match=r"'holomorphic' argument of js\.nnx\.value_and_grad must be left out"):
         js.nnx.value_and_grad(loss_of, holomorphic=True)
+    with pytest.raises(TypeError, match=r"'graph' argument of js\.nnx\.grad must be left out"):
+        js.nnx.grad(loss_of, graph=False)
     with pytest.raises(ValueError, match=r"must be different positions\. Got 0 twice"):
         js.nnx.grad(loss_of, argnums=(0, nnx.DiffState(0, nnx.Param)))
     with pytest.raises(TypeError, match=r"must be positions among the 2 arguments\. Got 2 instead"):

@@ -262,6 +262,6 @@ def _positional(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, .
 
 
 def _check_options(function: str, others: dict[str, Any]) -> None:
-    if others:
-        name, value = next(iter(others.items()))
-        raise TypeError(message(function, name, "left out", repr(value)))
+    for name, value in others.items():
+        if name not in ("graph", "graph_updates") or value is False:  # of which True is what this is
+            raise TypeError(message(function, name, "left out", repr(value)))

@@ -35,6 +35,8 @@ def jit(
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
+    graph: bool | None = None,
+    graph_updates: bool | None = None,
     rows: Any = None,
     **others: Any,
 ) -> Any:
@@ -56,6 +58,7 @@ def jit(
       static_argnums, static_argnames: as in nnx.jit.
       donate_argnums, donate_argnames: as in nnx.jit, so that a step that has them needs one word: they say nothing new,
         since what the step changes is donated in any case, and nothing else.
+      graph, graph_updates: as in nnx.jit. They say nothing new either: the arguments are graphs, which trees are too.
       rows: which rows are trained, as of `js.jit`; the paths of tables begin with the name of the argument:
         "['model']['embed']['embedding']".
 
@@ -85,7 +88,7 @@ def jit(
     References:
       flax.nnx.jit; torch.optim.SparseAdam.
     """
-    del donate_argnums, donate_argnames
+    del donate_argnums, donate_argnames, graph, graph_updates
     if others:
         name, value = next(iter(others.items()))
         do = "Arrays keep the shardings that they have: place them before, or use nnx.jit."
