@@ -23,6 +23,7 @@ from jaxsparse.ops.embedding import embedding_lookup as embedding_lookup
 from jaxsparse.ops.losses import inverse_frequency_weights as inverse_frequency_weights
 from jaxsparse.ops.losses import sampled_softmax as sampled_softmax
 from jaxsparse.ops.losses import weighted_mean as weighted_mean
+from jaxsparse.ops.packed import Packed as Packed
 from jaxsparse.ops.row_sparse import RowSparse as RowSparse
 from jaxsparse.ops.row_sparse import global_norm as global_norm
 from jaxsparse.optim.adagrad import lazy_adagrad as lazy_adagrad
@@ -50,6 +51,8 @@ from jaxsparse.train.grad import value_and_grad as value_and_grad
 from jaxsparse.train.jit import jit as jit
 from jaxsparse.train.loops import FitEvent as FitEvent
 from jaxsparse.train.loops import fit as fit
+from jaxsparse.train.packing import pack as pack
+from jaxsparse.train.packing import unpack as unpack
 from jaxsparse.train.refresh import flush as flush
 from jaxsparse.train.refresh import from_optax_state as from_optax_state
 from jaxsparse.train.refresh import refresh as refresh

@@ -7,7 +7,9 @@ too.
 
 from __future__ import annotations
 
+import abc
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -38,8 +40,63 @@ def in_range(ids: jax.Array, num_rows: int) -> jax.Array:
     return (ids >= 0) & (ids < num_rows)
 
 
-def gather_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
+class Storage(abc.ABC):
+    """An array (num_rows, ...) that is stored in another form, by which its rows are read and written."""
+
+    shape: tuple[int, ...]
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any: ...
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """`gather_rows`."""
+
+    @abc.abstractmethod
+    def with_rows(self, ids: jax.Array, rows: jax.Array) -> Storage:
+        """`scatter_rows`."""
+
+    @abc.abstractmethod
+    def whole(self) -> jax.Array:
+        """As an array."""
+
+    @abc.abstractmethod
+    def of(self, array: jax.Array) -> Storage:
+        """Another array, stored in this form."""
+
+
+def is_stored(x: Any) -> bool:
+    return isinstance(x, Storage)
+
+
+def as_array(x: Any) -> Any:
+    """An array or a number as an array; as it is if it is stored in another form."""
+    return x if is_stored(x) else jnp.asarray(x)
+
+
+def as_whole(x: Any) -> Any:
+    """The same, not stored in another form."""
+    return x.whole() if isinstance(x, Storage) else jnp.asarray(x)
+
+
+def as_shape(x: Any) -> Any:
+    """An array; of one stored in another form, what it is to a program that does not know that."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Storage) else x
+
+
+def gather_rows(x: Any, ids: jax.Array) -> jax.Array:
     """x[ids], zero where an id is padding. x (num_rows, ...), ids (k,) -> (k, ...)."""
+    if isinstance(x, Storage):
+        return x.rows(ids)
     if x.shape[0] == 0:  # XLA refuses to gather from nothing
         return jnp.zeros(ids.shape + x.shape[1:], x.dtype)
     numbers = jax.lax.GatherDimensionNumbers(
@@ -49,14 +106,14 @@ def gather_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.lax.gather(x, ids[..., None], numbers, (1, *x.shape[1:]), mode="fill", fill_value=0)
 
 
-def copy_rows(x: jax.Array, ids: jax.Array) -> jax.Array:
+def copy_rows(x: Any, ids: jax.Array) -> jax.Array:
     """gather_rows, not to be differentiated, for rows that nothing else is computed from in the same loop.
 
     XLA's CPU backend makes a plain copy of rows 4 bytes at a time; what it has to calculate with, it loads in vectors,
     which is two to three times as fast. So every word is or-ed with n (n + 1) % 2, which XLA does not know to be 0.
     """
     simple = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    if not is_traced(ids) or not simple or x.dtype.itemsize not in (2, 4, 8):
+    if not is_traced(ids) or is_stored(x) or not simple or x.dtype.itemsize not in (2, 4, 8):
         return gather_rows(x, ids)
     word = jnp.dtype(f"int{8 * x.dtype.itemsize}")
 
@@ -87,8 +144,10 @@ def computed_once(
     return jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(always, make, zeros), default=make)
 
 
-def scatter_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
     """x with rows written at the unique `ids`, padding left out. In place when x is donated."""
+    if isinstance(x, Storage):
+        return x.with_rows(ids, rows)
     return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
 

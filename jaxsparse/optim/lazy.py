@@ -21,6 +21,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import check_transformation, message
 from jaxsparse._context import tracing
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
+from jaxsparse.ops.rows import is_stored
 from jaxsparse.trace.pieces import rows_of, write
 from jaxsparse.trace.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
 from jaxsparse.trace.trained import trained_rows
@@ -190,16 +191,20 @@ def plan_update(
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
-    """{name: leaf} in the order of the leaves, a RowSparse being one, and the tree's definition.
+    """{name: leaf} in the order of the leaves, a RowSparse or a `Storage` being one, and the tree's definition.
 
     The boxes that flax puts around parameters (linen's Partitioned, nnx's Variable) do not count for the name: they may
     come and go between init and update.
     """
-    flat, definition = _flatten_with_path(tree, is_leaf=is_row_sparse)
+    flat, definition = _flatten_with_path(tree, is_leaf=_is_one)
     named = {_name(path): leaf for path, leaf in flat}
     if len(named) < len(flat):  # {"a.b": x, "a": {"b": y}}
         named = {_name(path, simple=False): leaf for path, leaf in flat}
     return named, definition
+
+
+def _is_one(x: Any) -> bool:
+    return is_row_sparse(x) or is_stored(x)
 
 
 def per_leaf(make: Any, params: Any) -> Any:

@@ -24,7 +24,7 @@ from jaxsparse._checks import check_transformation, message
 from jaxsparse._context import is_tracing, rows_of
 from jaxsparse._jax import is_traced
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
-from jaxsparse.ops.rows import gather_rows, in_range, scatter_rows, zero_after
+from jaxsparse.ops.rows import as_array, gather_rows, in_range, is_stored, scatter_rows, zero_after
 from jaxsparse.optim import catch_up
 from jaxsparse.optim.lazy import lazy, named_leaves, per_leaf
 
@@ -231,7 +231,7 @@ def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -
 
     def change(view: View, params: dict[str, Any]) -> None:
         for name, (_, whole) in view.stamps.items():
-            params[name] = _flush(view, name, jnp.asarray(params[name]), due(name, view) & (whole != view.state.steps))
+            params[name] = _flush(view, name, as_array(params[name]), due(name, view) & (whole != view.state.steps))
 
     return map_replaying(change, params, opt_state)
 
@@ -246,7 +246,7 @@ def flush_in_time(params: Any, opt_state: Any, dense: Collection[str] = ()) -> t
     return flush_leaves(params, opt_state, due)
 
 
-def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
+def _flush(view: View, name: str, p: Any, is_due: jax.Array) -> Any:
     (stamps, whole), steps = view.stamps[name], view.state.steps
     if p.ndim == 0 or p.shape[0] == 0:  # a scalar's gradient is never row-sparse: it is never behind
         view.put(name, view.slots(name), Stamps(stamps, jnp.where(is_due, steps, whole)))
@@ -256,13 +256,14 @@ def _flush(view: View, name: str, p: jax.Array, is_due: jax.Array) -> jax.Array:
     def body(i: jax.Array, carry: Any) -> Any:
         p, slots, stamps, history = carry
         ids = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        block, at, moments = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots))
+        block, at, moments = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots), is_leaf=is_stored)
         block, moments = view.catch_up(name, block, at, moments, history)
         new = block, moments, jnp.broadcast_to(steps + zero_after(block), ids.shape)
         # Without the barrier XLA would scatter before it has gathered all that it needs, and copy; and what only passes
         # through would be taken for a constant of the loop, and copied because it is donated and written to afterwards.
         new, history = jax.lax.optimization_barrier((new, history))
-        return *jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots, stamps), new), history
+        written = jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots, stamps), new, is_leaf=is_stored)
+        return *written, history
 
     turns = jnp.where(is_due, -(-p.shape[0] // rows), 0)
     carry = p, view.slots(name), stamps, view.state.history

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxsparse._checks import message
 from jaxsparse._context import rows_of
+from jaxsparse.ops.rows import is_stored
 from jaxsparse.optim.lazy import named_leaves
 from jaxsparse.optim.replaying import Stamps, View, flush_in_time, is_replay_state, map_replaying, replay_states
 
@@ -128,5 +129,5 @@ def _changed(replayed: Sequence[Replayed], leaves: Sequence[Any], change: Callab
         params, opt_state = part.params.unflatten(leaves[at]), part.opt_state.unflatten(leaves[opt_state_at])
         numbers = part.params.unflatten(range(at.start, at.stop))
         params, opt_state = change(params, opt_state, numbers)
-        leaves[at], leaves[opt_state_at] = jax.tree.leaves(params), jax.tree.leaves(opt_state)
+        leaves[at], leaves[opt_state_at] = (jax.tree.leaves(x, is_leaf=is_stored) for x in (params, opt_state))
     return leaves

@@ -8,6 +8,7 @@ the processor's caches hold, and only as far as there are rows, of which there m
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.ops.rows import computed_once, copy_rows, gather_rows, in_range, scatter_rows
+from jaxsparse.ops.rows import computed_once, copy_rows, gather_rows, in_range, is_stored, scatter_rows
 
 _PIECE = 1 << 18  # bytes
 
@@ -170,10 +171,15 @@ def write(
     if trained is not None:
         size = ids.shape[0]
         ids = jnp.where(trained, ids, num_rows + size + jnp.arange(size, dtype=jnp.int32))
-    row = max(arrays[i][:1].size * arrays[i].dtype.itemsize for i in new)
+    row = max(math.prod(arrays[i].shape[1:]) * arrays[i].dtype.itemsize for i in new)
     many = max(_PIECE // max(row, 1), 64)
     one_type = all(new[i].dtype == arrays[i].dtype for i in aligned & new.keys())
-    if ids.shape[0] < 4 * many or not one_type or _jax.varying_axes([*arrays.values(), ids]):
+    if (
+        ids.shape[0] < 4 * many
+        or not one_type
+        or any(map(is_stored, arrays.values()))
+        or _jax.varying_axes([*arrays.values(), ids])
+    ):
         return at_once()
     by_pieces = functools.partial(_by_pieces, new, arrays, ids, num_rows, aligned, many)
     return jax.lax.platform_dependent(cpu=by_pieces, default=at_once)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import message, warn
 from jaxsparse._jax import Program
+from jaxsparse.ops.rows import as_whole
 from jaxsparse.trace.known_ids import Known
 from jaxsparse.trace.plan import Plan, Read, Reason
 from jaxsparse.trace.tracing import TracedStep
@@ -68,7 +69,7 @@ class Planned:
 
     def ids_of(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The ids of the reads, given all inputs."""
-        return self.ids([x for x, used in zip(leaves, self.ids.used, strict=False) if used])
+        return self.ids([as_whole(x) for x, used in zip(leaves, self.ids.used, strict=False) if used])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +275,7 @@ def _stand_in(x: Any) -> jax.Array:
 
 def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:
     """Some rows of a leaf of the state. `table`: the leaf, where it is to be read there."""
-    return Rows(block, i, whole=lambda walk: leaf, table=table)
+    return Rows(block, i, whole=lambda walk: as_whole(leaf), table=table)
 
 
 def rows_of_update(block: jax.Array, i: int) -> Rows:

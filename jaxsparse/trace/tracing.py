@@ -13,6 +13,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import Modules, is_library, message
 from jaxsparse._context import tracing
 from jaxsparse._jax import Equation, Program
+from jaxsparse.ops.rows import as_shape, is_stored
 from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.states import found_states, named_states
 
@@ -37,6 +38,7 @@ class TracedStep:
     """A step's program, whose inputs are the leaves of its arguments.
 
     Attributes:
+      leaves: arrays, or what is stored in another form.
       places: for a leaf of the state, by its number, the number of the output that it becomes.
       donated: the leaves of all arguments that are given as state.
       paths: of these.
@@ -78,6 +80,8 @@ def trace_step(
       state_argnums: as of `rowwise`.
     """
     check_arguments(args, kwargs)
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=is_stored)
+    args, kwargs = jax.tree.map(as_shape, (args, kwargs), is_leaf=is_stored)
     numbers = [state_argnums] if isinstance(state_argnums, int) else list(state_argnums or ())
     for n in numbers:
         if not -len(args) <= n < len(args):
@@ -85,7 +89,7 @@ def trace_step(
             must = f"positions among the {len(args)} positional arguments"
             raise TypeError(message("jit or js.rowwise", "donate_argnums or state_argnums", must, n, do))
     numbers = [n % len(args) for n in numbers]
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    shapes, tree = jax.tree.flatten((args, kwargs))
     out_tree: list[Any] = []
 
     def flat_step(*leaves: Any) -> list[Any]:
@@ -98,7 +102,7 @@ def trace_step(
         out_tree[:] = [tree_of_out]
         return out_leaves
 
-    program = _jax.trace(flat_step, *leaves)
+    program = _jax.trace(flat_step, *shapes)
     (structure,) = out_tree
     starts = [len(jax.tree.leaves(args[:n])) for n in range(len(args))]
     with_paths = jax.tree_util.tree_flatten_with_path(args)[0]
@@ -116,7 +120,7 @@ def trace_step(
     places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
     donated = [i for n in numbers for i in leaves_of[n]]
     return TracedStep(
-        read_apart(program, leaves, places),
+        read_apart(program, shapes, places),
         leaves,
         places,
         set(donated),

@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxsparse._checks import message
 from jaxsparse.data.pipeline import Batches
+from jaxsparse.ops.rows import is_stored
 from jaxsparse.train.refresh import check_flushed
+from jaxsparse.train.rowwise import on_rows, prepare_step
 
 
 def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any) -> dict[str, float]:
@@ -46,7 +48,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
 
 def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: str, argument: str) -> dict[str, float]:
     check_flushed(function, getattr(state, "opt_state", None))
-    compiled = jax.jit(metric_fn)
+    compiled = jax.jit(reading_rows(metric_fn))
     totals: dict[str, float] = {}
     weight, batch = 0.0, None
     for batch in one_epoch(batches):
@@ -60,6 +62,22 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
     if not weight:
         totals = dict.fromkeys(compiled.eval_shape(state.params, batch), 0.0)
     return {name: total / weight if weight else float("nan") for name, total in totals.items()}
+
+
+def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """fun(params, *args), which reads rows of parameters that are stored in another form."""
+
+    def step(params: Any, *args: Any) -> Any:
+        return params, fun(params, *args)
+
+    def run(params: Any, *args: Any) -> Any:
+        if not any(map(is_stored, jax.tree.leaves(params, is_leaf=is_stored))):
+            return fun(params, *args)
+        prepared = prepare_step(step, (params, *args), {}, 0)
+        traced = prepared.planned.traced
+        return traced.unflatten(on_rows(prepared, traced.leaves))[1]
+
+    return run
 
 
 def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, Any]:
@@ -145,7 +163,7 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
     if wrong:
         got, do = f"batches with {', '.join(wrong)}", "Make batches of their own for predictions."
         raise ValueError(message("predict", "batches", "all examples in their order", got, do))
-    compiled, out = jax.jit(apply_fn), []
+    compiled, out = jax.jit(reading_rows(apply_fn)), []
     left = batches.num_examples
     for batch in batches.one_epoch():
         said = compiled(state.params, batch.x)

@@ -20,6 +20,7 @@ import jax
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
+from jaxsparse.ops.rows import is_stored
 from jaxsparse.trace.planning import PlannedStep, announce
 from jaxsparse.trace.tracing import check_arguments
 from jaxsparse.train.device_rows import knows_all
@@ -296,6 +297,7 @@ class _Program:
         traced = planned.traced
         announce(planned)
         self._unflatten, self._num_leaves = traced.unflatten, len(traced.leaves)
+        self._stored = {i: x for i, x in enumerate(traced.leaves) if is_stored(x)}
         self._donated = sorted(traced.donated)
         self._kept = [i for i in range(len(traced.leaves)) if i not in traced.donated]
         self._used = [i for i, used in enumerate(planned.ids.used[: self._num_leaves]) if used]
@@ -326,7 +328,16 @@ class _Program:
 
     def _apart(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         kept = [leaves[i] for i in self._kept]
-        return _jax.without_repeats([leaves[i] for i in self._donated], kept), kept
+        donated = _jax.without_repeats([leaves[i] for i in self._donated], kept)
+        if not self._stored:
+            return donated, kept
+        return self._as_stored(self._donated, donated), self._as_stored(self._kept, kept)
+
+    def _as_stored(self, numbers: list[int], arrays: list[Any]) -> list[Any]:
+        return [
+            jax.tree.unflatten(jax.tree.structure(self._stored[i]), [x]) if i in self._stored else x
+            for i, x in zip(numbers, arrays, strict=True)
+        ]
 
     def __call__(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]

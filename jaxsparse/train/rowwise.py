@@ -15,11 +15,12 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse.ops.rows import zero_after
+from jaxsparse.ops.rows import as_array, as_shape, as_whole, is_stored, zero_after
 from jaxsparse.optim.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
 from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.known_ids import find_known
@@ -105,7 +106,7 @@ def evaluate_by_ids(
     prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
 ) -> list[Any]:
     """As `evaluate`, on the rows that the ids of the reads name. `axes`, `alone`: as of `on_rows`."""
-    planned, leaves = prepared.planned, [jnp.asarray(x) for x in leaves]
+    planned, leaves = prepared.planned, list(map(as_array, leaves))
     ids = ids_of(planned, leaves, axes)
     spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
     outs = evaluate(prepared, leaves, spaces, alone=alone)
@@ -129,16 +130,17 @@ def prepare_step(
     step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
 ) -> Prepared:
     """Traces a step, behind a catch-up of what it replays, and plans it."""
-    replayed = find_replayed((args, kwargs))
+    replayed = find_replayed(jax.tree.map(as_shape, (args, kwargs), is_leaf=is_stored))
     prepare = functools.partial(catch_up, replayed)
     traced = trace_step(step, args, kwargs, state_argnums, prepare)
+    shapes = list(map(as_shape, traced.leaves))
     try:
-        planned = plan_step(traced, traced.leaves, history_of(replayed))
+        planned = plan_step(traced, shapes, history_of(replayed))
     except NoStateError:
         if state_argnums is not None:
             raise
         traced = trace_step(step, args, kwargs, (), prepare)
-        planned = plan_step(traced, traced.leaves, history_of(replayed))
+        planned = plan_step(traced, shapes, history_of(replayed))
     planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
@@ -160,11 +162,13 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         c: s._replace(trained=prepared.trained[c].among(s.ids)) if c in prepared.trained else s
         for c, s in spaces.items()
     }
-    arrays = flush_before(prepared.replayed, [jnp.asarray(x) for x in leaves], planned.leaves)
+    arrays = flush_before(prepared.replayed, list(map(as_array, leaves)), planned.leaves)
     later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
     walk = Walk(planned.plan, spaces, alone=alone, later=later)
     values = [
-        rows_of_leaf(walk.leaf(x, i), i, x, x if later else None) if i in planned.leaves else Whole(x)
+        rows_of_leaf(walk.leaf(x, i), i, x, x if later and not is_stored(x) else None)
+        if i in planned.leaves
+        else Whole(as_whole(x))
         for i, x in enumerate(arrays)
     ]
     outs = walk.run(planned.program, values)
@@ -183,6 +187,9 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         old = {i: arrays[i] for i in of_class[c]}
         for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
             results[places[i]] = x
+    for i, x in enumerate(leaves):
+        if is_stored(x) and i in places and i not in planned.leaves:
+            results[places[i]] = x.of(results[places[i]])
     return results
 
 

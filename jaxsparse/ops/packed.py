@@ -1,0 +1,163 @@
+"""Tables of narrow rows as a TPU wants them: several rows beside each other in one row of 128 columns.
+
+A TPU keeps an array in tiles of 128 columns. A table (num_rows, d) whose d is no multiple of that is either padded, or
+laid out by columns; XLA does the latter, and then copies the whole table to read or write some of its rows. Packed, it
+is read and written by packed rows, of which only the columns that belong to the rows in question change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+
+from jaxsparse.ops.rows import Storage, compact_with_slots, distinct_rows, gather_rows, in_range, scatter_rows
+
+LANES = 128  # columns of a tile
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Packed(Storage):
+    """An array (num_rows, ...) that `js.pack` has packed. It is a pytree with one leaf, and `np.asarray` unpacks it.
+
+    Attributes:
+      data: (packed rows, a multiple of 128). Row i is in packed row i // k, k rows beside each other.
+      shape, dtype, ndim, size: of the array.
+    """
+
+    def __init__(self, data: Any, shape: Sequence[int]) -> None:
+        self.data, self.shape = data, tuple(shape)
+
+    def tree_flatten_with_keys(self) -> tuple[Any, tuple[int, ...]]:
+        return ((jax.tree_util.GetAttrKey("data"), self.data),), self.shape
+
+    @classmethod
+    def tree_unflatten(cls, shape: tuple[int, ...], children: Any) -> Packed:
+        return cls(*children, shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.data.dtype
+
+    @property
+    def sharding(self) -> Any:
+        return self.data.sharding
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        k, width, _ = _form(self.shape)
+        rows = np.asarray(self.data)[:, : k * width].reshape(-1, *self.shape[1:])[: self.shape[0]]
+        return rows if dtype is None else rows.astype(dtype)
+
+    def __repr__(self) -> str:
+        return f"Packed({getattr(self.dtype, 'name', self.dtype)}{list(self.shape)})"
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        k, width, _ = _form(self.shape)
+        packed = gather_rows(self.data, self._packed_ids(ids))
+        if k == 1:
+            return packed[:, :width].reshape(*ids.shape, *self.shape[1:])
+        # of words, so that a row keeps its bits
+        words = jax.lax.bitcast_convert_type(packed, f"int{8 * self.dtype.itemsize}")
+        words = jnp.where(self._is_lane(ids), words, 0)
+        if width > 1:
+            words = words[:, : k * width].reshape(-1, k, width)
+        rows = jax.lax.bitcast_convert_type(jax.lax.reduce_or(words, (1,)), self.dtype)
+        return rows.reshape(*ids.shape, *self.shape[1:])
+
+    def with_rows(self, ids: jax.Array, rows: jax.Array) -> Packed:
+        k, width, columns = _form(self.shape)
+        rows, packed = rows.reshape(-1, width), self._packed_ids(ids)
+        if k == 1:
+            rows = jnp.pad(rows, ((0, 0), (0, columns - width)))
+            return Packed(scatter_rows(self.data, packed, rows), self.shape)
+        n, num_packed = ids.shape[0], self.data.shape[0]
+        unique, at = _grouped(packed, num_packed)
+        is_lane = self._is_lane(ids)
+        nothing = jnp.array(-0.0 if jnp.issubdtype(self.dtype, jnp.inexact) else 0, self.dtype)  # x + nothing is x
+        wide = jnp.broadcast_to(rows, (n, columns)) if width == 1 else jnp.tile(rows, (1, k))
+        wide = jnp.where(is_lane, jnp.pad(wide, ((0, 0), (0, columns - wide.shape[1]))), nothing)
+        new = jnp.full((n, columns), nothing).at[at].add(wide, mode="drop")
+        changed = jnp.zeros((n, columns), jnp.int8).at[at].add(is_lane.astype(jnp.int8), mode="drop") > 0
+        new = jnp.where(changed, new, gather_rows(self.data, unique))
+        return Packed(scatter_rows(self.data, unique, new), self.shape)
+
+    def whole(self) -> jax.Array:
+        k, width, _ = _form(self.shape)
+        return self.data[:, : k * width].reshape(-1, *self.shape[1:])[: self.shape[0]]
+
+    def of(self, array: Any) -> Packed:
+        return pack_array(array)
+
+    def _packed_ids(self, ids: jax.Array) -> jax.Array:
+        """The packed rows in which rows are, int32, their number for what is no row."""
+        k, _, _ = _form(self.shape)
+        return jnp.where(in_range(ids, self.shape[0]), ids // k, self.data.shape[0])
+
+    def _is_lane(self, ids: jax.Array) -> jax.Array:
+        """Which columns of its packed row each row has: bool (n, columns)."""
+        k, width, columns = _form(self.shape)
+        return jnp.arange(columns)[None] // width == (ids % k)[:, None]
+
+
+def pack_array(x: Any) -> Packed:
+    """An array (num_rows, ...), or an abstract one, packed."""
+    k, _, columns = _form(x.shape)
+    num_packed = -(-x.shape[0] // k)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return Packed(jax.ShapeDtypeStruct((num_packed, columns), x.dtype, sharding=x.sharding), x.shape)
+    return Packed(_packed(jnp.asarray(x)), x.shape)
+
+
+def is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def is_narrow(x: Any) -> bool:
+    """Whether an array has rows of which XLA copies all on TPU to read or write some."""
+    shape = getattr(x, "shape", ())
+    if is_packed(x) or len(shape) < 1 or 0 in shape or not hasattr(x, "dtype"):
+        return False
+    simple = jnp.issubdtype(x.dtype, jnp.number) and jnp.dtype(x.dtype).itemsize in (1, 2, 4)
+    return simple and math.prod(shape[1:]) % LANES != 0
+
+
+def _form(shape: Sequence[int]) -> tuple[int, int, int]:
+    """How many rows are packed into one, how many numbers a row has, and how many columns a packed one."""
+    width = math.prod(shape[1:])
+    return max(LANES // width, 1), width, -(-width // LANES) * LANES
+
+
+@jax.jit
+def _packed(x: jax.Array) -> jax.Array:
+    k, width, columns = _form(x.shape)
+    x = jnp.pad(x.reshape(x.shape[0], width), ((0, -x.shape[0] % k), (0, 0)))
+    x = x.reshape(-1, k * width)
+    return jnp.pad(x, ((0, 0), (0, columns - k * width)))
+
+
+@jax.jit
+def unpack_array(x: Packed) -> jax.Array:
+    return x.whole()
+
+
+def _grouped(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """As of `distinct_rows`, of ids that most often are in order."""
+    n = ids.shape[0]
+    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & in_range(ids, num_rows)
+
+    def in_order() -> tuple[jax.Array, jax.Array]:
+        unique, at = compact_with_slots(ids, first, num_rows, n)
+        return unique, jnp.where(in_range(ids, num_rows), at, n)
+
+    return jax.lax.cond(jnp.all(ids[1:] >= ids[:-1]), in_order, lambda: distinct_rows(ids, num_rows, n))
+
+
+serialization.register_serialization_state(
+    Packed, unpack_array, lambda x, state: pack_array(jnp.asarray(state, x.dtype))
+)

@@ -1,0 +1,76 @@
+"""`pack`: a state whose tables of narrow rows are stored as a TPU wants them, and what says that they should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxsparse._checks import chosen_paths, message
+from jaxsparse.ops.packed import is_narrow, is_packed, pack_array, unpack_array
+from jaxsparse.optim.replaying import replay_states
+
+MIN_ROWS = 1 << 16  # of a table that is packed without being named
+
+
+def pack(tree: Any, tables: Any = None) -> Any:
+    """A state whose tables are packed for TPU, where a step that reads rows would copy whole tables otherwise.
+
+    That is so on TPU for tables whose rows are no multiple of 128 numbers; `js.explain` and `js.jit` say so. There are
+    128 // d rows of d numbers in a packed one, and rows of more than 128 are padded to the next multiple: memory grows
+    by less than 1 % where d divides 128, and to 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`,
+    `js.make_train_step`, `js.evaluate` and `js.predict` take a packed state in place of the other; what they are given
+    (a step, a loss, a metric) sees arrays (num_rows, ...) as before, and what it uses as a whole is unpacked for it. To
+    everything else, `js.unpack` first. What flax.serialization saves of a packed state is what it saves of the
+    unpacked one.
+
+    Args:
+      tree: a pytree, the optimizer's state with its parameters: a TrainState, for one. Arrays and ShapeDtypeStructs.
+      tables: which leaves: parts of their paths, as in `js.value_and_grad`, or a function of (path, leaf). None: all
+        of at least 65,536 rows. Of these, those whose rows are no multiple of 128 numbers.
+
+    Returns:
+      The tree, with `Packed` in their places. On other platforms it is right too, and slower.
+
+    Raises:
+      ValueError: if `tables` names no leaf, or a table's rows are on several devices.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> packed = js.pack({"t": jnp.ones((1000, 16)), "w": jnp.ones(16)}, tables="t")
+      >>> packed["t"], packed["t"].data.shape
+      (Packed(float32[1000, 16]), (125, 128))
+      >>> js.unpack(packed)["t"].shape
+      (1000, 16)
+    """
+    with_paths, definition = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    paths, leaves = [jax.tree_util.keystr(path) for path, _ in with_paths], [x for _, x in with_paths]
+    if tables is None:
+        history = {id(x) for state in replay_states(tree) for x in state.history.values()}  # has steps for rows
+        chosen = [is_narrow(x) and x.shape[0] >= MIN_ROWS and id(x) not in history for x in leaves]
+    else:
+        chosen = chosen_paths("pack", tables, paths, leaves)
+    out = []
+    for path, x, flag in zip(paths, leaves, chosen, strict=True):
+        out.append(pack_array(x) if flag and is_narrow(x) else x)
+        sharding = getattr(x, "sharding", None)
+        if out[-1] is not x and sharding is not None and not sharding.is_fully_replicated:
+            do = "Give a table over several devices rows of a multiple of 128 numbers."
+            raise ValueError(
+                message("pack", "tree", "one whose tables are whole on each device", f"{path}: {sharding}", do)
+            )
+    return jax.tree.unflatten(definition, out)
+
+
+def unpack(tree: Any) -> Any:
+    """A tree that `js.pack` has packed, as it was: with arrays (num_rows, ...).
+
+    Args:
+      tree: any pytree.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsparse as js
+      >>> js.unpack(js.pack(jnp.arange(6.).reshape(3, 2), tables=lambda path, x: True)).tolist()
+      [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+    """
+    return jax.tree.map(lambda x: unpack_array(x) if is_packed(x) else x, tree, is_leaf=is_packed)
