@@ -453,6 +453,12 @@ def _devices(x: Any) -> frozenset[Any]:
     return frozenset() if sharding is None else frozenset(sharding.device_set)
 
 
+def platform_of(arrays: Iterable[Any]) -> str:
+    """Where a program of these arrays, or abstract ones, runs."""
+    devices = next(filter(None, map(_devices, arrays)), None)
+    return jax.default_backend() if devices is None else next(iter(devices)).platform
+
+
 def without_repeats(arrays: Sequence[Any], kept: Sequence[Any] = ()) -> list[Any]:
     """The arrays, those being copied that are there already, or are kept: no buffer can be donated twice, nor used
     beside."""

@@ -1,8 +1,8 @@
 """Tables of narrow rows as a TPU wants them: several rows beside each other in one row of 128 columns.
 
-A TPU keeps an array in tiles of 128 columns. A table (num_rows, d) whose d is no multiple of that is either padded, or
-laid out by columns; XLA does the latter, and then copies the whole table to read or write some of its rows. Packed, it
-is read and written by packed rows, of which only the columns that belong to the rows in question change.
+A TPU keeps an array in tiles of 128 columns. XLA lays out a table (num_rows, d) by columns where d is no multiple of
+that, and copies all of it to read or write some of its rows. Packed, it is read and written by packed rows, of which
+only the columns of the rows in question change. Arrays (num_rows,) need none of this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LANES = 128  # columns of a tile
 
 @jax.tree_util.register_pytree_with_keys_class
 class Packed(Storage):
-    """An array (num_rows, ...) that `js.pack` has packed. It is a pytree with one leaf, and `np.asarray` unpacks it.
+    """An array (num_rows, d, ...) that `js.pack` has packed. It is a pytree with one leaf, and `np.asarray` unpacks it.
 
     Attributes:
       data: (packed rows, a multiple of 128). Row i is in packed row i // k, k rows beside each other.
@@ -38,7 +38,8 @@ class Packed(Storage):
 
     @classmethod
     def tree_unflatten(cls, shape: tuple[int, ...], children: Any) -> Packed:
-        return cls(*children, shape)
+        (data,) = children
+        return cls(data, shape)
 
     @property
     def dtype(self) -> Any:
@@ -59,12 +60,10 @@ class Packed(Storage):
 
     def rows(self, ids: jax.Array) -> jax.Array:
         k, width, _ = _form(self.shape)
-        packed = gather_rows(self.data, self._packed_ids(ids))
         if k == 1:
-            return packed[:, :width].reshape(*ids.shape, *self.shape[1:])
-        # of words, so that a row keeps its bits
-        words = jax.lax.bitcast_convert_type(packed, f"int{8 * self.dtype.itemsize}")
-        words = jnp.where(self._is_lane(ids), words, 0)
+            return gather_rows(self.data, ids)[:, :width].reshape(*ids.shape, *self.shape[1:])
+        packed = gather_rows(self.data, self._packed_ids(ids))
+        words = jnp.where(self._is_lane(ids), self._words(packed), 0)
         if width > 1:
             words = words[:, : k * width].reshape(-1, k, width)
         rows = jax.lax.bitcast_convert_type(jax.lax.reduce_or(words, (1,)), self.dtype)
@@ -72,19 +71,19 @@ class Packed(Storage):
 
     def with_rows(self, ids: jax.Array, rows: jax.Array) -> Packed:
         k, width, columns = _form(self.shape)
-        rows, packed = rows.reshape(-1, width), self._packed_ids(ids)
+        rows = rows.reshape(-1, width)
         if k == 1:
             rows = jnp.pad(rows, ((0, 0), (0, columns - width)))
-            return Packed(scatter_rows(self.data, packed, rows), self.shape)
+            return Packed(scatter_rows(self.data, ids, rows), self.shape)
         n, num_packed = ids.shape[0], self.data.shape[0]
-        unique, at = _grouped(packed, num_packed)
+        unique, at = _grouped(self._packed_ids(ids), num_packed)
         is_lane = self._is_lane(ids)
-        nothing = jnp.array(-0.0 if jnp.issubdtype(self.dtype, jnp.inexact) else 0, self.dtype)  # x + nothing is x
-        wide = jnp.broadcast_to(rows, (n, columns)) if width == 1 else jnp.tile(rows, (1, k))
-        wide = jnp.where(is_lane, jnp.pad(wide, ((0, 0), (0, columns - wide.shape[1]))), nothing)
-        new = jnp.full((n, columns), nothing).at[at].add(wide, mode="drop")
+        words = self._words(rows)  # which are added to 0, so that a row keeps its bits
+        words = jnp.broadcast_to(words, (n, columns)) if width == 1 else jnp.tile(words, (1, k))
+        words = jnp.where(is_lane, jnp.pad(words, ((0, 0), (0, columns - words.shape[1]))), 0)
+        words = jnp.zeros((n, columns), words.dtype).at[at].add(words, mode="drop")
         changed = jnp.zeros((n, columns), jnp.int8).at[at].add(is_lane.astype(jnp.int8), mode="drop") > 0
-        new = jnp.where(changed, new, gather_rows(self.data, unique))
+        new = jnp.where(changed, jax.lax.bitcast_convert_type(words, self.dtype), gather_rows(self.data, unique))
         return Packed(scatter_rows(self.data, unique, new), self.shape)
 
     def whole(self) -> jax.Array:
@@ -98,6 +97,9 @@ class Packed(Storage):
         """The packed rows in which rows are, int32, their number for what is no row."""
         k, _, _ = _form(self.shape)
         return jnp.where(in_range(ids, self.shape[0]), ids // k, self.data.shape[0])
+
+    def _words(self, rows: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(rows, jnp.dtype(f"int{8 * self.dtype.itemsize}"))
 
     def _is_lane(self, ids: jax.Array) -> jax.Array:
         """Which columns of its packed row each row has: bool (n, columns)."""
@@ -119,9 +121,9 @@ def is_packed(x: Any) -> bool:
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether an array has rows of which XLA copies all on TPU to read or write some."""
+    """Whether an array is one that XLA copies whole on TPU to read or write some of its rows."""
     shape = getattr(x, "shape", ())
-    if is_packed(x) or len(shape) < 1 or 0 in shape or not hasattr(x, "dtype"):
+    if is_packed(x) or len(shape) < 2 or 0 in shape or not hasattr(x, "dtype"):
         return False
     simple = jnp.issubdtype(x.dtype, jnp.number) and jnp.dtype(x.dtype).itemsize in (1, 2, 4)
     return simple and math.prod(shape[1:]) % LANES != 0

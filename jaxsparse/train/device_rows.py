@@ -46,9 +46,10 @@ class Ids(NamedTuple):
 
     def checked(self, x: Any, given: Sequence[Any]) -> Any:
         """An array that is NaN if something is wrong; as it is, if it is one of those given."""
-        if self.wrong is None or not jnp.issubdtype(x.dtype, jnp.inexact) or any(x is y for y in given):
+        wrong = self.wrong
+        if wrong is None or not jnp.issubdtype(x.dtype, jnp.inexact) or any(x is y for y in given):
             return x
-        return jax.tree.map(lambda x: jnp.where(self.wrong, jnp.nan, x), x)
+        return jax.tree.map(lambda x: jnp.where(wrong, jnp.nan, x), x)
 
 
 def ids_of(planned: Planned, leaves: Sequence[Any], axes: Sequence[Any] = ()) -> Ids:

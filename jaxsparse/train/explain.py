@@ -21,6 +21,7 @@ from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned
 from jaxsparse.train.grad import Tables, closed_advice, plan_gradient
 from jaxsparse.train.jit import JittedStep
+from jaxsparse.train.packing import copied_whole
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05
@@ -131,7 +132,7 @@ def explain(
 
 
 def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
-    planned = step.plan(*args, **kwargs)
+    planned, platform = step.plan(*args, **kwargs), _jax.platform_of(jax.tree.leaves((args, kwargs)))
     find, traced = planned.plan.find, planned.traced
     out = {}
     for i in sorted(traced.places):
@@ -140,6 +141,8 @@ def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
         of_class = [r.node for r in planned.reads if find(r.node) == c and r.node in planned.leaves]
         table = traced.paths[of_class[0]] if of_class else ""
         left_alone = "Rows that are not read are left alone."
+        if copied_whole(traced.leaves[i], platform):
+            left_alone += " On TPU, XLA copies all others to read and write these: js.pack(state) avoids it."
         cause = str(planned.dense.get(i, "not read by rows"))
         out[path] = Parameter(
             path=path,

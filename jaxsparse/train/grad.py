@@ -20,7 +20,7 @@ from jaxsparse._checks import check_no_modules, chosen_paths, message, warn
 from jaxsparse._context import is_tracing, tracing
 from jaxsparse._jax import Program, vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
-from jaxsparse.ops.rows import gather_rows, zero_after
+from jaxsparse.ops.rows import gather_rows, is_stored, zero_after
 from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.known_ids import Known, find_known
 from jaxsparse.trace.plan import Reason
@@ -163,7 +163,7 @@ def plan_gradient(
     """Traces `fun` and its gradient with respect to the arguments in `argnums`; everything else is closed over."""
     several = not isinstance(argnums, int)
     numbers = _numbers(argnums, args)
-    with_paths = jax.tree_util.tree_flatten_with_path([args[n] for n in numbers])[0]
+    with_paths = jax.tree_util.tree_flatten_with_path([args[n] for n in numbers], is_leaf=is_stored)[0]
     treedef = jax.tree.structure([args[n] for n in numbers])
     leaves: Any = [_check_leaf(x, jax.tree_util.keystr(path[1:])) for path, x in with_paths]
     leaves = vary(leaves, varying_axes((args, kwargs)))
@@ -344,6 +344,9 @@ def closed_advice(why: Reason) -> str:
 
 def _check_leaf(x: Any, path: str) -> Any:
     must, at = "arguments whose leaves are floating arrays", f" at {path}" if path else ""
+    if is_stored(x):
+        do = "Packed tables are for js.jit; differentiate js.unpack(params)."
+        raise TypeError(message("value_and_grad", "argnums", must, f"a {type(x).__name__} table{at}", do))
     if not hasattr(x, "dtype") and not isinstance(x, float):
         do = "Pass what is no parameter in another argument, or close over it (eqx.partition, nnx.split)."
         raise TypeError(message("value_and_grad", "argnums", must, f"a {type(x).__name__}{at}", do))

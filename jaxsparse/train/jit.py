@@ -25,6 +25,7 @@ from jaxsparse.trace.planning import PlannedStep, announce
 from jaxsparse.trace.tracing import check_arguments
 from jaxsparse.train.device_rows import knows_all
 from jaxsparse.train.host_rows import HostRows
+from jaxsparse.train.packing import warn_of_copies
 from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, prepare_step, rowwise
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -236,6 +237,7 @@ class JittedStep:
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
             program = self._programs[key] = _Program(step, abstract[0], abstract[1], states, self._rows)
+            program.warn(_jax.platform_of(leaves))
         return leaves, program
 
 
@@ -309,6 +311,12 @@ class _Program:
         self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
         self._on_host = jax.jit(self._with_rows, donate_argnums=0)
         self._on_device = jax.jit(self._with_ids, donate_argnums=0)
+
+    def warn(self, platform: str) -> None:
+        """Warns of what this step costs on this platform."""
+        traced = self.planned.traced
+        tables = {traced.paths[i]: traced.leaves[i] for i in self.planned.leaves}
+        warn_of_copies(traced.name, tables, platform)
 
     def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
         leaves = self._together(donated, kept)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxsparse._checks import chosen_paths, message
+from jaxsparse._checks import chosen_paths, message, warn
 from jaxsparse.ops.packed import is_narrow, is_packed, pack_array, unpack_array
 from jaxsparse.optim.replaying import replay_states
 
@@ -14,20 +14,22 @@ MIN_ROWS = 1 << 16  # of a table that is packed without being named
 
 
 def pack(tree: Any, tables: Any = None) -> Any:
-    """A state whose tables are packed for TPU, where a step that reads rows would copy whole tables otherwise.
+    """A state whose tables are packed for TPU, where a step would copy them whole otherwise.
 
-    That is so on TPU for tables whose rows are no multiple of 128 numbers; `js.explain` and `js.jit` say so. There are
-    128 // d rows of d numbers in a packed one, and rows of more than 128 are padded to the next multiple: memory grows
-    by less than 1 % where d divides 128, and to 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`,
+    On TPU, XLA copies tables whose rows are no multiple of 128 numbers at each step that reads some of their rows;
+    `js.jit` warns of that, and `js.explain` says of which. A packed row has 128 // d rows of d numbers beside each
+    other; rows of more than 128 numbers are padded to the next multiple. So memory stays the same where d divides 128,
+    and is 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`,
     `js.make_train_step`, `js.evaluate` and `js.predict` take a packed state in place of the other; what they are given
     (a step, a loss, a metric) sees arrays (num_rows, ...) as before, and what it uses as a whole is unpacked for it. To
     everything else, `js.unpack` first. What flax.serialization saves of a packed state is what it saves of the
     unpacked one.
 
     Args:
-      tree: a pytree, the optimizer's state with its parameters: a TrainState, for one. Arrays and ShapeDtypeStructs.
+      tree: a pytree of parameters and the optimizer's state: a TrainState, for one. Arrays (num_rows, d, ...), or
+        abstract ones.
       tables: which leaves: parts of their paths, as in `js.value_and_grad`, or a function of (path, leaf). None: all
-        of at least 65,536 rows. Of these, those whose rows are no multiple of 128 numbers.
+        of at least 65,536 rows. Of these, those are packed whose rows are no multiple of 128 numbers.
 
     Returns:
       The tree, with `Packed` in their places. On other platforms it is right too, and slower.
@@ -60,6 +62,24 @@ def pack(tree: Any, tables: Any = None) -> Any:
                 message("pack", "tree", "one whose tables are whole on each device", f"{path}: {sharding}", do)
             )
     return jax.tree.unflatten(definition, out)
+
+
+def copied_whole(x: Any, platform: str) -> bool:
+    """Whether a step that reads rows of an array has to copy all of it: what `pack` is for."""
+    return platform == "tpu" and is_narrow(x)
+
+
+def warn_of_copies(name: str, tables: dict[str, Any], platform: str) -> None:
+    """Warns once of the arrays, by path, that a step copies whole."""
+    paths = [path for path, x in tables.items() if copied_whole(x, platform)]
+    if paths and (name, *paths) not in _WARNED:
+        _WARNED.add((name, *paths))
+        size = sum(x.size * x.dtype.itemsize for path, x in tables.items() if path in paths) / 1e6
+        do = "Pack them before the first step: state = js.pack(state)."
+        warn(f"{name}: on TPU, XLA copies {', '.join(paths)} at each step, {size:,.0f} MB to and fro. {do}")
+
+
+_WARNED: set[tuple[str, ...]] = set()
 
 
 def unpack(tree: Any) -> Any:
