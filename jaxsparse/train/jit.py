@@ -20,13 +20,10 @@ import jax
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse.ops.rows import is_stored
-from jaxsparse.trace.planning import PlannedStep, announce
+from jaxsparse.trace.planning import PlannedStep
 from jaxsparse.trace.tracing import check_arguments
-from jaxsparse.train.device_rows import knows_all
-from jaxsparse.train.host_rows import HostRows
-from jaxsparse.train.packing import warn_of_copies
-from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, prepare_step, rowwise
+from jaxsparse.train.program import Lowered, StepProgram
+from jaxsparse.train.rowwise import rowwise
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -140,7 +137,7 @@ class JittedStep:
         self._step, self._donate, self._rows = step, donate, rows
         self._static, self._static_names = _both_ways(step, static, static_names)
         self._signature = _signature(step)
-        self._programs: dict[Any, _Program] = {}
+        self._programs: dict[Any, StepProgram] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, program = self._program(args, kwargs)
@@ -221,7 +218,7 @@ class JittedStep:
             )
         return *self._dynamic(args, kwargs), static
 
-    def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], _Program | None]:
+    def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], StepProgram | None]:
         """The leaves of what is not static, and the program for such leaves: none inside of another trace."""
         step, args, kwargs, states, static = self._dynamic_by_position(args, kwargs)
         leaves, tree = _flatten((args, kwargs))
@@ -236,7 +233,7 @@ class JittedStep:
         program = self._programs.get(key)
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
-            program = self._programs[key] = _Program(step, abstract[0], abstract[1], states, self._rows)
+            program = self._programs[key] = StepProgram(step, abstract[0], abstract[1], states, self._rows)
             program.warn(_jax.platform_of(leaves))
         return leaves, program
 
@@ -260,153 +257,3 @@ def _both_ways(
     numbers = tuple(n % len(by_position) if n < 0 else n for n in numbers)
     both = dict.fromkeys((*names, *(by_position[n] for n in numbers if n < len(by_position))))
     return tuple(dict.fromkeys((*numbers, *(by_position.index(k) for k in names if k in by_position)))), tuple(both)
-
-
-class Lowered:
-    """What jax.jit's `lower` returns; what it compiles to is called with the step's arguments."""
-
-    def __init__(self, lowered: Any, call: Callable[..., Any]) -> None:
-        self._lowered, self._call = lowered, call
-
-    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
-        return Compiled(self._lowered.compile(*args, **kwargs), self._call)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lowered, name)
-
-
-class Compiled:
-    """What `Lowered.compile` returns."""
-
-    def __init__(self, compiled: Any, call: Callable[..., Any]) -> None:
-        self._compiled, self._call = compiled, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(self._compiled, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._compiled, name)
-
-
-class _Program:
-    """A step for arguments of some structure, shapes and dtypes."""
-
-    def __init__(
-        self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...] | None, rows: Any
-    ) -> None:
-        self._prepared = prepare_step(step, args, kwargs, states, rows)
-        self.planned = planned = self._prepared.planned
-        traced = planned.traced
-        announce(planned)
-        self._unflatten, self._num_leaves = traced.unflatten, len(traced.leaves)
-        self._stored = {i: x for i, x in enumerate(traced.leaves) if is_stored(x)}
-        self._donated = sorted(traced.donated)
-        self._kept = [i for i in range(len(traced.leaves)) if i not in traced.donated]
-        self._used = [i for i, used in enumerate(planned.ids.used[: self._num_leaves]) if used]
-        self._knows_all = knows_all(planned, traced.leaves)
-        self._host = HostRows(planned)
-        self._ids = jax.jit(lambda leaves: self._host.wanted(planned.ids(leaves)))
-        # state first: JAX pairs donated arrays with outputs of their shape in order
-        self._order = [traced.places[i] for i in self._donated if i in traced.places]
-        self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
-        self._on_host = jax.jit(self._with_rows, donate_argnums=0)
-        self._on_device = jax.jit(self._with_ids, donate_argnums=0)
-
-    def warn(self, platform: str) -> None:
-        """Warns of what this step costs on this platform."""
-        traced = self.planned.traced
-        tables = {traced.paths[i]: traced.leaves[i] for i in self.planned.leaves}
-        warn_of_copies(traced.name, tables, platform)
-
-    def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
-        leaves = self._together(donated, kept)
-        if chosen is None:
-            outs = evaluate_by_ids(self._prepared, leaves)
-        else:
-            outs = evaluate(self._prepared, leaves, self._host.spaces(*chosen))
-        return [outs[j] for j in self._order]
-
-    def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:
-        outs = on_rows(self._prepared, self._together(donated, kept), alone=False)
-        return [outs[j] for j in self._order]
-
-    def _together(self, donated: list[Any], kept: list[Any]) -> list[Any]:
-        leaves = dict(zip(self._donated, donated, strict=True)) | dict(zip(self._kept, kept, strict=True))
-        return [leaves[i] for i in range(self._num_leaves)]
-
-    def _apart(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-        kept = [leaves[i] for i in self._kept]
-        donated = _jax.without_repeats([leaves[i] for i in self._donated], kept)
-        if not self._stored:
-            return donated, kept
-        return self._as_stored(self._donated, donated), self._as_stored(self._kept, kept)
-
-    def _as_stored(self, numbers: list[int], arrays: list[Any]) -> list[Any]:
-        return [
-            jax.tree.unflatten(jax.tree.structure(self._stored[i]), [x]) if i in self._stored else x
-            for i, x in zip(numbers, arrays, strict=True)
-        ]
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        used = [leaves[i] for i in self._used]
-        donated, kept = self._apart(leaves)
-        if self._leaves_ids_to_device(leaves, used):
-            outs = self._on_device(donated, kept)
-        else:
-            chosen = None if self._knows_all else self._host.choose(self._ids(used))
-            outs = self._on_host(donated, kept, chosen)
-        return self._returned(outs)
-
-    def _leaves_ids_to_device(self, leaves: list[Any], used: list[Any]) -> bool:
-        """Whether ids are neither looked at on the host nor known to be all in one place."""
-        return not _jax.on_one_device(leaves) or not (self._knows_all or self._host.sees(used))
-
-    def _returned(self, outs: list[Any]) -> Any:
-        by_place = dict(zip(self._order, outs, strict=True))
-        return self._unflatten([by_place[j] for j in range(len(outs))])
-
-    def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
-        """The program for these leaves, lowered, and a function of it, when it is compiled, and of leaves."""
-        used = [leaves[i] for i in self._used]
-        donated, kept = self._apart(leaves)
-        if self._leaves_ids_to_device(leaves, used):
-
-            def with_ids(compiled: Any, leaves: list[Any]) -> Any:
-                return self._returned(compiled(*self._apart(leaves)))
-
-            return self._on_device.lower(donated, kept), with_ids
-        if self._knows_all:
-            chosen, sizes = None, []
-        else:
-            abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
-            ids = jax.eval_shape(self._ids, used) if abstract else self._ids(used)
-            chosen = self._host.most(ids) if abstract else self._host.choose(ids)
-            sizes = [x.shape[0] for x in chosen[0]]
-
-        def with_rows(compiled: Any, leaves: list[Any]) -> Any:
-            donated, kept = self._apart(leaves)
-            used = [leaves[i] for i in self._used]
-            chosen = None if self._knows_all else self._host.choose(self._ids(used), sizes)
-            return self._returned(compiled(donated, kept, chosen))
-
-        return self._on_host.lower(donated, kept, chosen), with_rows
-
-    def trace(self, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The step as one jitted function, traced for these arguments."""
-        alone = _jax.on_one_device(_flatten((args, kwargs))[0])
-
-        @functools.wraps(step)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self._unflatten(on_rows(self._prepared, _flatten((args, kwargs))[0], alone=alone))
-
-        def is_donated(leaves: Any) -> bool:
-            return bool(jax.tree.leaves(leaves)) and set(jax.tree.leaves(leaves)) <= set(self._donated)
-
-        numbers = jax.tree.unflatten(_flatten((args, kwargs))[1], range(self._num_leaves))
-        donated = [n for n, leaves in enumerate(numbers[0]) if is_donated(leaves)]
-        names = [k for k, leaves in numbers[1].items() if is_donated(leaves)]
-        return jax.jit(run, donate_argnums=donated, donate_argnames=names).trace(*args, **kwargs)
-
-    def cache_size(self) -> int:
-        programs: list[Any] = [self._on_host, self._on_device]
-        return sum(program._cache_size() for program in programs)
