@@ -74,6 +74,17 @@ def test_what_streams_onto_the_chip_is_found():
     assert bytes_moved(program(entry)) == {"slice": 500 * 4}
 
 
+def test_rows_that_the_sparse_core_gathers_are_counted_alone():
+    entry = """  %t = f32[1000,128]{1,0:T(8,128)} parameter(0)
+  %ids = s32[8]{0:T(1024)} parameter(1)
+  %gather_offload_async_start = ((), (), (s32[9]{0})) custom-call-start(), custom_call_target="TODO"
+  %gather_offload_async_start.update = ((f32[1000,128]{1,0:T(8,128)}, s32[8]{0:T(1024)}), f32[8,128]{1,0:T(8,128)}, """
+    entry += """(s32[9]{0})) custom-call-update(%gather_offload_async_start, %t, %ids)
+  ROOT %done = f32[8,128]{1,0:T(8,128)} custom-call-done(%gather_offload_async_start.update)"""
+    assert table_sized(program(entry), 1000, ids=8, dim=128) == {}
+    assert bytes_moved(program(entry)) == {"gather": 2 * 8 * 512 + 1024 * 4}  # read and written; the ids, padded
+
+
 def test_a_loop_is_counted_and_so_is_what_is_in_it():
     body = """
 %body (x: (s32[], f32[1000,64])) -> (s32[], f32[1000,64]) {

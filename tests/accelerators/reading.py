@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 from tests.hlo import INSTRUCTION, computations
 
@@ -100,8 +101,48 @@ class Program:
 
 
 def _is_name_only(i: re.Match) -> bool:
-    """Whether an instruction names what another one makes: the end of one that runs beside others, or its parts."""
-    return i["op"].endswith("-done") or (i["op"] == "custom-call" and _NAMES.search(i["rest"]) is not None)
+    """Whether an instruction names what another one makes: the end of one that runs beside others, its parts, or the
+    scratch of one that the SparseCore is to do."""
+    if i["op"].endswith("-done") or i["op"] == "custom-call-start":
+        return True
+    return i["op"] == "custom-call" and _NAMES.search(i["rest"]) is not None
+
+
+def _parts(shape: str) -> list[str]:
+    """Of a tuple's shape, those of its elements, which may be tuples."""
+    depth, parts = 0, [""]
+    for c in shape[1:-1]:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
+
+
+def _made(i: re.Match) -> list[Array]:
+    """The arrays that an instruction makes. One that runs beside others names its operands first: (to, from, ...) of a
+    copy, ((operands), result, ...) of all else; one for the SparseCore has them when it goes on."""
+    if i["op"].endswith(("-start", "-update")):
+        first, *others = _parts(i["shape"])
+        return arrays(others[0] if first.startswith("(") else first)
+    return arrays(i["shape"])
+
+
+def _given(i: re.Match) -> list[Array]:
+    """Of one that runs beside others, its operands."""
+    first, *others = _parts(i["shape"])
+    return arrays(first if first.startswith("(") else others[0])
+
+
+def _is_offloaded(i: re.Match, kind: str) -> bool:
+    """Whether an instruction is a gather or scatter that the SparseCore does; a scatter's is in place."""
+    return i["op"] == "custom-call-update" and i["name"].startswith(f"{kind}_offload")
+
+
+def _is_large_part(i: re.Match, is_large: Callable[[Array], bool]) -> bool:
+    (part,), (whole,) = _made(i), _given(i)
+    return is_large(whole) and 64 * part.size >= whole.size
 
 
 _NAMES = re.compile(r'custom_call_target="(ConcatBitcast|AssumeGatherIndicesInBound|AllocateBuffer)"')
@@ -150,14 +191,14 @@ def table_sized(program: Program, num_rows: int, ids: int, dim: int) -> dict[str
     found: dict[str, int] = collections.Counter()
     for name in program.turns:
         for i in program.parts[name]:
-            kind, results = i["op"], arrays(i["shape"])
-            if kind in _FREE or kind in _WRITES or kind == "call" or _is_name_only(i):
+            kind = i["op"]
+            if kind in _FREE or kind in _WRITES or kind == "call" or _is_name_only(i) or _is_offloaded(i, "scatter"):
                 continue
             if kind == "fusion":
                 made = roots(program.body(i))
                 large = [r["op"] for r in made if any(map(is_large, arrays(r["shape"]))) and r["op"] not in _WRITES]
                 found.update(f"{op} fusion" for op in large if op != "parameter")
-            elif any(map(is_large, results)):
+            elif _is_large_part(i, is_large) if kind == "slice-start" else any(map(is_large, _made(i))):
                 found[kind] += 1
     return dict(sorted(found.items()))
 
@@ -182,10 +223,15 @@ def bytes_moved(program: Program) -> dict[str, float]:
 
 
 def _moved_by(program: Program, i: re.Match, shapes: dict[str, str]) -> tuple[str, float]:
-    if i["op"].endswith("-start"):  # (to, from, ...) of a copy, ((from), to, ...) of others
-        first, second = arrays(i["shape"])[:2]
-        to, source = (second, first) if i["shape"].startswith("((") else (first, second)
+    if i["op"] in ("copy-start", "slice-start"):
+        (to,), (source,) = _made(i), _given(i)
         return i["op"].removesuffix("-start"), to.bytes + (0 if source.on_chip else to.size * to.itemsize)
+    if i["op"] == "custom-call-update":
+        table, *others = _given(i)
+        is_scatter = _is_offloaded(i, "scatter")
+        rows = others[-1:] if is_scatter else _made(i)
+        size = sum(x.bytes for x in (*others, *(() if is_scatter else rows))) + sum(_windows(table, x) for x in rows)
+        return "scatter" if is_scatter else "gather", size
     if i["op"] == "fusion":
         inner = program.body(i)
     else:
