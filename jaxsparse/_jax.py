@@ -310,6 +310,7 @@ class Needed:
     Attributes:
       used: which of the args are needed.
       has_effects: whether something of what is needed has effects on the outside.
+      outputs_with_effects: the numbers of the outputs that need something that has.
       numbers: for each output a number, equal for outputs that are computed in the same way.
       sizes: of the outputs.
       program: whose inputs are the args that are used.
@@ -320,13 +321,20 @@ class Needed:
         jaxpr = _needed_only(closed.jaxpr)
         self._jaxpr, self.used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         self.program = _program_with(self._jaxpr, closed.consts)
-        self.has_effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in self._jaxpr.effects)
+        self.has_effects = _has_effects(self._jaxpr)
+        outputs = enumerate(self._jaxpr.outvars if self.has_effects else ())
+        needed = ((i, _needed_only(self._jaxpr.replace(outvars=[v]))) for i, v in outputs)
+        self.outputs_with_effects = {i for i, jaxpr in needed if _has_effects(jaxpr)}
         self.numbers = _value_numbers(self._jaxpr)
         self.sizes = [math.prod(shape(v)) for v in self._jaxpr.outvars]
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The outputs, given those of the args that are used."""
         return list(eval_jaxpr(self._jaxpr, list(self.program.constants.values()), *args))
+
+
+def _has_effects(jaxpr: Any) -> bool:
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in jaxpr.effects)
 
 
 def _needed_only(jaxpr: Any) -> Any:

@@ -251,6 +251,27 @@ DENSE = {
 }
 
 
+def test_ids_of_a_callback_are_drawn_once():
+    """The table that they read is dense, and says why; others are not."""
+    drawn = []
+
+    def draw():
+        drawn.append(len(drawn))
+        return np.int32(len(drawn) - 1)
+
+    def loss(p, ids):
+        i = jax.experimental.io_callback(draw, jax.ShapeDtypeStruct((), jnp.int32))
+        return jnp.sum(p["t"][i] ** 2) + squares(p["u"][ids])
+
+    params = {"t": 1 + jnp.arange(8.0).reshape(4, 2), "u": TABLE}
+    got = jax.jit(js.grad(loss))(params, IDS)
+    jax.effects_barrier()
+    assert drawn == [0] and isinstance(got["u"], js.RowSparse)
+    np.testing.assert_allclose(got["t"], (2 * params["t"]).at[1:].set(0))
+    said = str(js.explain(loss)(params, IDS)["['t']"])
+    assert "dense: row ids that come from a callback" in said and "test_grad.py" in said
+
+
 dense_uses = functools.cache(lambda: in_few_programs(DENSE))
 
 

@@ -569,6 +569,20 @@ def test_what_is_no_transformation(make, words):
         make()
 
 
+@pytest.mark.parametrize("skipped", ["freeze", "replay"])
+def test_what_belongs_behind_is_no_before(skipped):
+    """Adam of what is turned round goes uphill."""
+    clip = optax.clip_by_global_norm(1.0)
+    for before in (optax.scale(-0.1), optax.sgd(0.1), optax.chain(clip, optax.scale_by_learning_rate(0.1))):
+        tx = js.lazy_adam(0.1, before=before, skipped=skipped)
+        with pytest.raises(ValueError, match=r"'before' argument of js\.lazy_adam .*turns them round.*behind"):
+            tx.init(params())
+        with pytest.raises(ValueError, match="turns them round"):
+            jax.eval_shape(tx.init, params())
+    for before in (optax.scale(0.1), clip, optax.identity(), optax.set_to_zero(), optax.clip(0.01)):
+        js.lazy_adam(0.1, before=before, skipped=skipped).init(params())
+
+
 def test_apply_if_finite_outside():
     """It looks at the rows; where it refuses them, nothing changes."""
     tx = optax.apply_if_finite(ADAM, 3)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._checks import check_choice, check_transformation
+from jaxsparse._checks import check_choice
+from jaxsparse.optim.before import first
 from jaxsparse.optim.catch_up import Adam, Decay, check_adam, check_rates
 from jaxsparse.optim.lazy import lazy
 from jaxsparse.optim.replaying import replay
@@ -258,9 +259,7 @@ def lazy_chain(
     function: str, before: optax.GradientTransformation | None, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """`lazy(chain(before, inner))`, of what js.{function} is called with."""
-    if before is not None:
-        check_transformation(function, "before", before)
-    return lazy(inner if before is None else optax.chain(before, inner))
+    return lazy(inner if before is None else optax.chain(first(function, before), inner))
 
 
 def _wide(adam: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse._checks import check_transformation, message
+from jaxsparse._checks import message
 from jaxsparse._context import is_tracing, rows_of
 from jaxsparse._jax import is_traced
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.ops.rows import as_array, gather_rows, in_range, is_stored, scatter_rows, zero_after
 from jaxsparse.optim import catch_up
+from jaxsparse.optim.before import check_by_row, first
 from jaxsparse.optim.lazy import lazy, named_leaves, per_leaf
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -102,13 +103,11 @@ def replay(
       before: a transformation of the gradient without state by row, that makes zeros of zeros.
       weight_decay, mask: inner's.
     """
-    if before is not None:
-        check_transformation(function, "before", before)
-    frozen = lazy(inner if before is None else optax.chain(before, inner))
+    frozen = lazy(inner if before is None else optax.chain(first(function, before), inner))
 
     def init_fn(params: Any) -> ReplayState:
         if before is not None:
-            _check_before(function, before, params)
+            check_by_row(function, before, params)
         stamps = per_leaf(lambda p: Stamps(jnp.zeros(jnp.shape(p)[:1], jnp.int32), jnp.zeros((), jnp.int32)), params)
         decays = _decays(rule.decayed, mask, params)
         return ReplayState(
@@ -301,31 +300,3 @@ def _decays(any_do: bool, mask: Any, params: Any) -> dict[str, bool]:
         return dict.fromkeys(named_leaves(params)[0], any_do)
     chosen = mask(params) if callable(mask) else mask
     return named_leaves(jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params))[0]
-
-
-def _check_before(function: str, before: optax.GradientTransformation, params: Any) -> None:
-    """Raises ValueError unless `before` makes zeros of zeros and keeps no array of the parameters' shapes."""
-    shapes = [jnp.shape(p) for p in jax.tree.leaves(params) if jnp.ndim(p)]
-    state = jax.eval_shape(before.init, params)
-    kept = [x.shape for x in jax.tree.leaves(state) if x.shape and x.shape in shapes]
-    do = (
-        "A row without gradient would move on by it. Only what leaves zeros alone and keeps nothing for a row can come "
-        "before, clipping say; weight decay is weight_decay= of js.lazy_adamw."
-    )
-    if kept:
-        got = f"one with state of shape {kept[0]}"
-        raise ValueError(message(function, "before", "without state by row for skipped='replay'", got, do))
-    try:
-        small = jax.tree.map(
-            lambda p: jnp.full(tuple(min(n, 2) for n in jnp.shape(p)), 0.5, jnp.result_type(p)), params
-        )
-        zeros = jax.tree.map(jnp.zeros_like, small)
-        with jax.ensure_compile_time_eval():
-            made, _ = optax.with_extra_args_support(before).update(zeros, before.init(small), small)
-            leaves = jax.tree_util.tree_flatten_with_path(made)[0]
-            moved = [jax.tree_util.keystr(path) for path, x in leaves if bool(jnp.any(x != 0))]
-    except Exception:
-        return  # it needs more than this; what is wrong with it shows where it is really called
-    if moved:
-        got = "one that makes something else of them" + (f", at {moved[0]}" if moved[0] else "")
-        raise ValueError(message(function, "before", "one that makes zeros of zeros for skipped='replay'", got, do))

@@ -294,6 +294,9 @@ def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int
         found |= of_class(node, why)
     for node, source in walked.part_sums:
         found |= of_class(node, Reason(f"a sum over all rows of what has a gradient in it: {source}", ""))
+    for number in walked.ids.outputs_with_effects:  # which would happen twice
+        read = walked.reads[number]
+        found |= of_class(read.node, Reason("row ids that come from a callback or print", read.source))
     for i in chosen:
         out = walked.outs[places[i]]
         zero = out.zero if isinstance(out, Same) else isinstance(out, Rows) and out.outside == ZERO

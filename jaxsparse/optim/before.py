@@ -1,0 +1,66 @@
+"""What `before=` of a named optimizer may be: a transformation of the gradient, and no optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsparse._checks import check_transformation, message
+
+
+def first(function: str, before: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`before`, whose init refuses what belongs behind js.{function}."""
+    check_transformation(function, "before", before)
+
+    def init_fn(params: Any) -> Any:
+        _check_direction(function, before, params)
+        return before.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, optax.with_extra_args_support(before).update)
+
+
+def _check_direction(function: str, before: optax.GradientTransformation, params: Any) -> None:
+    """Raises ValueError if `before` turns gradients round, as what makes steps of them does."""
+    turned = [path for path, x in _made_of(before, params, 0.1) if (x < 0).all()]
+    if turned:
+        got = "one that turns them round, as an optimizer or a learning rate does"
+        do = "That belongs behind: js.lazy(optax.chain(optax.adam(1e-3), ...))."
+        raise ValueError(message(function, "before", "one that leaves gradients their direction", got, do))
+
+
+def check_by_row(function: str, before: optax.GradientTransformation, params: Any) -> None:
+    """Raises ValueError unless `before` makes zeros of zeros and keeps no array of the parameters' shapes."""
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(params) if jnp.ndim(p)]
+    state = jax.eval_shape(before.init, params)
+    kept = [x.shape for x in jax.tree.leaves(state) if x.shape and x.shape in shapes]
+    do = (
+        "A row without gradient would move on by it. Only what leaves zeros alone and keeps nothing for a row can come "
+        "before, clipping say; weight decay is weight_decay= of js.lazy_adamw."
+    )
+    if kept:
+        got = f"one with state of shape {kept[0]}"
+        raise ValueError(message(function, "before", "without state by row for skipped='replay'", got, do))
+    moved = [path for path, x in _made_of(before, params, 0) if (x != 0).any()]
+    if moved:
+        got = "one that makes something else of them" + (f", at {moved[0]}" if moved[0] else "")
+        raise ValueError(message(function, "before", "one that makes zeros of zeros for skipped='replay'", got, do))
+
+
+def _made_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:
+    """What `before` makes of a gradient of this number for a few elements of each parameter, 0.5 each, with paths. None
+    where it needs more than this: what is wrong with it shows where it is really called."""
+    try:
+        with jax.ensure_compile_time_eval():
+            small = jax.tree.map(
+                lambda p: jnp.full(tuple(min(n, 2) for n in jnp.shape(p)), 0.5, jnp.result_type(p)), params
+            )
+            updates = jax.tree.map(lambda p: jnp.full_like(p, gradient), small)
+            made, _ = optax.with_extra_args_support(before).update(updates, before.init(small), small)
+            leaves = jax.tree_util.tree_flatten_with_path(made)[0]
+            return [(jax.tree_util.keystr(path), np.asarray(x)) for path, x in leaves if x.size]
+    except Exception:
+        return []
