@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -625,3 +626,44 @@ def test_an_array_of_the_state_may_be_in_another_argument():
     shared = jnp.copy(table)
     np.testing.assert_array_equal(js.jit(step)(shared, shared, ids), jax.jit(step)(table, table, ids))
     np.testing.assert_array_equal(shared, table)  # and it is there
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_first_batch_that_names_no_row(clipped):
+    """All of it is padding, or moved into the table."""
+    mode = "clip" if clipped else "fill"
+    step = js.jit(lambda t, ids: t - jax.grad(lambda t: jnp.sum(t.at[ids].get(mode=mode, fill_value=0)))(t))
+    got = step(jnp.zeros((5, 2)), np.array([7, -9, 5]))
+    np.testing.assert_array_equal(got[:, 0], [-1, 0, 0, 0, -2] if clipped else np.zeros(5))
+
+
+def scaled(state, ids):
+    """Flax's loss scaling, as in its examples: where a gradient is not finite, nothing changes but the scale."""
+    table, opt_state, scale = state
+    scale, finite, loss, grads = scale.value_and_grad(lambda t: jnp.sum((t[ids] * 3).astype(jnp.float32)))(table)
+    updates, new = ADAM.update(grads, opt_state, table)
+    chosen = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (optax.apply_updates(table, updates), new), (table, opt_state)
+    )
+    return (*chosen, scale), loss
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+def test_loss_scaling(dtype):
+    ids, table = np.array([2, 5, 2]), jnp.ones((16, 4), dtype)
+    start = table, ADAM.init(table.astype(jnp.float32)), DynamicScale(scale=jnp.float32(256.0))
+    state, loss = js.jit(scaled)(copied(start), ids)
+    want, want_loss = jax.jit(scaled)(start, ids)
+    jax.tree.map(np.testing.assert_array_equal, (state, loss), (want, want_loss))
+    assert (np.asarray(state[0] != 1).any(1).nonzero()[0] == [2, 5]).all()
+    state = state[0], state[1], state[2].replace(scale=jnp.float32(3e38))  # three times that is infinite
+    after, _ = js.jit(scaled)(copied(state), ids)
+    jax.tree.map(np.testing.assert_array_equal, after[:2], state[:2])
+    assert after[2].scale == jnp.float32(1.5e38)
+
+
+def test_a_slot_that_comes_back_in_another_dtype():
+    """Gradients of DynamicScale are float32, and moments made for a table of 16 bits become so."""
+    table = jnp.ones((16, 4), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"mu, which is bfloat16 and comes back as float32.*Cast gradients"):
+        js.jit(scaled)((table, ADAM.init(table), DynamicScale()), np.array([1]))

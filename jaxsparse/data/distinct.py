@@ -47,7 +47,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._array = np.empty(0, np.int32)
+        self._array = np.empty(1, np.int32)  # something to read for ids that are no row
 
     def positions(self, unique: np.ndarray) -> np.ndarray:
         """An array that has at each of these ids, none of them negative, where it is."""

@@ -321,8 +321,14 @@ def check(
             raise refused(got, do)
     if walked.needs_rows:
         raise refused("row ids that depend on rows that the step has changed", "Make the ids before the update.")
+    at_place = {place: i for i, place in places.items()}
     for j, v in enumerate(walked.outs):
         if isinstance(v, Rows) and v.whole is None and j not in {places.get(i) for i in chosen}:
+            if (i := at_place.get(j)) is not None:
+                before, after = _jax.dtype(walked.program.inputs[i]), _jax.dtype(walked.program.outputs[j])
+                if before != after:
+                    do = "Cast gradients to their parameters' dtype, or make the optimizer's state in the wider one."
+                    raise refused(f"{paths[i]}, which is {before} and comes back as {after}", do)
             got = f"output {j}, which has a row for each of a table's, and is not where a table or slot was"
             raise refused(got, "Return it as a part of the state, or not at all.")
 
