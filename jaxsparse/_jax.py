@@ -18,7 +18,8 @@ What this room leans on:
   other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
 * Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack.
 * jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it;
-  `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters.
+  `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters;
+  `replace` of an equation gives it another `source_info`.
 * `effects` of a program, among which NamedAxisEffect says that it uses a mapped axis; `weak_type` of an array's type.
 * jax.extend.random.define_prng_impl makes a dtype that arithmetic refuses.
 * jax.core.Tracer, jax.extend.core.valid_jaxtype, and `manual_axis_type.varying` of jax.typeof with jax.lax.pcast.
@@ -295,6 +296,23 @@ def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
     with context:
         out = primitive.bind(*functions, *map(jax.numpy.asarray, values), **params)
     return list(out) if primitive.multiple_results else [out]
+
+
+def at_line_of(eqn: Equation, fun: Callable[..., Any], *args: Any) -> Any:
+    """fun(*args), a pytree of arrays, whose equations have the source line of another one."""
+    leaves, tree = jax.tree.flatten(args)
+    out_tree: list[Any] = []
+
+    def flat(*leaves: Any) -> list[Any]:
+        outs, structure = jax.tree.flatten(fun(*jax.tree.unflatten(tree, leaves)))
+        out_tree[:] = [structure]
+        return outs
+
+    closed = jax.make_jaxpr(flat)(*leaves)
+    with _looking_inside():
+        line = eqn.jaxpr_eqn.source_info
+        jaxpr = closed.jaxpr.replace(eqns=[e.replace(source_info=line) for e in closed.jaxpr.eqns])
+    return out_tree[0].unflatten(eval_jaxpr(jaxpr, closed.consts, *leaves))
 
 
 def zeros_like_output(v: Any) -> Any:

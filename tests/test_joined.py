@@ -111,6 +111,21 @@ def test_nothing_with_all_rows_is_made():
     assert not large_arrays(text, min(map(len, params.values())))
 
 
+def test_lines():
+    """Of the reads, and of what makes such tables dense."""
+    params = {t: jnp.ones((k, D)) for t, k in HEIGHTS.items()}
+    dense = (
+        lambda p, i: jax.checkpoint(lambda t: squares(t[i]))(joined(p)),
+        lambda p, i: jax.lax.scan(lambda c, i: (c + squares(joined(p)[i]), None), 0.0, i)[0],
+    )
+    for read in (lambda p, i: squares(joined(p)[i]), lambda p, i: squares(jnp.take(joined(p), i, axis=0))):
+        (line,) = js.explain(read)(params, IDS)["['a']"].reads
+        assert "test_joined.py" in line
+    for loss_fn in dense:
+        said = str(js.explain(loss_fn)(params, IDS)["['a']"])
+        assert "dense: concatenate at " in said and "test_joined.py" in said
+
+
 def test_used_as_a_whole():
     """It is made, as under jax.jit, and the gradient is dense."""
     params = new_params()["index"]

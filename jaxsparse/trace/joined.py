@@ -10,6 +10,7 @@ handed to one of these, it is made too. Its tables are dense then.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxsparse import _jax
 from jaxsparse._context import ROW_NUMBERS, ROWS_OF
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import at_least_int32, in_range, row_ids
+from jaxsparse.trace.lines import evaluate, in_place_of
 from jaxsparse.trace.row_reads import CLIPPED, clip_others, nothing, window_sizes
 
 Mode = jax.lax.GatherScatterMode
@@ -104,6 +106,7 @@ class _Rewriting:
     def __init__(self, tables: Sequence[Any]) -> None:
         self._tables = list(tables)  # and what they are cast to
         self._heights: set[int] = set()  # of tables that are below each other
+        self._within: tuple[Equation, ...] = ()
 
     def run(self, program: Program, values: Sequence[Any]) -> list[Any]:
         return [_array(v) for v in self._run(program, values)]
@@ -116,7 +119,9 @@ class _Rewriting:
             return _jax.literal_value(v) if _jax.is_literal(v) else env[v]
 
         for eqn in program.equations:
+            self._within += (eqn,)
             outs = self._step(program, eqn, [read(v) for v in eqn.inputs])
+            self._within = self._within[:-1]
             env.update(zip(eqn.outputs, outs, strict=True))
         return [read(v) for v in program.outputs]
 
@@ -126,8 +131,10 @@ class _Rewriting:
         if primitive in _jax.CALLS and _jax.called_name(eqn) not in (ROWS_OF, ROW_NUMBERS):
             return self._run(_jax.called(eqn), values)
 
+        within = self._within
+
         def as_it_is() -> list[Any]:
-            return _jax.evaluate(program, eqn, [_array(v) for v in values])
+            return evaluate(program, within, [_array(v) for v in values])
 
         def later() -> Any:
             return as_it_is()[0]
@@ -136,7 +143,7 @@ class _Rewriting:
             self._heights.add(_jax.shape(eqn.outputs[0])[0])
             return [_Joined(later, [part for v in values for part in _parts(v)])]
         if primitive is _jax.GATHER and isinstance(first, _Joined) and _reads_rows(eqn):
-            return [_read(eqn, first.parts, _array(values[1]))]
+            return [in_place_of(within, functools.partial(_read, eqn), list(first.parts), _array(values[1]))]
         if primitive is _jax.BROADCAST and _jax.shape(eqn.outputs[0])[:1] and _is_zero(first):
             return [_Zeros(later)] if _jax.shape(eqn.outputs[0])[0] in self._heights else as_it_is()
         if primitive is _jax.SCATTER_ADD and isinstance(first, _Zeros) and _adds_to_rows(eqn):

@@ -78,10 +78,12 @@ class PlannedStep(Planned):
 
     Attributes:
       whole_outputs: outputs that are whole tables, and not where these stood.
+      said: what else is to be announced.
     """
 
     traced: TracedStep
     whole_outputs: list[int]
+    said: Sequence[str] = ()
 
 
 def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[int] = ()) -> PlannedStep:
@@ -321,14 +323,15 @@ def check(
             raise refused(got, do)
     if walked.needs_rows:
         raise refused("row ids that depend on rows that the step has changed", "Make the ids before the update.")
-    at_place = {place: i for i, place in places.items()}
+    leaf_at = {place: i for i, place in places.items()}
     for j, v in enumerate(walked.outs):
         if isinstance(v, Rows) and v.whole is None and j not in {places.get(i) for i in chosen}:
-            if (i := at_place.get(j)) is not None:
-                before, after = _jax.dtype(walked.program.inputs[i]), _jax.dtype(walked.program.outputs[j])
-                if before != after:
-                    do = "Cast gradients to their parameters' dtype, or make the optimizer's state in the wider one."
-                    raise refused(f"{paths[i]}, which is {before} and comes back as {after}", do)
+            before, after = (
+                _jax.dtype(x) for x in (walked.program.inputs[leaf_at.get(j, 0)], walked.program.outputs[j])
+            )
+            if j in leaf_at and before != after:
+                do = "Cast gradients to their parameters' dtype, or make the optimizer's state in the wider one."
+                raise refused(f"{paths[leaf_at[j]]}, which is {before} and comes back as {after}", do)
             got = f"output {j}, which has a row for each of a table's, and is not where a table or slot was"
             raise refused(got, "Return it as a part of the state, or not at all.")
 
@@ -353,6 +356,7 @@ def announce(planned: PlannedStep) -> None:
     """Warns of what costs as much as a table, once for each line."""
     traced = planned.traced
     said = [f"{traced.paths[i]} is dense, with its slots: {why}." for i, why in planned.dense.items()]
+    said += planned.said
     said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
     if not traced.places:
         do = "return the new state, in the structure that it was given, or leave this function to jax.jit."

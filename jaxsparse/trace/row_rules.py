@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
+from jaxsparse.trace.lines import UNKNOWN_SOURCE
 from jaxsparse.trace.pieces import Part
 from jaxsparse.trace.row_elementwise import ELEMENTWISE, barrier, bitcast, elementwise, is_zero
-from jaxsparse.trace.tracing import UNKNOWN_SOURCE
 from jaxsparse.trace.values import (
     NOTHING,
     UNIFORM,

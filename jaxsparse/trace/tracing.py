@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxsparse import _jax
-from jaxsparse._checks import Modules, is_library, message
+from jaxsparse._checks import Modules, message
 from jaxsparse._context import tracing
-from jaxsparse._jax import Equation, Program
+from jaxsparse._jax import Program
 from jaxsparse.ops.rows import as_shape, is_stored
 from jaxsparse.trace.joined import read_apart
+from jaxsparse.trace.stacked import NONE, Stacked, read_flat
 from jaxsparse.trace.states import found_states, named_states
-
-_CELL = re.compile(r"[/\\\\]ipykernel_\d+[/\\\\]")  # a notebook's; the file is there for a debugger only
-
-
-UNKNOWN_SOURCE = "unknown source"
-
-
-def source_line(eqns: Sequence[Equation]) -> str:
-    """Where the user's program made the last of these equations, each of which is inside the one before: the innermost
-    frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
-    for eqn in reversed(eqns):
-        for file, line, function in _jax.source_frames(eqn):
-            if not is_library(file):
-                return f"{'cell' if _CELL.search(file) else file}:{line} ({function})"
-    return UNKNOWN_SOURCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +28,7 @@ class TracedStep:
       donated: the leaves of all arguments that are given as state.
       paths: of these.
       name: of the step, for messages.
+      stacked: inputs of the program that have one axis where the leaves have two.
     """
 
     program: Program
@@ -53,6 +39,17 @@ class TracedStep:
     name: str
     unflatten: Callable[[list[Any]], Any]
     again: Callable[[list[Any]], Program]  # traced at other shapes
+    stacked: Stacked = NONE
+
+    def with_flat(self, stacked: Stacked) -> TracedStep:
+        """The step, in whose program these leaves have one axis for tables and rows."""
+
+        def again(leaves: list[Any]) -> Program:
+            leaves = stacked.apart(leaves)
+            return read_flat(self.again(leaves), leaves, self.places, stacked)
+
+        program = read_flat(self.program, list(map(as_shape, self.leaves)), self.places, stacked)
+        return dataclasses.replace(self, program=program, again=again, stacked=stacked)
 
 
 def check_arguments(args: Any, kwargs: Any) -> None:

@@ -23,9 +23,9 @@ from jaxsparse._context import ROW_NUMBERS, ROWS_OF
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import gather_rows
 from jaxsparse.trace import row_elementwise, row_reads, row_regions, row_rules
+from jaxsparse.trace.lines import source_line
 from jaxsparse.trace.pieces import Later, Part, rows_of
 from jaxsparse.trace.plan import Path, Plan, Read, Reason
-from jaxsparse.trace.tracing import source_line
 from jaxsparse.trace.uses import INLINED, Frame, only_use, uses_of
 from jaxsparse.trace.values import (
     NOBODY,

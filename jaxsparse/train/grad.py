@@ -23,9 +23,9 @@ from jaxsparse.ops.row_sparse import RowSparse
 from jaxsparse.ops.rows import gather_rows, is_stored, zero_after
 from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.known_ids import Known, find_known
+from jaxsparse.trace.lines import source_line
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
-from jaxsparse.trace.tracing import source_line
 from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of
 from jaxsparse.trace.walk import Walk, is_closed
 from jaxsparse.train.device_rows import choose_rows, ids_of
@@ -302,7 +302,9 @@ def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int
         zero = out.zero if isinstance(out, Same) else isinstance(out, Rows) and out.outside == ZERO
         if not zero or (isinstance(out, Rows) and (out.axis != 0 or find(out.node) != find(i))):
             sums = [why for why, node in plan.whole_sums.items() if find(node) == find(i)]
-            found[i] = sums[0] if sums else Reason("its gradient is not zero in rows that are not read", "")
+            others = [why for node, why in plan.not_by_row.items() if find(node) == find(i)]
+            unknown = Reason("its gradient is not zero in rows that are not read", "")
+            found[i] = next(iter([*sums, *others]), unknown)
     for j, out in enumerate(walked.outs):
         if isinstance(out, Rows) and out.whole is None and j not in places.values():
             found |= of_class(out.node, Reason("it is returned", ""))

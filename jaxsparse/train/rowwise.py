@@ -26,9 +26,10 @@ from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.known_ids import find_known
 from jaxsparse.trace.pieces import arrays_in, known, write
 from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
-from jaxsparse.trace.tracing import trace_step
+from jaxsparse.trace.stacked import find_stacked
+from jaxsparse.trace.tracing import TracedStep, trace_step
 from jaxsparse.trace.trained import TrainedRows, trained_rows
-from jaxsparse.trace.values import Rows, Whole, array_of
+from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of
 from jaxsparse.trace.walk import Space, Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 
@@ -133,14 +134,14 @@ def prepare_step(
     replayed = find_replayed(jax.tree.map(as_shape, (args, kwargs), is_leaf=is_stored))
     prepare = functools.partial(catch_up, replayed)
     traced = trace_step(step, args, kwargs, state_argnums, prepare)
-    shapes = list(map(as_shape, traced.leaves))
     try:
-        planned = plan_step(traced, shapes, history_of(replayed))
+        planned = _plan(traced, history_of(replayed), rows)
     except NoStateError:
         if state_argnums is not None:
             raise
         traced = trace_step(step, args, kwargs, (), prepare)
-        planned = plan_step(traced, shapes, history_of(replayed))
+        planned = plan_step(traced, list(map(as_shape, traced.leaves)), history_of(replayed))
+    traced = planned.traced
     planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
@@ -155,6 +156,32 @@ def prepare_step(
     return Prepared(planned, replayed, trained)
 
 
+def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
+    """A plan in which stacked tables are read by table and row, where that can be."""
+    leaves = list(map(as_shape, traced.leaves))
+    places = {i: j for i, j in traced.places.items() if not is_stored(traced.leaves[i])}
+    stacked, why = find_stacked(traced.program, places), "rows= names rows of its first axis"
+    if stacked.shapes and rows is None:
+        flat = traced.with_flat(stacked)
+        try:
+            planned = plan_step(flat, stacked.flat(leaves), history)
+        except RefusedError as error:
+            why = error.got
+        else:
+            reasons = [str(reason) for i, reason in planned.dense.items() if i in stacked.shapes]
+            if any(planned.ids.used[i] for i in stacked.shapes):
+                reasons.append("ids are made of it")
+            if not reasons and stacked.shapes.keys() & planned.leaves.keys():
+                return planned
+            why = next(iter(reasons), "not read by rows")
+    elif not stacked.shapes:
+        stacked, why = find_stacked(traced.program, places, everywhere=True), "that is in a scan, cond or remat"
+    planned = plan_step(traced, leaves, history)
+    tables = sorted(stacked.shapes.keys() & planned.leaves.keys() & planned.plan.read)
+    said = f"is read by table and row, and each of its tables is one row here: {why}."
+    return dataclasses.replace(planned, said=[f"{traced.paths[i]} {said}" for i in tables])
+
+
 def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
     """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
@@ -163,6 +190,7 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         for c, s in spaces.items()
     }
     arrays = flush_before(prepared.replayed, list(map(as_array, leaves)), planned.leaves)
+    arrays = planned.traced.stacked.flat(arrays)
     later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
     walk = Walk(planned.plan, spaces, alone=alone, later=later)
     values = [
@@ -187,6 +215,8 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         old = {i: arrays[i] for i in of_class[c]}
         for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
             results[places[i]] = x
+    for i, shape in planned.traced.stacked.shapes.items():
+        results[places[i]] = jnp.reshape(jnp.asarray(results[places[i]]), shape)
     for i, x in enumerate(leaves):
         if is_stored(x) and i in places and i not in planned.leaves:
             results[places[i]] = x.of(results[places[i]])
