@@ -232,6 +232,39 @@ def follow_on(step, state, ids):
     return state
 
 
+def test_under_pmap():
+    """Two devices, each with half of the examples, and one with all: the same average."""
+    params, tx = new_params(), js.lazy(js.params_ema(optax.adam(0.1), DECAY))
+    one = TrainState.create(apply_fn=None, params=params, tx=tx)
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), one)
+    step = js.make_train_step(loss_fn)
+    split = jax.pmap(js.make_train_step(loss_fn, axis_name="data", jit=False), axis_name="data")
+    for batch in IDS[6:9]:
+        one, two = step(one, batch)[0], split(two, batch.reshape(2, 2))[0]
+    want = js.ema_params(one.opt_state, one.params)
+    for device in range(2):
+        state = jax.tree.map(lambda x: x[device], two)  # noqa: B023
+        assert_close(js.ema_params(state.opt_state, state.params), want)
+
+
+def test_inside_of_partition():
+    """The average of one label; parameters of another are as they are."""
+    labels = {"t": "averaged", "bias": "averaged", "w": "not", "scale": "not"}
+    averaged = js.params_ema(optax.adam(0.1), DECAY)
+    params, want = new_params(), exactly(new_params())
+    tx = js.lazy(optax.partition({"averaged": averaged, "not": optax.sgd(0.1)}, labels))
+    outside = optax.partition({"averaged": js.lazy(averaged), "not": optax.sgd(0.1)}, labels)
+    step = made("jit", tx)
+    by_hand = jax.jit(step_of(outside, js.grad))
+    state = params, tx.init(params)
+    other = jax.tree.map(jnp.copy, params), outside.init(params)
+    for batch in IDS[6:9]:
+        state, other = step(state, batch), by_hand(other, jnp.asarray(batch))
+        want = {k: DECAY * want[k] + (1 - DECAY) * np.float64(p) if k in "t bias" else p for k, p in state[0].items()}
+    for got in (state, other):
+        assert_close(js.ema_params(got[1], got[0]), want)
+
+
 def test_errors():
     params = new_params()
     tx = js.params_ema(optax.sgd(0.1), DECAY)

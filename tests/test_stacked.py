@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
+from jaxsparse.trace import planning
 from tests.hlo import compiled_by_default, large_arrays
 from tests.marks import slow_but
 from tests.stepwise import copied
@@ -151,6 +152,24 @@ def test_what_is_read_by_table_all_the_same_is_announced(name):
     want = jax.jit(run)(start, IDS)
     trained = options.get("rows", np.arange(F))
     np.testing.assert_allclose(got[0][0][trained], want[0][0][trained], rtol=1e-4)
+
+
+@pytest.mark.parametrize("road", slow_but({"replay"}, ["replay", "average"]))
+def test_optimizers_that_ask_which_rows(road, monkeypatch):
+    """They keep something for each row of the first axis: each table is one row."""
+    made = {
+        "replay": lambda: (js.lazy_adam(0.1, skipped="replay"), js.flush),
+        "average": lambda: (js.lazy(js.params_ema(optax.adam(0.1), 0.9)), lambda state: state),
+    }
+    tx, after = made[road]()
+    monkeypatch.setattr(planning, "_ANNOUNCED", set())
+    state = TrainState.create(apply_fn=None, params={"t": jnp.ones((F, V, D))}, tx=tx)
+    want = TrainState.create(apply_fn=None, params={"t": jnp.ones((F, V, D))}, tx=optax.adam(0.1))
+    said = r"\['t'\] is read by table and row, and each of its tables is one row here: the optimizer keeps"
+    with pytest.warns(UserWarning, match=said):
+        state, _ = js.make_train_step(lambda p, i: READS["index"](p["t"], i))(state, IDS)
+    want = want.apply_gradients(grads=jax.grad(lambda p: READS["index"](p["t"], IDS))(want.params))
+    np.testing.assert_allclose(after(state).params["t"], want.params["t"], rtol=1e-5)
 
 
 def test_used_as_a_whole():

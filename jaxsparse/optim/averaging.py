@@ -145,7 +145,8 @@ def ema_params(opt_state: Any, params: Any) -> Any:
       params: the parameters that belong to it.
 
     Returns:
-      A tree like params, at least float32. With debias=True and before the first update, the parameters.
+      A tree like params, at least float32. With debias=True and before the first update, the parameters. Where
+      params_ema has one label of an optax.partition, the parameters of other labels as they are.
 
     Raises:
       TypeError: if opt_state has no such state, or several.
@@ -167,19 +168,21 @@ def ema_params(opt_state: Any, params: Any) -> Any:
         must, got = f"of {_FROZEN}", "of one with skipped='replay'"
         raise ValueError(message("ema_params", "opt_state", must, got, _INSTEAD))
     (state,) = found
-    return _read(state.replace(inner_state=None), params)
+    values, tree = named_leaves(params)
+    kept = {name: values[name] for name in named_leaves(state.ema)[0] if name in values}
+    # a parameter of another label of optax.partition has no average
+    return tree.unflatten((values | _read(state.replace(inner_state=None), kept)).values())
 
 
 @jax.jit
-def _read(state: ParamsEmaState, params: Any) -> Any:
+def _read(state: ParamsEmaState, params: dict[str, Any]) -> dict[str, Any]:
     ema = _up_to_date("ema_params", state, params)
-    values, tree = named_leaves(params)
 
     def corrected(e: jax.Array, p: Any) -> jax.Array:
         weight = _weight(state.decay, state.count, e.dtype)
         return jnp.where(weight > 0, e / jnp.where(weight > 0, weight, 1), jnp.asarray(p, e.dtype))
 
-    return tree.unflatten([corrected(ema[name], p) if state.debias else ema[name] for name, p in values.items()])
+    return {name: corrected(ema[name], p) if state.debias else ema[name] for name, p in params.items()}
 
 
 def _is_state(x: object) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._checks import MAX_ROWS
-from jaxsparse._context import ROWS_OF, rows_of
+from jaxsparse._context import ROW_NUMBERS, ROWS_OF, rows_of
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import at_least_int32, in_range
 from jaxsparse.trace.lines import evaluate, in_place_of
@@ -117,12 +117,20 @@ def _reshaped(x: Any, shape: Sequence[int]) -> Any:
     return jnp.reshape(x, shape)
 
 
+class LostError(Exception):
+    """Something in a program is for each row of the first axis, and cannot be for each row of each table."""
+
+
+def _lost() -> Any:
+    raise LostError("the optimizer keeps or draws something for each row of the first axis")
+
+
 class _Pair:
     """An array that has two leading axes, or one for both: each is made when something needs it."""
 
     def __init__(self, shape: Sequence[int], whole: Callable[[], Any] | None, flat: Callable[[], Any] | None) -> None:
         self.shape, self._made = tuple(shape), {}  # type: ignore[var-annotated]
-        self._is_flat = whole is None
+        self._is_flat, self.ndim = whole is None, len(self.shape)
         self._make = {
             "whole": whole or (lambda: jnp.reshape(self.flat, self.shape)),
             "flat": flat or (lambda: jnp.reshape(self.whole, _merged(self.shape))),
@@ -188,7 +196,9 @@ class _Rewriting:
         some = any(isinstance(v, _Pair) for v in values)
         if name == ROWS_OF and some:
             return self._rows_of(values[0])
-        if primitive in _jax.CALLS and not (name or "").startswith("jaxsparse_"):
+        if name == ROW_NUMBERS and some:
+            return [_Pair(values[0].shape[:1], _lost, None)]
+        if primitive in _jax.CALLS and name not in (ROWS_OF, ROW_NUMBERS):
             return self._run(_jax.called(eqn), values)
 
         def whole() -> list[Any]:
@@ -207,8 +217,8 @@ class _Rewriting:
         return [_Pair(_jax.shape(eqn.outputs[0]), None if some else (lambda: whole()[0]), made)]
 
     def _rows_of(self, v: _Pair) -> list[Any]:
-        count, chosen = rows_of(v.flat)
-        return [count, _Pair(v.shape[:2], None, lambda: chosen)]
+        """How many rows of all tables, which is enough for a metric. Which: there are as many as tables."""
+        return [rows_of(v.flat)[0], _Pair(v.shape[:1], _lost, None)]
 
     def _rule(self, eqn: Equation, values: list[Any]) -> Rule:
         """What an equation does with one axis for tables and rows, and whether its output has one; None if nothing."""
@@ -225,7 +235,7 @@ class _Rewriting:
             if axes and axes[0] > 1:
                 return lambda x: _jax.bind(eqn, [x], axes=tuple(a - 1 for a in axes))[0], True
         if primitive is _RESHAPE:
-            if pair and shape == _merged(values[0].shape):
+            if pair and values[0].ndim > 1 and shape == _merged(values[0].shape):
                 return lambda x: x, False
             before = values[0].shape if pair else jnp.shape(values[0])
             if lead and (before[:2] == shape[:2] if pair else before == _merged(shape)):

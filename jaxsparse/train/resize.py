@@ -69,7 +69,9 @@ def grow(
       key: a jax.random key, for a function.
       copies: which other parts of the state, of the structure and shapes of params, are copies of them: averages,
         target networks. Parts of their paths, or a function of (path, subtree). Their new rows are those of the table.
-        None if there are no such parts. Any other array, counts of visits for example, stays as it is.
+        None if there are no such parts. What looks like them and started from zeros (sums of gradients, an average
+        that is corrected for it) is no copy: take it out of the state, and give it zeros, or keep it in the optimizer
+        (optax.ema), whose init says what new rows have. Any other array, counts of visits say, stays as it is.
       tx: the optimizer whose state is in `state`; state.tx if that is there.
 
     Returns:

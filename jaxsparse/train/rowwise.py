@@ -26,7 +26,7 @@ from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.known_ids import find_known
 from jaxsparse.trace.pieces import arrays_in, known, write
 from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
-from jaxsparse.trace.stacked import find_stacked
+from jaxsparse.trace.stacked import LostError, find_stacked
 from jaxsparse.trace.tracing import TracedStep, trace_step
 from jaxsparse.trace.trained import TrainedRows, trained_rows
 from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of
@@ -162,9 +162,10 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
     places = {i: j for i, j in traced.places.items() if not is_stored(traced.leaves[i])}
     stacked, why = find_stacked(traced.program, places), "rows= names rows of its first axis"
     if stacked.shapes and rows is None:
-        flat = traced.with_flat(stacked)
         try:
-            planned = plan_step(flat, stacked.flat(leaves), history)
+            planned = plan_step(traced.with_flat(stacked), stacked.flat(leaves), history)
+        except LostError as error:
+            why = str(error)
         except RefusedError as error:
             why = error.got
         else:
