@@ -64,7 +64,8 @@ def fit(
       step: of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a "loss", the
         mean over the examples of the batch.
       state: the state to start from. It is donated to the step: use the returned one.
-      batches: a `js.Batches`, whose position it goes on from, or any iterable of batches that can be iterated anew.
+      batches: a `js.Batches`, whose position it goes on from, also after a run that was interrupted or stopped, or any
+        iterable of batches that can be iterated anew.
       epochs: how many to run, a resumed one counting as one.
       args: what the step gets after the batch: step(state, batch, *args), so that the loss_fn of `js.make_train_step`
         is called as loss_fn(params, batch, *args).
@@ -131,6 +132,8 @@ def fit(
             raise
         said = f"js.fit was interrupted {run.where}. It returns the state and the history so far."
         warnings.warn(said, stacklevel=2)
+    if isinstance(batches, Batches):
+        batches.state = batches.state  # left early, an epoch would start again
     return run.state, run.history
 
 
