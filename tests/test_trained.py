@@ -130,5 +130,7 @@ def test_bad_rows():
     with pytest.raises(ValueError, match=r"'rows'.*js\.jit or js\.rowwise, give it to that"):
         js.jit(functools.partial(step, tx=js.lazy(TX, rows={"words": [0]})))(state, ids)
     tx = js.lazy_adam(0.1, skipped="replay")
+    with pytest.raises(ValueError, match=r"'rows' argument of js\.lazy .*replays"):
+        js.lazy(tx, rows={"words": [0]}).init(state[0])
     with pytest.raises(ValueError, match=r"'rows'.*replays"):
         js.jit(functools.partial(step, tx=tx), rows={"words": [0]})((state[0], tx.init(state[0])), ids)

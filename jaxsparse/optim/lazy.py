@@ -98,7 +98,18 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
         with jax.named_scope("lazy_update"):
             return _update(inner, tree, grads, state, params, extra_args)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    def init_fn(params: Any) -> Any:
+        state = inner.init(params)
+        if rows is not None and any(map(_replays, jax.tree.leaves(state, is_leaf=_replays))):
+            do = "Its rows move on where they are not read. Use skipped='freeze'."
+            raise ValueError(message("lazy", "rows", "left out where an optimizer replays", "both", do))
+        return state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _replays(state: Any) -> bool:
+    return getattr(state, "replays", False) is True
 
 
 def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, extra_args: dict[str, Any]) -> Any:

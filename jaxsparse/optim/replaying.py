@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.serialization
 import jax
@@ -71,6 +71,7 @@ class ReplayState:
     steps: jax.Array  # int32 (): how many there were
     history: Any  # arrays of the rule
     rule: Any = dataclasses.field(metadata={"static": True})
+    replays: ClassVar[bool] = True
 
 
 _SAVED = [field.name for field in dataclasses.fields(ReplayState) if not field.metadata.get("static")]
