@@ -231,7 +231,7 @@ def _moved_by(program: Program, i: re.Match, shapes: dict[str, str]) -> tuple[st
         is_scatter = _is_offloaded(i, "scatter")
         rows = others[-1:] if is_scatter else _made(i)
         size = sum(x.bytes for x in (*others, *(() if is_scatter else rows))) + sum(_windows(table, x) for x in rows)
-        return "scatter" if is_scatter else "gather", size
+        return "scatter" if is_scatter else "gather" if _is_offloaded(i, "gather") else "copy", size
     if i["op"] == "fusion":
         inner = program.body(i)
     else:

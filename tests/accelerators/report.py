@@ -32,7 +32,7 @@ class Report:
     needed: float
     moved: dict[str, float]
     seconds: float
-    text: str
+    text: str = dataclasses.field(repr=False)
 
     @property
     def ratio(self) -> float:

@@ -1,6 +1,7 @@
 """Accelerators that are described and not there, to compile for: TPUs by libtpu, an H100 by JAX's CUDA plugin."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -34,5 +35,11 @@ def device(kind: str) -> jax.Device:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile too
         return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[kind]).devices[0]
     target = pathlib.Path(__file__).with_name(GPUS[kind]).read_text()
-    found = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target, topology="1x1x1")
+    describe = functools.partial(topologies.get_topology_desc, "", "cuda", target_config=target, topology="1x1x1")
+    try:
+        found = describe()
+    except NotImplementedError:  # the plugin looked for cuDNN, which only running needs, and did not register
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+        importlib.import_module(_CUDA).initialize()
+        found = describe()
     return found.devices[0]
