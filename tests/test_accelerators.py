@@ -13,7 +13,7 @@ import pytest
 
 from tests.accelerators.cases import Case
 from tests.accelerators.report import report
-from tests.accelerators.topologies import missing
+from tests.accelerators.topologies import libtpu_version, missing
 
 M = 10**6
 COPIED = "a row that is no multiple of 128 wide lies across the lanes, and XLA copies the table to read and write rows"
@@ -66,7 +66,7 @@ CASES: dict[Case, str | None] = {
     Case("v5p", M, 16): COPIED,
     Case("v5p", M, 128): ALL_IDS,
     Case("v6e", M, 64): COPIED,
-    Case("v6e", M, 128): ALL_IDS,
+    Case("v6e", M, 128): ALL_IDS if libtpu_version() > (0, 0, 42) else None,  # which leaves gathers to the SparseCore
     Case("h100", M, 1, optimizer="ftrl"): None,
     Case("h100", M, 16): None,
     Case("h100", M, 64, optimizer="clip", way="jit"): None,

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -24,6 +25,12 @@ def missing(kind: str) -> str:
     except ModuleNotFoundError:  # no plugin of JAX at all
         pass
     return f'{"libtpu" if kind in TPUS else _CUDA} is not installed: pip install -e ".[accelerators]"'
+
+
+def libtpu_version() -> tuple[int, ...]:
+    """(0, 0, 52), say; () where it is not installed."""
+    found = "" if missing("v5e") else importlib.metadata.version("libtpu")
+    return tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
 
 
 @functools.cache
