@@ -14,6 +14,7 @@ import scipy.sparse
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
+from jaxsparse.train.evaluation import reading_rows
 
 BAGS = 4096
 
@@ -43,11 +44,16 @@ class Case:
     optimizer: str = "adam"
     way: str = "step"
     length: int = 4
+    packed: bool = False  # by js.pack
 
     def __str__(self) -> str:
         shape = f"{self.num_rows:.0e}x{self.dim}".replace("e+0", "e")
         dtype = {"float32": "f32", "bfloat16": "bf16"}[self.dtype]
-        return f"{self.kind} {shape} {dtype} {self.optimizer} {self.way}" + f" L{self.length}" * (self.length != 4)
+        return (
+            f"{self.kind} {shape} {dtype} {self.optimizer} {self.way}"
+            + f" L{self.length}" * (self.length != 4)
+            + " packed" * self.packed
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Lowered:
       state_bytes: of all that is donated, or of the parameters where nothing is.
       argument_bytes: of all arguments.
       row_bytes: of one row of the table and of all that has a row for each of its.
+      stored: shape of the table, as it is stored.
       distinct: how many rows the batch reads.
       ids: how many ids it has.
     """
@@ -67,6 +74,7 @@ class Lowered:
     state_bytes: int
     argument_bytes: int
     row_bytes: float
+    stored: tuple[int, ...]
     distinct: int
     ids: int
 
@@ -79,14 +87,17 @@ def lower(case: Case, device: jax.Device) -> Lowered:
 
     batch, ids = _batch(case)
     state = there(jax.eval_shape(partial(_state, case)))
+    by_row = [x for x in jax.tree.leaves(state) if x.shape[:1] == (case.num_rows,)]
+    by_row = [x for x in by_row if case.way != "evaluate" or x is state.params["table"]]
+    state = js.pack(state) if case.packed else state
     batch = there(batch)
     program, args = _program(case, state, batch)
-    by_row = [x for x in jax.tree.leaves(args[0]) if x.shape[:1] == (case.num_rows,)]
     return Lowered(
         lowered=program.lower(*args),
         state_bytes=_bytes(args[0]),
         argument_bytes=_bytes(args),
         row_bytes=_bytes(by_row) / case.num_rows,
+        stored=jax.tree.leaves(state.params["table"])[0].shape,
         distinct=len(np.unique(ids)),
         ids=ids.size,
     )
@@ -144,7 +155,7 @@ def _program(case: Case, state: Any, batch: Any) -> tuple[Any, tuple[Any, ...]]:
     if case.way == "flush":
         return jax.jit(js.flush, donate_argnums=0), (state,)
     if case.way == "evaluate":
-        return jax.jit(_loss), (state.params, batch)  # which is what js.evaluate compiles
+        return jax.jit(reading_rows(_loss)), (state.params, batch)  # which is what js.evaluate compiles
     if case.way == "jit":
         return js.jit(step_by(jax.value_and_grad)), (state, batch)
     if case.way == "step":

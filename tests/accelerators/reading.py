@@ -176,14 +176,15 @@ def roots(body: list[re.Match]) -> list[re.Match]:
     return made(body[-1])
 
 
-def table_sized(program: Program, num_rows: int, ids: int, dim: int) -> dict[str, int]:
-    """Operations whose result is as large as a table, or as a part of it, by kind: how often each is in the program.
+def table_sized(program: Program, table: tuple[int, ...], ids: int) -> dict[str, int]:
+    """Operations whose result is as large as a table of this shape, or as a part of it: how often each kind is there.
 
     Such a result has an axis of the table's rows, padded or not, or has num_rows elements and is larger than all that
     is made of a row for each id. What names an array or writes some of its rows in place is none. A loop or branch is
     one if a table goes through it; what is in it is counted by itself.
     """
-    least = max(num_rows, 4 * ids * dim)
+    num_rows = table[0]
+    least = max(num_rows, 4 * ids * math.prod(table[1:]))
 
     def is_large(array: Array) -> bool:
         return array.size >= least or any(num_rows <= n <= num_rows + 1024 for n in array.shape)

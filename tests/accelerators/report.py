@@ -58,7 +58,7 @@ def report(case: cases.Case) -> Report:
     program = reading.Program(text)
     return Report(
         case=case,
-        large=reading.table_sized(program, case.num_rows, made.ids, case.dim),
+        large=reading.table_sized(program, made.stored, made.ids),
         temporaries=memory.temp_size_in_bytes,
         arguments=memory.argument_size_in_bytes,
         in_place=memory.alias_size_in_bytes,
