@@ -175,6 +175,7 @@ def test_which_leaves_are_packed():
         "vector": jax.ShapeDtypeStruct((1 << 16,), jnp.float32),
         "double": jax.ShapeDtypeStruct((1 << 16, 3), np.float64),
         "number": 1.0,
+        "half bytes": jax.ShapeDtypeStruct((1 << 16, 3), jnp.int4),
     }
     packed = js.pack(tree)
     assert [name for name, x in packed.items() if isinstance(x, js.Packed)] == ["large"]
@@ -183,12 +184,56 @@ def test_which_leaves_are_packed():
     assert js.pack(packed)["large"] is packed["large"]
     replayed = js.lazy_adamw(1e-3, skipped="replay")
     state = jax.eval_shape(replayed.init, {"t": tree["large"]})
+    named = js.pack(replayed.init({"t": jnp.ones((8, 3))}), tables=lambda path, x: True)
+    assert all(not isinstance(x, js.Packed) for x in named.history.values())
+    assert np.array(js.pack({"t": jnp.ones((8, 16))}, tables="t")["t"]).flags.writeable
     packed = js.pack(state)
     assert isinstance(packed.wrapped[0].mu["t"], js.Packed)
     assert all(not isinstance(x, js.Packed) for x in packed.history.values())
 
 
+def test_row_ids_made_of_packed_tables():
+    """Of the state, of an argument that is none, and where the batch knows its distinct ids."""
+
+    def step(state, frozen, ids):
+        rows = (state["m"][ids] + frozen[ids]) % V
+        grads = jax.grad(lambda t: jnp.sum(t[rows] ** 2))(state["t"])
+        return {"t": state["t"] - 0.1 * grads, "m": state["m"]}
+
+    table = {"t": params_of((16,))["t"], "m": jnp.asarray(RNG.integers(0, V, (V, 3)), jnp.int32)}
+    packed, frozen = (js.pack(x, tables=lambda path, x: True) for x in (table, table["m"]))
+    with pytest.warns(UserWarning, match=r"Packed .* is unpacked whole at each step: row ids"):
+        got = js.jit(step)(packed, frozen, IDS[0])
+    assert jax.tree.structure(got) == jax.tree.structure(packed)
+    assert_same(got, jax.jit(step)(table, table["m"], IDS[0]), rtol=1e-6)
+
+    def metric(params, batch):
+        return {"x": jnp.sum(params["t"][params["m"][batch.x]])}
+
+    states = [TrainState.create(apply_fn=None, params=p, tx=optax.identity()) for p in (table, js.pack(table, "m"))]
+    batches = js.batches(IDS.reshape(-1, 5)[:32], np.zeros(32), batch_size=16, num_rows=V)
+    want, got = (js.evaluate(metric, state, batches)["x"] for state in states)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_what_a_step_hands_through_is_not_unpacked():
+    packed = js.pack({**params_of((16,)), "target": jnp.ones((V, 16))}, tables=lambda path, x: x.ndim > 1)
+    step = js.jit(
+        lambda p, ids: {**jax.tree.map(lambda p, g: p - g, p, jax.grad(loss_fn)(p, ids)), "target": p["target"]}
+    )
+    few = np.arange(8, dtype=np.int32).reshape(4, 2)
+    hlo = compiled_by_default(step.lower(packed, few)).as_text()
+    assert f"[{V},16]" not in hlo
+
+
 def test_errors():
+    state = js.pack(TrainState.create(apply_fn=None, params=params_of((16,)), tx=optax.adam(1e-2)), tables=TABLE)
+    for change in (
+        lambda: js.grow(state, "t", 2 * V, init=0.0),
+        lambda: js.shard_rows(state, jax.make_mesh((2,), ("r",), devices=jax.devices()[:2]), "t", "r"),
+    ):
+        with pytest.raises(TypeError, match=r"Packed\(float32.*js.unpack"):
+            change()
     packed = js.pack({"t": jnp.zeros((V, 16))}, tables="t")
     with pytest.raises(TypeError, match=r"Packed table at \['t'\].*js.unpack"):
         js.value_and_grad(lambda p: jnp.sum(p["t"][jnp.arange(3)]))(packed)

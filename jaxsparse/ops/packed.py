@@ -50,10 +50,9 @@ class Packed(Storage):
         return self.data.sharding
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        del copy
         k, width, _ = _form(self.shape)
         rows = np.asarray(self.data)[:, : k * width].reshape(-1, *self.shape[1:])[: self.shape[0]]
-        return rows if dtype is None else rows.astype(dtype)
+        return np.array(rows, dtype) if copy else np.asarray(rows, dtype)
 
     def __repr__(self) -> str:
         return f"Packed({getattr(self.dtype, 'name', self.dtype)}{list(self.shape)})"
@@ -125,8 +124,8 @@ def is_narrow(x: Any) -> bool:
     shape = getattr(x, "shape", ())
     if is_packed(x) or len(shape) < 2 or 0 in shape or not hasattr(x, "dtype"):
         return False
-    simple = jnp.issubdtype(x.dtype, jnp.number) and jnp.dtype(x.dtype).itemsize in (1, 2, 4)
-    return simple and math.prod(shape[1:]) % LANES != 0
+    whole_words = jnp.issubdtype(x.dtype, jnp.number) and jax.dtypes.itemsize_bits(x.dtype) in (8, 16, 32)
+    return whole_words and math.prod(shape[1:]) % LANES != 0
 
 
 def _form(shape: Sequence[int]) -> tuple[int, int, int]:

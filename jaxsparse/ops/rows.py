@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._checks import message
 from jaxsparse._jax import is_traced, vary, varying_axes
 
 
@@ -76,6 +77,14 @@ class Storage(abc.ABC):
 
 def is_stored(x: Any) -> bool:
     return isinstance(x, Storage)
+
+
+def check_arrays(function: str, tree: Any) -> None:
+    """Raises TypeError if something in a state is stored in another form."""
+    for path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_stored)[0]:
+        if is_stored(x):
+            got, do = f"{x!r} at {jax.tree_util.keystr(path)}", "Pass js.unpack(state), and js.pack what comes back."
+            raise TypeError(message(function, "state", "one of arrays", got, do))
 
 
 def as_array(x: Any) -> Any:

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._checks import chosen_paths, message
 from jaxsparse._jax import is_traced
+from jaxsparse.ops.rows import check_arrays
 from jaxsparse.optim.lazy import plan_update
 
 # their stubs give a tree definition no methods
@@ -71,6 +72,7 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
     """
     if axis not in mesh.axis_names:
         raise ValueError(message("shard_rows", "axis", f"one of the mesh's {mesh.axis_names}", repr(axis)))
+    check_arrays("shard_rows", state)
     flat, tree = _flatten_with_path(state.params)
     leaves = [x for _, x in flat]
     flags = chosen_paths("shard_rows", tables, [jax.tree_util.keystr(path) for path, _ in flat], leaves)

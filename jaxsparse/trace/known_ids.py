@@ -23,6 +23,7 @@ from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
 from jaxsparse.data.batch import Batch
 from jaxsparse.data.distinct import NO_ID, DistinctIds
+from jaxsparse.ops.rows import as_whole
 from jaxsparse.trace.row_elementwise import ELEMENTWISE
 
 
@@ -105,7 +106,7 @@ class _Entry(NamedTuple):
 
 def coded_ids(ids: _jax.Needed, leaves: Sequence[Any], known: Sequence[Known]) -> tuple[list[Coded | None], jax.Array]:
     """Which ids are coded, and whether something that is known of the leaves they are made of is not so: bool ()."""
-    entries = [_Entry(Shared(x)) for x in leaves]
+    entries = [_Entry(Shared(as_whole(x) if used else x)) for x, used in zip(leaves, ids.used, strict=False)]
     wrong = jnp.zeros((), bool)
     for k in (k for k in known if ids.used[k.array]):
         values = jnp.reshape(leaves[k.ids], -1)[: k.size]

@@ -19,11 +19,11 @@ def pack(tree: Any, tables: Any = None) -> Any:
     On TPU, XLA copies tables whose rows are no multiple of 128 numbers at each step that reads some of their rows;
     `js.jit` warns of that, and `js.explain` says of which. A packed row has 128 // d rows of d numbers beside each
     other; rows of more than 128 numbers are padded to the next multiple. So memory stays the same where d divides 128,
-    and is 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`,
-    `js.make_train_step`, `js.evaluate` and `js.predict` take a packed state in place of the other; what they are given
-    (a step, a loss, a metric) sees arrays (num_rows, ...) as before, and what it uses as a whole is unpacked for it. To
-    everything else, `js.unpack` first. What flax.serialization saves of a packed state is what it saves of the
-    unpacked one.
+    and is 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`, `js.make_train_step`, `js.evaluate` and
+    `js.predict` take a packed state in place of the other; what they are given (a step, a loss, a metric) sees arrays
+    (num_rows, ...) as before. What it uses as a whole is unpacked for it, and so is, with a warning, what row ids are
+    made of and what a step does not return. To everything else, `js.unpack` first. What flax.serialization saves of a
+    packed state is what it saves of the unpacked one.
 
     Args:
       tree: a pytree of parameters and the optimizer's state: a TrainState, for one. Arrays (num_rows, d, ...), or
@@ -48,13 +48,13 @@ def pack(tree: Any, tables: Any = None) -> Any:
     with_paths, definition = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     paths, leaves = [jax.tree_util.keystr(path) for path, _ in with_paths], [x for _, x in with_paths]
     if tables is None:
-        history = {id(x) for state in replay_states(tree) for x in state.history.values()}  # has steps for rows
-        chosen = [is_narrow(x) and x.shape[0] >= MIN_ROWS and id(x) not in history for x in leaves]
+        chosen = [is_narrow(x) and x.shape[0] >= MIN_ROWS for x in leaves]
     else:
         chosen = chosen_paths("pack", tables, paths, leaves)
+    history = {id(x) for state in replay_states(tree) for x in state.history.values()}  # has steps for rows
     out = []
     for path, x, flag in zip(paths, leaves, chosen, strict=True):
-        out.append(pack_array(x) if flag and is_narrow(x) else x)
+        out.append(pack_array(x) if flag and is_narrow(x) and id(x) not in history else x)
         sharding = getattr(x, "sharding", None)
         if out[-1] is not x and sharding is not None and not sharding.is_fully_replicated:
             do = "Give a table over several devices rows of a multiple of 128 numbers."

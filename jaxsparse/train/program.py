@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from jaxsparse import _jax
-from jaxsparse.ops.rows import is_stored
+from jaxsparse.ops.rows import as_whole, is_stored
 from jaxsparse.trace.planning import announce
 from jaxsparse.train.device_rows import knows_all
 from jaxsparse.train.host_rows import HostRows
@@ -34,7 +34,7 @@ class StepProgram:
         self._used = [i for i, used in enumerate(planned.ids.used[: self._num_leaves]) if used]
         self._knows_all = knows_all(planned, traced.leaves)
         self._host = HostRows(planned)
-        self._ids = jax.jit(lambda leaves: self._host.wanted(planned.ids(leaves)))
+        self._ids = jax.jit(self._wanted_ids)
         # state first: JAX pairs donated arrays with outputs of their shape in order
         self._order = [traced.places[i] for i in self._donated if i in traced.places]
         self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
@@ -46,6 +46,10 @@ class StepProgram:
         traced = self.planned.traced
         tables = {traced.paths[i]: traced.leaves[i] for i in self.planned.leaves}
         warn_of_copies(traced.name, tables, platform)
+
+    def _wanted_ids(self, used: list[Any]) -> list[list[Any]]:
+        whole = list(map(as_whole, self._as_stored(self._used, used)))
+        return self._host.wanted(self.planned.ids(whole))
 
     def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
         leaves = self._together(donated, kept)

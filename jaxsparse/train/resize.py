@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxsparse._checks import check_num_rows, check_table, chosen_paths, message
 from jaxsparse._jax import is_traced
-from jaxsparse.ops.rows import gather_rows, scatter_rows
+from jaxsparse.ops.rows import check_arrays, gather_rows, scatter_rows
 from jaxsparse.optim.replaying import replay_states
 from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.train.refresh import take_apart
@@ -205,6 +205,7 @@ class _Resize:
     """
 
     def __init__(self, function: str, argument: str, state: Any, table: Any, tx: Any) -> None:
+        check_arrays(function, state)
         self._function, self._argument = function, argument
         self._leaves, self._tree = _flatten(state)
         # trees of the leaves' numbers

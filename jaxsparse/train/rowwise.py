@@ -142,7 +142,8 @@ def prepare_step(
         traced = trace_step(step, args, kwargs, (), prepare)
         planned = plan_step(traced, list(map(as_shape, traced.leaves)), history_of(replayed))
     traced = planned.traced
-    planned = dataclasses.replace(planned, known=find_known((args, kwargs)))
+    said = [*planned.said, *_unpacked(planned, args, kwargs)]
+    planned = dataclasses.replace(planned, known=find_known((args, kwargs)), said=said)
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
         got = f"row ids made of rows of {traced.paths[i]}"
@@ -183,6 +184,18 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
     return dataclasses.replace(planned, said=[f"{traced.paths[i]} {said}" for i in tables])
 
 
+def _unpacked(planned: PlannedStep, args: Any, kwargs: Any) -> list[str]:
+    """What is stored in another form, and made an array of at each step though no array in its place were dense."""
+    with_paths = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_stored)[0]
+    places, used, said = planned.traced.places, planned.ids.used, []
+    for i, (path, x) in enumerate(with_paths):
+        if is_stored(x) and (i not in places or used[i]):
+            why = "row ids are made of it" if used[i] else "it is no state, which comes back"
+            name = f"{type(x).__name__} {jax.tree_util.keystr(path[1:])}"
+            said.append(f"{name} is unpacked whole at each step: {why}. Pass js.unpack of it.")
+    return said
+
+
 def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
     """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
@@ -220,7 +233,8 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         results[places[i]] = jnp.reshape(jnp.asarray(results[places[i]]), shape)
     for i, x in enumerate(leaves):
         if is_stored(x) and i in places and i not in planned.leaves:
-            results[places[i]] = x.of(results[places[i]])
+            unchanged = results[places[i]] is array_of(values[i])
+            results[places[i]] = arrays[i] if unchanged else x.of(results[places[i]])
     return results
 
 
