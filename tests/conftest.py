@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
 
 from tests.flags import DEFAULTS, xla_flags
@@ -17,6 +18,9 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Traced programs are many small objects that live long: looking through them for garbage took 6 % of the time.
 gc.set_threshold(100_000, 50, 100)
