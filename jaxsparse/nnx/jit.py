@@ -23,7 +23,7 @@ from jaxsparse._context import tracing
 from jaxsparse.nnx.apart import Given, Static, held_by, put_together, take_apart
 from jaxsparse.optim.replaying import is_replay_state
 from jaxsparse.trace.tracing import check_arguments
-from jaxsparse.train.jit import JittedStep
+from jaxsparse.train.jit import JittedStep, sequence
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
@@ -96,7 +96,7 @@ def jit(
     if step is None:
         return functools.partial(jit, static_argnums=static_argnums, static_argnames=static_argnames, rows=rows)
     check_unbound("nnx.jit", "step", step)
-    return JittedModules(step, _names(static_argnums), _names(static_argnames), rows)
+    return JittedModules(step, sequence(static_argnums), sequence(static_argnames), rows)
 
 
 def check_unbound(function: str, argument: str, fun: Callable[..., Any]) -> None:
@@ -108,10 +108,6 @@ def check_unbound(function: str, argument: str, fun: Callable[..., Any]) -> None
     if inspect.ismethod(inner) and isinstance(owner, nnx.Pytree):
         do = f"Write {type(owner).__name__}.{inner.__name__} and pass the module as its first argument."
         raise ValueError(message(function, argument, "a function of the modules that it changes", repr(inner), do))
-
-
-def _names(x: Any) -> tuple[Any, ...]:
-    return () if x is None else (x,) if isinstance(x, int | str) else tuple(x)
 
 
 class JittedModules:

@@ -22,6 +22,7 @@ from jaxsparse._context import ROW_NUMBERS, ROWS_OF
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import at_least_int32, in_range, row_ids
 from jaxsparse.trace.lines import evaluate, in_place_of
+from jaxsparse.trace.rewriting import Rewriting
 from jaxsparse.trace.row_reads import CLIPPED, clip_others, nothing, window_sizes
 
 Mode = jax.lax.GatherScatterMode
@@ -100,38 +101,24 @@ class _Added(_Unmade):
         return _Added(lambda: _add(self.scatters, start, out), self.scatters, start)
 
 
-class _Rewriting:
+class _Rewriting(Rewriting):
     """One way through a program. tables: its inputs that may be."""
 
     def __init__(self, tables: Sequence[Any]) -> None:
+        super().__init__()
         self._tables = list(tables)  # and what they are cast to
         self._heights: set[int] = set()  # of tables that are below each other
-        self._within: tuple[Equation, ...] = ()
 
     def run(self, program: Program, values: Sequence[Any]) -> list[Any]:
-        return [_array(v) for v in self._run(program, values)]
+        return [_array(v) for v in self.walk(program, values)]
 
-    def _run(self, program: Program, values: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(program.constants)
-        env.update(zip(program.inputs, values, strict=True))
-
-        def read(v: Any) -> Any:
-            return _jax.literal_value(v) if _jax.is_literal(v) else env[v]
-
-        for eqn in program.equations:
-            self._within += (eqn,)
-            outs = self._step(program, eqn, [read(v) for v in eqn.inputs])
-            self._within = self._within[:-1]
-            env.update(zip(eqn.outputs, outs, strict=True))
-        return [read(v) for v in program.outputs]
-
-    def _step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
+    def step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
         primitive = eqn.primitive
         first: Any = values[0] if values else None
         if primitive in _jax.CALLS and _jax.called_name(eqn) not in (ROWS_OF, ROW_NUMBERS):
-            return self._run(_jax.called(eqn), values)
+            return self.walk(_jax.called(eqn), values)
 
-        within = self._within
+        within = self.within
 
         def as_it_is() -> list[Any]:
             return evaluate(program, within, [_array(v) for v in values])
@@ -170,7 +157,7 @@ def _parts(v: Any) -> Sequence[Any]:
 
 
 def _is_zero(v: Any) -> bool:
-    return not isinstance(v, jax.core.Tracer | _Unmade) and jnp.ndim(v) == 0 and not v
+    return not _jax.is_traced(v) and not isinstance(v, _Unmade) and jnp.ndim(v) == 0 and not v
 
 
 def _reads_rows(eqn: Equation) -> bool:

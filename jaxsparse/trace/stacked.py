@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._checks import MAX_ROWS
@@ -23,6 +22,7 @@ from jaxsparse._context import ROW_NUMBERS, ROWS_OF, rows_of
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import at_least_int32, in_range
 from jaxsparse.trace.lines import evaluate, in_place_of
+from jaxsparse.trace.rewriting import Rewriting
 from jaxsparse.trace.row_elementwise import ELEMENTWISE
 from jaxsparse.trace.row_reads import CLIPPED, clip_others, window_sizes
 
@@ -164,42 +164,28 @@ def _flat(v: Any) -> Any:
     return v.flat if isinstance(v, _Pair) else jnp.reshape(v, _merged(jnp.shape(v)))
 
 
-class _Rewriting:
+class _Rewriting(Rewriting):
     """One way through a program. shapes: of the inputs that are stacked."""
 
     def __init__(self, shapes: dict[int, tuple[int, ...]]) -> None:
+        super().__init__()
         self._shapes = shapes
         self._leads = {shape[:2] for shape in shapes.values()}
-        self._within: tuple[Equation, ...] = ()
 
     def run(self, program: Program, leaves: Sequence[Any]) -> list[Any]:
         shapes = self._shapes
         values = [_Pair(shapes[i], None, lambda x=x: x) if i in shapes else x for i, x in enumerate(leaves)]  # type: ignore[misc]
-        return self._run(program, values)
+        return self.walk(program, values)
 
-    def _run(self, program: Program, values: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = dict(program.constants)
-        env.update(zip(program.inputs, values, strict=True))
-
-        def read(v: Any) -> Any:
-            return np.asarray(_jax.literal_value(v), _jax.dtype(v)) if _jax.is_literal(v) else env[v]
-
-        for eqn in program.equations:
-            self._within += (eqn,)
-            outs = self._step(program, eqn, [read(v) for v in eqn.inputs])
-            self._within = self._within[:-1]
-            env.update(zip(eqn.outputs, outs, strict=True))
-        return [read(v) for v in program.outputs]
-
-    def _step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
-        primitive, name, within = eqn.primitive, _jax.called_name(eqn), self._within
+    def step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
+        primitive, name, within = eqn.primitive, _jax.called_name(eqn), self.within
         some = any(isinstance(v, _Pair) for v in values)
         if name == ROWS_OF and some:
             return self._rows_of(values[0])
         if name == ROW_NUMBERS and some:
             return [_Pair(values[0].shape[:1], _lost, None)]
         if primitive in _jax.CALLS and name not in (ROWS_OF, ROW_NUMBERS):
-            return self._run(_jax.called(eqn), values)
+            return self.walk(_jax.called(eqn), values)
 
         def whole() -> list[Any]:
             return evaluate(program, within, [v.whole_at(within) if isinstance(v, _Pair) else v for v in values])

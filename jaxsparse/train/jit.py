@@ -112,13 +112,14 @@ def jit(
             static_argnames=static_argnames,
             rows=rows,
         )
-    donated = None if donate_argnums is None and donate_argnames is None else _sequence(donate_argnums)
+    donated = None if donate_argnums is None and donate_argnames is None else sequence(donate_argnums)
     if donate_argnames is not None:
-        donated, _ = _both_ways(step, donated or (), _sequence(donate_argnames))
-    return JittedStep(step, donated, _sequence(static_argnums), _sequence(static_argnames), rows)
+        donated, _ = _both_ways(step, donated or (), sequence(donate_argnames))
+    return JittedStep(step, donated, sequence(static_argnums), sequence(static_argnames), rows)
 
 
-def _sequence(x: Any) -> tuple[Any, ...]:
+def sequence(x: Any) -> tuple[Any, ...]:
+    """Numbers or names of arguments, of which there may be one or none."""
     return () if x is None else (x,) if isinstance(x, int | str) else tuple(x)
 
 
