@@ -14,7 +14,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.ops.rows import computed_once, copy_rows
+from jaxsparse.ops.rows import gathered_once
 from tests.marks import slow_but
 
 V, D, B, L = 20_000, 64, 128, 40
@@ -79,18 +79,18 @@ def test_each_platform_gets_its_own_way(name, known):
     assert cpu["bitcast_convert"] > tpu["bitcast_convert"]
 
 
-def test_rows_are_copied_in_words_on_cpu_only():
+def test_rows_are_copied_in_words_and_once_on_cpu_only():
     x, ids = jnp.ones((9, 4)), jnp.array([3, 1])
-    found = exported_for(jax.jit(copy_rows), x, ids)
+
+    def copied(x, ids):
+        return gathered_once(lambda gather: [gather(x, ids)], [jax.ShapeDtypeStruct((2, 4), x.dtype)], ids[0] >= 0)
+
+    found = exported_for(jax.jit(copied), x, ids)
     assert found["cpu"]["bitcast_convert"] == 2 and found["cpu"]["or"] > found["tpu"]["or"]
-    assert not found["tpu"]["bitcast_convert"] and not found["cuda"]["bitcast_convert"]
-    jaxpr = jax.make_jaxpr(copy_rows)(x, ids)
-    assert jnp.array_equal(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, ids)[0], x[ids])
-
-
-def test_what_is_computed_once_has_its_branch_on_cpu_only():
-    found = exported_for(jax.jit(lambda x: computed_once(lambda: [x * 2], x[0] > 0)), jnp.ones(3))
     assert found["cpu"]["case"] == found["tpu"]["case"] + 1 and found["tpu"] == found["cuda"]
+    assert not found["tpu"]["bitcast_convert"]
+    jaxpr = jax.make_jaxpr(copied)(x, ids)
+    assert jnp.array_equal(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, ids)[0], x[ids])
 
 
 @pytest.mark.parametrize(("platforms", "known"), [(["cpu"], True), (["cpu", "tpu"], False)])

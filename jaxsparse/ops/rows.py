@@ -116,41 +116,48 @@ def gather_rows(x: Any, ids: jax.Array) -> jax.Array:
 
 
 def copy_rows(x: Any, ids: jax.Array) -> jax.Array:
-    """gather_rows, not to be differentiated, for rows that nothing else is computed from in the same loop.
+    """gather_rows as CPUs do it fast, for rows that nothing else is computed from in the same loop.
 
     XLA's CPU backend makes a plain copy of rows 4 bytes at a time; what it has to calculate with, it loads in vectors,
     which is two to three times as fast. So every word is or-ed with n (n + 1) % 2, which XLA does not know to be 0.
     """
+    rows = gather_rows(x, ids)
     simple = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    if not is_traced(ids) or is_stored(x) or not simple or x.dtype.itemsize not in (2, 4, 8):
-        return gather_rows(x, ids)
+    if is_stored(x) or not simple or x.dtype.itemsize not in (2, 4, 8):
+        return rows
     word = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-
-    def in_vectors() -> jax.Array:
-        rows = gather_rows(x, ids)
-        zero = (ids * (ids + 1) & 1).astype(word).reshape(ids.shape + (1,) * (rows.ndim - 1))
-        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, word) | zero, x.dtype)
-
-    return jax.lax.platform_dependent(cpu=in_vectors, default=lambda: gather_rows(x, ids))
+    zero = (ids * (ids + 1) & 1).astype(word).reshape(ids.shape + (1,) * (rows.ndim - 1))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(rows, word) | zero, x.dtype)
 
 
-def computed_once(
-    make: Callable[[], list[jax.Array]], always: jax.Array, axes: Sequence[Iterable[Any]] = ()
+def gathered_once(
+    make: Callable[[Callable[[Any, jax.Array], jax.Array]], list[jax.Array]],
+    like: Sequence[jax.ShapeDtypeStruct],
+    always: jax.Array,
+    axes: Sequence[Iterable[Any]] = (),
 ) -> list[jax.Array]:
-    """make(), computed here and in one piece. `always` is a traced bool that is true; where it is not, zeros. `axes`:
-    the mapped axes that each array varies over, as far as shard_map checks that.
+    """Blocks of rows, made here and in one piece; not to be differentiated.
 
     On CPU, XLA takes a gather apart from what is done with its rows if there is more than one use of that, and does it
     over again for each use. It cannot look through a cond.
+
+    Args:
+      make: makes them, with what gathers rows on a platform: gather_rows or copy_rows.
+      like: their shapes and dtypes.
+      always: a traced bool that is true; where it is not, all is zero.
+      axes: the mapped axes that each of them varies over, as far as shard_map checks that.
     """
     if not is_traced(always):
-        return make()
+        return make(gather_rows)
 
     def zeros() -> list[jax.Array]:
-        out = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(make)]
-        return [vary(x, over) for x, over in itertools.zip_longest(out, axes, fillvalue=())]
+        pairs = itertools.zip_longest(like, axes, fillvalue=())
+        return [vary(jnp.zeros(x.shape, x.dtype), over) for x, over in pairs]
 
-    return jax.lax.platform_dependent(cpu=lambda: jax.lax.cond(always, make, zeros), default=make)
+    def on_cpu() -> list[jax.Array]:
+        return jax.lax.cond(always, lambda: make(copy_rows), zeros)
+
+    return jax.lax.platform_dependent(cpu=on_cpu, default=lambda: make(gather_rows))
 
 
 def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
-from jaxsparse.ops.rows import computed_once, copy_rows, gather_rows, in_range, is_stored, scatter_rows
+from jaxsparse.ops.rows import gather_rows, gathered_once, in_range, is_stored, scatter_rows
 
 _PIECE = 1 << 18  # bytes
 
@@ -110,7 +110,8 @@ def gather_blocks(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
         return [gather_rows(x, ids) for x in arrays]
     axes = [_jax.varying_axes([x, ids]) for x in arrays]
     always = _jax.vary((ids[-1] | 1) != 0, frozenset().union(*axes))  # which XLA does not know
-    return computed_once(lambda: [copy_rows(x, ids) for x in arrays], always, axes)
+    like = [jax.ShapeDtypeStruct((*ids.shape, *x.shape[1:]), x.dtype) for x in arrays]
+    return gathered_once(lambda gather: [gather(x, ids) for x in arrays], like, always, axes)
 
 
 def known(x: Any) -> Any:
@@ -211,8 +212,10 @@ def _by_pieces(
         here = jnp.where(is_done, num_rows + 2 * size + each[:many], cut(ids))
         now = {**arrays, **written}
         # copied, or XLA reads it again after it was written
-        old = computed_once(
-            lambda: [cut(now[i]) if i in aligned else copy_rows(now[i], here) for i in leaves], done >= 0
+        old = gathered_once(
+            lambda gather: [cut(now[i]) if i in aligned else gather(now[i], here) for i in leaves],
+            [jax.ShapeDtypeStruct((many, *now[i].shape[1:]), now[i].dtype) for i in leaves],
+            done >= 0,
         )
         part = Part(here, cut, dict(zip(leaves, old, strict=True)))
         for i, block in zip(new, part.of(new.values()), strict=True):

@@ -199,6 +199,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     adds = eqn.primitive is _jax.SCATTER_ADD
     repeated = (
         walk.alone  # otherwise each of the small scatters would be added up over the devices
+        and not walk.planning
         and isinstance(updates, Same)
         and adds
         and updates.axis < at.ndim - 1
