@@ -18,6 +18,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import message, warn
 from jaxsparse._jax import Program
 from jaxsparse.ops.rows import as_whole
+from jaxsparse.trace.dense import advice_on_whole, why_not_read
 from jaxsparse.trace.known_ids import Known
 from jaxsparse.trace.plan import Plan, Read, Reason
 from jaxsparse.trace.tracing import TracedStep
@@ -84,6 +85,13 @@ class PlannedStep(Planned):
     traced: TracedStep
     whole_outputs: list[int]
     said: Sequence[str] = ()
+
+    def why_dense(self, i: int) -> tuple[Reason, str]:
+        """Why a leaf of the state is computed as a whole, and what to write instead, if it is a table or might be."""
+        v = self.program.inputs[i]
+        if (why := self.dense.get(i)) is not None:
+            return why, advice_on_whole(self.program, v, why)
+        return why_not_read(self.program, v) or (Reason("not read by rows", ""), "")
 
 
 def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[int] = ()) -> PlannedStep:
@@ -355,7 +363,12 @@ _ANNOUNCED: set[str] = set()
 def announce(planned: PlannedStep) -> None:
     """Warns of what costs as much as a table, once for each line."""
     traced = planned.traced
-    said = [f"{traced.paths[i]} is dense, with its slots: {why}." for i, why in planned.dense.items()]
+    why_dense = {i: planned.why_dense(i) for i in sorted(traced.places.keys() - planned.leaves.keys())}
+    said = [
+        f"{traced.paths[i] or 'the state'} is dense, with its slots: {why}. {advice}".rstrip()
+        for i, (why, advice) in why_dense.items()
+        if i in planned.dense or advice
+    ]
     said += planned.said
     said += [f"output {j} is a copy of a whole table, or made of one." for j in planned.whole_outputs]
     if not traced.places:

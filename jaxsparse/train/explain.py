@@ -19,7 +19,7 @@ from jaxsparse import _jax
 from jaxsparse.ops.rows import gather_rows, scatter_rows
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned
-from jaxsparse.train.grad import Tables, closed_advice, plan_gradient
+from jaxsparse.train.grad import Tables, plan_gradient
 from jaxsparse.train.jit import JittedStep
 from jaxsparse.train.packing import copied_whole
 
@@ -114,8 +114,8 @@ def explain(
         out = {}
         for i, (path, leaf) in enumerate(zip(planned.paths, planned.leaves_of_arguments, strict=True)):
             row_sparse, reads = i in planned.leaves or i in planned.unused, _reads_of(planned, i)
-            why = Reason("not in tables=", "") if reads and not row_sparse and tables is not None else None
-            why = why or planned.why_dense(i)
+            left_out = reads and not row_sparse and tables is not None
+            why = Reason("not in tables=", "") if left_out else planned.why_dense(i)
             out[path] = Parameter(
                 path=path,
                 row_sparse=row_sparse,
@@ -124,7 +124,7 @@ def explain(
                 reads=tuple(source for source, _ in reads),
                 cause="" if row_sparse else why.cause,
                 source="" if row_sparse else why.source,
-                advice=_advice(reads, leaf) if row_sparse else closed_advice(why),
+                advice=_advice(reads, leaf) if row_sparse else "" if left_out else planned.advice(i),
             )
         return Explanation(out)
 
@@ -143,7 +143,8 @@ def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
         left_alone = "Rows that are not read are left alone."
         if copied_whole(traced.leaves[i], platform):
             left_alone += " On TPU, XLA copies all others to read and write these: js.pack(state) avoids it."
-        cause = str(planned.dense.get(i, "not read by rows"))
+        why, advice = planned.why_dense(i)
+        cause = str(why) if i in planned.dense or advice else "not read by rows"
         out[path] = Parameter(
             path=path,
             row_sparse=c is not None,
@@ -152,7 +153,7 @@ def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
             reads=tuple(source for source, _ in reads),
             cause=(f"by the rows of {table}" if table and not reads else "") if c is not None else cause,
             source="",
-            advice=left_alone if c is not None else "",
+            advice=left_alone if c is not None else advice,
         )
     return Explanation(out)
 

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._checks import check_no_modules, chosen_paths, message, warn
 from jaxsparse._context import is_tracing, tracing
-from jaxsparse._jax import Program, vary, varying_axes
+from jaxsparse._jax import vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
 from jaxsparse.ops.rows import gather_rows, is_stored, zero_after
+from jaxsparse.trace.dense import LARGE, advice_on_whole, closed_advice, first_use, why_not_read
 from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.known_ids import Known, find_known
-from jaxsparse.trace.lines import source_line
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
 from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of
-from jaxsparse.trace.walk import Walk, is_closed
+from jaxsparse.trace.walk import Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 
 
@@ -72,7 +72,7 @@ def value_and_grad(
             _numbers(argnums, args)
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
-        _warn_of_closed_regions(planned)
+        _warn_of_dense(planned, chosen=tables is not None)
         leaves, inputs = planned.leaves_of_arguments, planned.inputs
         ids = ids_of(planned, inputs)
         spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
@@ -154,7 +154,18 @@ class PlannedGradient(Planned):
 
     def why_dense(self, i: int) -> Reason:
         """Why the gradient of a leaf is an array."""
-        return self.dense.get(i) or _first_use(self.program, self.program.inputs[i], ()) or Reason("not used", "")
+        found = self.dense.get(i) or self._not_read(i)[0] or first_use(self.program, self.program.inputs[i])
+        return found or Reason("not used", "")
+
+    def advice(self, i: int) -> str:
+        """What to write instead, so that the gradient of a large table is row-sparse; "" if there is nothing to say."""
+        v, why = self.program.inputs[i], self.why_dense(i)
+        if i not in self.dense or why.closed:
+            return closed_advice(why) or self._not_read(i)[1]
+        return advice_on_whole(self.program, v, why) if _jax.shape(v)[0] >= LARGE else ""
+
+    def _not_read(self, i: int) -> tuple[Reason | None, str]:
+        return why_not_read(self.program, self.program.inputs[i]) or (None, "")
 
 
 def plan_gradient(
@@ -211,7 +222,7 @@ def plan_gradient(
     settled = settle(program, [*leaves, *arrays], places, can, would, unfit=functools.partial(_unfit, places))
     unused = set()
     for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.chosen):
-        why = settled.banned.get(i) or _first_use(program, program.inputs[i], ())
+        why = settled.banned.get(i) or first_use(program, program.inputs[i])
         if why is not None:
             got = f"{paths[i]}, which {why.cause} uses as a whole at {why.source}"
             raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
@@ -311,40 +322,22 @@ def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int
     return found
 
 
-def _first_use(program: Program, v: Any, within: tuple[Any, ...]) -> Reason | None:
-    """The first equation that computes with a variable."""
-    for eqn in program.equations:
-        at = [i for i, operand in enumerate(eqn.inputs) if operand is v]
-        if not at:
-            continue
-        if eqn.primitive in _jax.CALLS:
-            inner = _jax.called(eqn)
-            found = _first_use(inner, inner.inputs[at[0]], (*within, eqn))
-            if found is not None:
-                return found
-            continue
-        return Reason(str(eqn.primitive), source_line((*within, eqn)), is_closed(eqn))
-    return None
+_WARNED: set[str] = set()  # lines
 
 
-_WARNED: set[str] = set()  # source lines
+def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
+    """Once for each table and line that makes its gradient dense, though it is read by rows, or might be; and for each
+    line that this library cannot open.
 
-
-def _warn_of_closed_regions(planned: PlannedGradient) -> None:
-    """Once for each line that makes a gradient dense only because this library cannot open what is there."""
-    for i in set(range(len(planned.paths))) - planned.leaves.keys():
-        why = planned.why_dense(i)
-        if why.closed and why.source not in _WARNED:
-            _WARNED.add(why.source)
-            path = planned.paths[i] or "the parameter"
-            warn(f"The gradient of {path} is dense: {why}. {closed_advice(why)}")
-
-
-def closed_advice(why: Reason) -> str:
-    """What to do about a reason."""
-    if not why.closed:
-        return ""
-    return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
+    Args:
+      chosen: whether the caller has chosen the leaves.
+    """
+    for i in sorted(set(range(len(planned.paths))) - planned.leaves.keys() - planned.unused):
+        why, advice = planned.why_dense(i), planned.advice(i)
+        key = why.source if why.closed else f"{planned.paths[i]}: {why}"
+        if advice and (why.closed or not chosen) and key not in _WARNED:
+            _WARNED.add(key)
+            warn(f"The gradient of {planned.paths[i] or 'the parameter'} is dense: {why}. {advice}")
 
 
 def _check_leaf(x: Any, path: str) -> Any:

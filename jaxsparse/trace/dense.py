@@ -1,0 +1,104 @@
+"""What makes an array dense, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _jax
+from jaxsparse._jax import Equation, Program
+from jaxsparse.trace.lines import source_line
+from jaxsparse.trace.plan import Reason
+from jaxsparse.trace.uses import INLINED
+from jaxsparse.trace.walk import is_closed
+
+LARGE = 1 << 16  # rows of a table that is worth a warning if no ids read it
+
+_CONVERT, _TRANSPOSE = _jax.primitives("convert_element_type copy"), _jax.primitives("transpose")
+_DOT = _jax.primitives("dot_general")
+_OTHER_READS = _jax.primitives("slice reshape squeeze pad select_n gather dynamic_slice")
+
+_TAKE = "jnp.take(table, ids, axis=0)"
+_OUTPUT = "For an output layer, js.sampled_softmax computes the logits of few rows."
+_INPUT = f"If what it is multiplied by is one-hot, read rows, {_TAKE}; if it is sparse, js.dot takes it as a BCOO."
+_READ = f"Read rows by ids, {_TAKE}."
+_ALSO = f"It is read by rows elsewhere: what uses all of it makes it dense. Use rows of ids there too, {_TAKE}."
+
+
+class _Use(NamedTuple):
+    eqn: Equation
+    operand: int
+    axis: int  # where the variable's first axis is
+    within: tuple[Equation, ...]
+
+
+def first_use(program: Program, v: Any) -> Reason | None:
+    """The first equation that computes with a variable."""
+    for use in _uses(program, v, 0, (), followed=_jax.CALLS):
+        return _reason(use)
+    return None
+
+
+def closed_advice(why: Reason) -> str:
+    """What to do about a reason that is a region which cannot be opened."""
+    if not why.closed:
+        return ""
+    return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
+
+
+def advice_on_whole(program: Program, v: Any, why: Reason) -> str:
+    """What to do about an input that is read by rows, and computed as a whole for this reason."""
+    if why.closed or not why.source:
+        return closed_advice(why)
+    uses = _uses(program, v, 0, ())
+    is_output = any(use.eqn.primitive in _DOT and not _contracts(use) for use in uses)
+    return _OUTPUT if is_output else _ALSO
+
+
+def why_not_read(program: Program, v: Any) -> tuple[Reason, str] | None:
+    """Of an input with many rows, none of which is read by ids: the line that might read rows, and what to write."""
+    shape = _jax.shape(v)
+    is_large = shape and shape[0] >= LARGE and shape[0] > max(shape[1:2], default=1)
+    if not is_large or not jnp.issubdtype(_jax.dtype(v), jnp.floating):
+        return None
+    for use in _uses(program, v, 0, ()):
+        advice = ""
+        if use.eqn.primitive in _DOT:
+            advice = _INPUT if _contracts(use) else _OUTPUT
+        elif use.eqn.primitive in _OTHER_READS:
+            advice = _READ
+        if advice:
+            return _reason(use), advice
+    return None
+
+
+def _reason(use: _Use) -> Reason:
+    return Reason(str(use.eqn.primitive), source_line((*use.within, use.eqn)), is_closed(use.eqn))
+
+
+def _contracts(use: _Use) -> bool:
+    """Whether a product sums over the rows."""
+    return use.axis in use.eqn.param("dimension_numbers")[0][use.operand]
+
+
+def _uses(
+    program: Program,
+    v: Any,
+    axis: int,
+    within: tuple[Equation, ...],
+    followed: Collection[Any] = INLINED | _CONVERT | _TRANSPOSE,
+) -> Iterator[_Use]:
+    """The equations that use a variable, in order, through those that are followed."""
+    users = ((eqn, i) for eqn in program.equations for i, operand in enumerate(eqn.inputs) if operand is v)
+    for user, i in users:
+        if user.primitive not in followed:
+            yield _Use(user, i, axis, within)
+        elif user.primitive in INLINED:
+            inner = _jax.called(user)
+            yield from _uses(inner, inner.inputs[i], axis, (*within, user), followed)
+        else:
+            at = list(user.param("permutation")).index(axis) if user.primitive in _TRANSPOSE else axis
+            yield from _uses(program, user.outputs[0], at, within, followed)

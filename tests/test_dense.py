@@ -1,0 +1,154 @@
+"""A large table that is dense though its rows might be read: said once for each table and line, with what to do."""
+
+import pathlib
+import re
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxsparse as js
+from jaxsparse.trace import planning
+
+ROWS = 1 << 16  # the fewest that are worth a warning
+IDS = np.array([3, 0, 3])
+
+
+def one_hot(t, ids):
+    return jnp.sum((jax.nn.one_hot(ids, ROWS) @ t) ** 2)  # one_hot
+
+
+def no_axis(t, ids):
+    return jnp.sum(jnp.take(t, 2 * ids) ** 2)  # no_axis
+
+
+def static(t, ids):
+    return jnp.sum(t[2:9] ** 2) + ids.sum()  # static
+
+
+def tied(t, ids):
+    return jnp.sum(jax.nn.logsumexp(t[ids] @ t.T, axis=-1))  # tied
+
+
+def output_layer(t, ids):
+    return jnp.sum(jnp.ones((len(ids), 2), t.dtype) @ t.T) ** 2  # output_layer
+
+
+TAKE = r"jnp\.take\(table, ids, axis=0\)"
+ADVICE = {
+    one_hot: rf"dot_general at .* If .* one-hot, read rows, {TAKE}; if it is sparse, js\.dot takes it as a BCOO\.$",
+    no_axis: rf"reshape at .* Read rows by ids, {TAKE}\.$",
+    static: rf"slice at .* Read rows by ids, {TAKE}\.$",
+    tied: r"(reduce_\w+|dot_general) at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$",
+    output_layer: r"dot_general at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$",
+}
+
+
+def sgd(loss):
+    def step(params, ids):
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(lambda p: loss(p["t"], ids))(params))
+
+    return step
+
+
+class Table(nnx.Module):
+    def __init__(self):
+        self.t = nnx.Param(jnp.ones((ROWS, 2)))
+
+
+def nnx_step(loss):
+    def step(model, optimizer, ids):
+        optimizer.update(model, nnx.grad(lambda model: loss(model.t[...], ids))(model))
+
+    model = Table()
+    js.nnx.jit(step).lower(model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param), IDS)
+
+
+def of_params(loss):
+    return lambda params, ids: loss(params["t"], ids)
+
+
+PARAMS = {"t": jax.ShapeDtypeStruct((ROWS, 2), jnp.float32)}
+ENTRIES = {  # traced only
+    "js.jit": (lambda loss: js.jit(sgd(loss)).lower(PARAMS, IDS), r"step: \['t'\] is dense, with its slots: "),
+    "js.rowwise": (
+        lambda loss: jax.eval_shape(js.rowwise(sgd(loss)), PARAMS, IDS),
+        r"step: \['t'\] is dense, with its slots: ",
+    ),
+    "js.value_and_grad": (
+        lambda loss: jax.eval_shape(js.value_and_grad(of_params(loss)), PARAMS, IDS),
+        r"The gradient of \['t'\] is dense: ",
+    ),
+    "js.nnx.jit": (nnx_step, r"\['model'\]\['t'\] is dense, with its slots: "),
+    "js.nnx.value_and_grad": (
+        lambda loss: nnx.jit(js.nnx.value_and_grad(lambda model: loss(model.t[...], IDS))).lower(Table()),
+        r"The gradient of \['t'\] is dense: ",
+    ),
+}
+
+
+def line_of(loss):
+    """The one with its name behind it."""
+    lines = pathlib.Path(__file__).read_text().splitlines()
+    return next(n for n, line in enumerate(lines, 1) if line.endswith(f"  # {loss.__name__}"))
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    monkeypatch.setattr(planning, "_ANNOUNCED", set())
+    monkeypatch.setattr(sys.modules["jaxsparse.train.grad"], "_WARNED", set())
+
+
+def said_by(function, *args):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        function(*args)
+    assert all(w.filename == __file__ for w in said)
+    return [str(w.message) for w in said if "no array of the state is read by rows" not in str(w.message)]
+
+
+@pytest.mark.parametrize("loss", ADVICE, ids=lambda loss: loss.__name__)
+def test_said_once_with_the_line_and_what_to_do(loss, monkeypatch):
+    for name, (entry, begin) in ENTRIES.items():
+        forget(monkeypatch)
+        lines = said_by(entry, loss)
+        assert len(lines) == 1 and re.search(begin + ADVICE[loss], lines[0]), (name, lines)
+        assert f"{__file__}:{line_of(loss)} ({loss.__name__})" in lines[0], name
+        assert said_by(entry, loss) == [], name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step's, which are looked at above
+        for explain in (js.explain(of_params(loss)), js.explain(js.jit(sgd(loss)))):
+            said = str(explain({"t": jnp.ones((ROWS, 2))}, IDS))
+            assert re.search(r"\['t'\]  dense: " + ADVICE[loss], said) and f"{__file__}:{line_of(loss)}" in said
+
+
+def test_what_is_no_news(nothing_said):
+    """Fewer rows, layers that are no tables, what the caller has chosen, and what is read by rows."""
+    narrow = jax.ShapeDtypeStruct((ROWS - 1, 2), jnp.float32)
+    wide = jax.ShapeDtypeStruct((2, ROWS), jnp.float32)
+
+    def loss(params, ids):
+        read = jnp.sum(params["t"][ids]) + jnp.sum(params["bias"])
+        return read + jnp.sum(jnp.ones((3, ROWS - 1)) @ params["narrow"]) + jnp.sum(jnp.ones((3, 2)) @ params["wide"])
+
+    params = PARAMS | {"narrow": narrow, "wide": wide, "bias": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}
+    assert said_by(jax.eval_shape, js.value_and_grad(loss), params, IDS) == []
+    chosen = js.value_and_grad(of_params(tied), tables=lambda path, leaf: False)
+    assert said_by(jax.eval_shape, chosen, PARAMS, IDS) == []
+
+    def step(state, ids):
+        params, opt_state = state
+        updates, opt_state = optax.adam(0.1).update(jax.grad(loss)(params, ids), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state = params, jax.eval_shape(optax.adam(0.1).init, params)
+    assert said_by(js.jit(step).lower, state, IDS) == []
