@@ -94,10 +94,13 @@ def is_module(x: Any) -> bool:
 
 
 def measure(steps: dict[str, tuple[Run, Any]], batches: list[Any], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step."""
+    """Median milliseconds of each step; who begins changes from round to round."""
+    names = list(steps)
     states, times = {k: state for k, (_, state) in steps.items()}, {k: [] for k in steps}
     for repeat in range(rounds + 1):
-        for name, (run, _) in steps.items():
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            run, _ = steps[name]
             for batch in batches:
                 start = time.perf_counter()
                 states[name], others = run(states[name], batch)
