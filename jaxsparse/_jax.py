@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
 TESTED = ("0.10.2", "0.11.2", "0.12.0")
 
@@ -449,11 +450,33 @@ def abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def settings() -> tuple[Any, ...]:
     """What JAX traces by, beside the arguments."""
-    return tuple(getattr(jax.config, name) for name in _SETTINGS)
+    return (jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name) for name in _SETTINGS))
 
 
 _SETTINGS = [f"jax_{name}" for name in "enable_x64 threefry_partitionable default_matmul_precision".split()]
 _SETTINGS += [f"jax_{name}" for name in "default_prng_impl numpy_dtype_promotion numpy_rank_promotion".split()]
+
+
+@contextlib.contextmanager
+def auto_mesh() -> Iterator[bool]:
+    """Within it, the Explicit axes of the mesh in context (jax.set_mesh) are Auto ones, so that a program is traced
+    without the shardings of its arrays. Yields whether there are such axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    changed = {name: AxisType.Auto for name, kind in kinds if kind == AxisType.Explicit}
+    if not changed:
+        yield False
+        return
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.update_axis_types(changed)):
+            yield True
+    except ValueError as error:
+        if "mesh" in str(error) or "Auto" in str(error):
+            error.add_note(
+                "js.jit and js.rowwise trace a step on an Explicit mesh as on an Auto one. Leave out_sharding= and "
+                "jax.sharding.reshard out of it, and pass arrays that it closes over as arguments."
+            )
+        raise
 
 
 def placement(arrays: Iterable[Any]) -> frozenset[Any]:

@@ -74,6 +74,7 @@ def in_auto_mode(fun: Callable[..., Any], state: Any, *args: Any) -> Any:
         return fun(state, *args)
     kinds = zip(meshes[0].axis_names, meshes[0].axis_types, strict=True)
     axes = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
-    of_state = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
     anywhere = NamedSharding(meshes[0], PartitionSpec())
+    of_each = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
+    of_state = jax.tree.map(lambda s: anywhere if s.mesh.empty else s, of_each)  # NumPy's are on no mesh
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=(of_state, anywhere))(state, *args)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse.ops.rows import gather_rows, scatter_rows
 from jaxsparse.trace.plan import Reason
-from jaxsparse.trace.planning import Planned
+from jaxsparse.trace.planning import Planned, PlannedStep
 from jaxsparse.train.grad import Tables, plan_gradient
 from jaxsparse.train.jit import JittedStep
-from jaxsparse.train.packing import copied_whole
+from jaxsparse.train.packing import copied_whole, megabytes
+from jaxsparse.train.rowwise import plan_of
 
 # Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
 _CROSSOVER = 0.05
@@ -90,7 +91,7 @@ def explain(
 
     Args and errors are those of `js.value_and_grad`. A step that `js.jit` has made is explained too: which arrays of
     its state it reads by rows, and which, as an optimizer's slots, have a row for each of theirs; the other arguments
-    have no meaning then.
+    have no meaning then. So is one of `js.rowwise`, and jax.jit of it, with what is copied because it is not donated.
 
     Returns:
       A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
@@ -107,7 +108,11 @@ def explain(
       3
     """
     if isinstance(fun, JittedStep):
-        return functools.partial(_explain_step, fun)
+        return functools.partial(_explain_step, fun.plan, fun.donated)
+    if (plan := plan_of(fun)) is not None:
+        return functools.partial(_explain_step, plan, None)
+    if (plan := plan_of(getattr(fun, "__wrapped__", fun))) is not None and hasattr(fun, "trace"):  # jax.jit's
+        return functools.partial(_explain_step, plan, functools.partial(_donated, fun))
 
     def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
@@ -131,8 +136,17 @@ def explain(
     return explain_fun
 
 
-def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
-    planned, platform = step.plan(*args, **kwargs), _jax.platform_of(jax.tree.leaves((args, kwargs)))
+def _donated(jitted: Any, *args: Any, **kwargs: Any) -> set[int]:
+    """The leaves of such arguments that a function of jax.jit takes over."""
+    return {i for i, x in enumerate(jax.tree.leaves(jitted.trace(*args, **kwargs).args_info)) if x.donated}
+
+
+def _explain_step(
+    plan: Callable[..., PlannedStep], donated_of: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
+) -> Explanation:
+    """`donated_of`: which leaves of such arguments are donated; None where nobody knows."""
+    planned, platform = plan(*args, **kwargs), _jax.platform_of(jax.tree.leaves((args, kwargs)))
+    copied = set() if donated_of is None else planned.leaves.keys() - donated_of(*args, **kwargs)
     find, traced = planned.plan.find, planned.traced
     out = {}
     for i in sorted(traced.places):
@@ -143,6 +157,8 @@ def _explain_step(step: JittedStep, *args: Any, **kwargs: Any) -> Explanation:
         left_alone = "Rows that are not read are left alone."
         if copied_whole(traced.leaves[i], platform):
             left_alone += " On TPU, XLA copies all others to read and write these: js.pack(state) avoids it."
+        if i in copied:
+            left_alone += f" It is not donated, so each step copies it: {megabytes(traced.leaves[i])}."
         why, advice = planned.why_dense(i)
         cause = str(why) if i in planned.dense or advice else "not read by rows"
         out[path] = Parameter(

@@ -68,6 +68,8 @@ def jit(
         as a part of the output, in the structure that it came in. Do not use them after the call. None: the first one
         that does, and all others that do and have arrays of its shapes, as in step(params, opt_state, batch). Two of
         one structure are told apart by what the outputs are made of; if you name them, they come back in their order.
+        (): the state is found as of None and stays usable, for which its tables are copied at each step, with a
+        warning that says how large they are.
       static_argnums, static_argnames: as in jax.jit.
       rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
         are parts of the paths of tables: `rows={"words": new_ids}`. All others keep their bits in parameter and slots,
@@ -115,7 +117,10 @@ def jit(
     donated = None if donate_argnums is None and donate_argnames is None else sequence(donate_argnums)
     if donate_argnames is not None:
         donated, _ = _both_ways(step, donated or (), sequence(donate_argnames))
-    return JittedStep(step, donated, sequence(static_argnums), sequence(static_argnames), rows)
+    keeps = donated == ()
+    return JittedStep(
+        step, None if keeps else donated, sequence(static_argnums), sequence(static_argnames), rows, keeps=keeps
+    )
 
 
 def sequence(x: Any) -> tuple[Any, ...]:
@@ -133,9 +138,11 @@ class JittedStep:
         static: tuple[int, ...],
         static_names: tuple[str, ...],
         rows: Any,
+        *,
+        keeps: bool = False,
     ) -> None:
         functools.update_wrapper(self, step)
-        self._step, self._donate, self._rows = step, donate, rows
+        self._step, self._donate, self._rows, self._keeps = step, donate, rows, keeps
         self._static, self._static_names = _both_ways(step, static, static_names)
         self._signature = _signature(step)
         self._programs: dict[Any, StepProgram] = {}
@@ -151,7 +158,7 @@ class JittedStep:
         return self if owner is None else types.MethodType(self, owner)
 
     def __deepcopy__(self, memo: Any) -> JittedStep:
-        return JittedStep(self._step, self._donate, self._static, self._static_names, self._rows)
+        return JittedStep(self._step, self._donate, self._static, self._static_names, self._rows, keeps=self._keeps)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The program that a call with these arguments, or ones of these shapes, runs, as of a jitted function. Of
@@ -181,6 +188,10 @@ class JittedStep:
         _, program = self._program(args, kwargs)
         assert program is not None, "not inside of another trace"
         return program.planned
+
+    def donated(self, *args: Any, **kwargs: Any) -> set[int]:
+        """The leaves of such arguments that are donated."""
+        return set() if self._keeps else self.plan(*args, **kwargs).traced.donated
 
     def _cache_size(self) -> int:
         """How many programs were compiled."""
@@ -234,7 +245,9 @@ class JittedStep:
         program = self._programs.get(key)
         if program is None:
             abstract: Any = jax.tree.map(_jax.abstract, (args, kwargs))
-            program = self._programs[key] = StepProgram(step, abstract[0], abstract[1], states, self._rows)
+            program = self._programs[key] = StepProgram(
+                step, abstract[0], abstract[1], states, self._rows, keeps=self._keeps
+            )
             program.warn(_jax.platform_of(leaves))
         return leaves, program
 

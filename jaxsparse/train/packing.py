@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -78,6 +79,19 @@ def warn_of_copies(name: str, tables: dict[str, Any], platform: str) -> None:
         size = sum(x.size * x.dtype.itemsize for path, x in tables.items() if path in paths) / 1e6
         do = "Pack them before the first step: state = js.pack(state)."
         warn(f"{name}: on TPU, XLA copies {', '.join(paths)} at each step, {size:,.0f} MB to and fro. {do}")
+
+
+def megabytes(*arrays: Any) -> str:
+    return f"{sum(x.size * x.dtype.itemsize for x in arrays) / 1e6:,.1f} MB"
+
+
+def warn_of_no_donation(name: str, paths: Sequence[str], arrays: Sequence[Any]) -> None:
+    """Warns once of the arrays, by path, that a step copies because they are not donated."""
+    if paths and (name, "not donated", *paths) not in _WARNED:
+        _WARNED.add((name, "not donated", *paths))
+        which = ", ".join(path or "the state" for path in paths[:3]) + ", ..." * (len(paths) > 3)
+        do = "Leave donate_argnums out, unless the old state is needed after the step."
+        warn(f"{name}: the state is not donated, so each step copies {which}: {megabytes(*arrays)}. {do}")
 
 
 _WARNED: set[tuple[str, ...]] = set()

@@ -10,18 +10,30 @@ import jax
 
 from jaxsparse import _jax
 from jaxsparse.ops.rows import as_whole, is_stored
+from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.planning import announce
 from jaxsparse.train.device_rows import knows_all
 from jaxsparse.train.host_rows import HostRows
-from jaxsparse.train.packing import warn_of_copies
-from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, prepare_step
+from jaxsparse.train.packing import warn_of_copies, warn_of_no_donation
+from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, over_any_mesh, prepare_step
 
 
 class StepProgram:
-    """A step for arguments of some structure, shapes and dtypes."""
+    """A step for arguments of some structure, shapes and dtypes.
+
+    Args:
+      keeps: whether the state that is given stays as it is, which is not donated then.
+    """
 
     def __init__(
-        self, step: Callable[..., Any], args: Any, kwargs: Any, states: tuple[int, ...] | None, rows: Any
+        self,
+        step: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        states: tuple[int, ...] | None,
+        rows: Any,
+        *,
+        keeps: bool = False,
     ) -> None:
         self._prepared = prepare_step(step, args, kwargs, states, rows)
         self.planned = planned = self._prepared.planned
@@ -29,8 +41,8 @@ class StepProgram:
         announce(planned)
         self._unflatten, self._num_leaves = traced.unflatten, len(traced.leaves)
         self._stored = {i: x for i, x in enumerate(traced.leaves) if is_stored(x)}
-        self._donated = sorted(traced.donated)
-        self._kept = [i for i in range(len(traced.leaves)) if i not in traced.donated]
+        self._donated = [] if keeps else sorted(traced.donated)
+        self._kept = [i for i in range(len(traced.leaves)) if i not in self._donated]
         self._used = [i for i, used in enumerate(planned.ids.used[: self._num_leaves]) if used]
         self._knows_all = knows_all(planned, traced.leaves)
         self._host = HostRows(planned)
@@ -46,17 +58,25 @@ class StepProgram:
         traced = self.planned.traced
         tables = {traced.paths[i]: traced.leaves[i] for i in self.planned.leaves}
         warn_of_copies(traced.name, tables, platform)
+        if not self._donated:
+            warn_of_no_donation(traced.name, [*tables], [traced.leaves[i] for i in self.planned.leaves])
 
     def _wanted_ids(self, used: list[Any]) -> list[list[Any]]:
-        whole = list(map(as_whole, self._as_stored(self._used, used)))
-        return self._host.wanted(self.planned.ids(whole))
+        def wanted(_: Any, used: list[Any]) -> tuple[Any, list[list[Any]]]:
+            whole = list(map(as_whole, self._as_stored(self._used, used)))
+            return (), self._host.wanted(self.planned.ids(whole))
+
+        return in_auto_mode(wanted, (), used)[1]
 
     def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
         leaves = self._together(donated, kept)
-        if chosen is None:
-            outs = evaluate_by_ids(self._prepared, leaves)
-        else:
-            outs = evaluate(self._prepared, leaves, self._host.spaces(*chosen))
+
+        def run(leaves: list[Any], chosen: Any) -> list[Any]:
+            if chosen is None:
+                return evaluate_by_ids(self._prepared, leaves)
+            return evaluate(self._prepared, leaves, self._host.spaces(*chosen))
+
+        outs = over_any_mesh(self.planned, leaves, run, chosen)
         return [outs[j] for j in self._order]
 
     def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:

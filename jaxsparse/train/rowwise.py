@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ def rowwise(
     """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
 
     It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
-    compiles as well. Donate the state, or it is copied at each step. What is row-sparse, and what is refused, is
+    compiles as well. Donate the state, or it is copied at each step: a trace does not see whether it is, but
+    `js.explain(jax.jit(js.rowwise(step)))(state, batch)` says so. What is row-sparse, and what is refused, is
     described with `js.jit`.
 
     Args:
@@ -75,10 +77,20 @@ def rowwise(
     def run(*args: Any, **kwargs: Any) -> Any:
         prepared = prepare_step(step, args, kwargs, state_argnums, rows)
         announce(prepared.planned)
-        traced = prepared.planned.traced
-        return traced.unflatten(on_rows(prepared, traced.leaves))
+        leaves = jax.tree.leaves((args, kwargs), is_leaf=is_stored)
+        return prepared.planned.traced.unflatten(on_rows(prepared, leaves))
 
+    _PLANS[run] = lambda *args, **kwargs: prepare_step(step, args, kwargs, state_argnums, rows).planned
     return run
+
+
+# What is known of such a step before it runs, by the function that `rowwise` has returned.
+_PLANS: weakref.WeakKeyDictionary[Any, Callable[..., PlannedStep]] = weakref.WeakKeyDictionary()
+
+
+def plan_of(fun: Callable[..., Any]) -> Callable[..., PlannedStep] | None:
+    """For `js.explain`: a function of its arguments; None unless `fun` is what `rowwise` has returned."""
+    return _PLANS.get(fun)
 
 
 def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True) -> list[Any]:
@@ -88,16 +100,24 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
       axes: mapped axes over which all devices have the same rows, beside those over which the step adds them up.
       alone: as of a Walk.
     """
-    planned, places = prepared.planned, prepared.planned.traced.places
-    others = [i for i in range(len(leaves)) if i not in places]
+    return over_any_mesh(
+        prepared.planned, leaves, lambda leaves, _: evaluate_by_ids(prepared, leaves, axes, alone=alone)
+    )
 
-    def run(states: list[Any], rest: list[Any]) -> tuple[list[Any], list[Any]]:
-        by_number = dict(zip([*places, *others], [*states, *rest], strict=True))
-        arrays = [by_number[i] for i in range(len(leaves))]
-        outs = evaluate_by_ids(prepared, arrays, axes, alone=alone)
+
+def over_any_mesh(
+    planned: PlannedStep, leaves: Sequence[Any], fun: Callable[[list[Any], Any], list[Any]], others: Any = None
+) -> list[Any]:
+    """fun(leaves, others), the step's outputs, of which the state keeps its shardings. `others`: any pytree."""
+    places = planned.traced.places
+    kept = [i for i in range(len(leaves)) if i not in places]
+
+    def run(states: list[Any], rest: list[Any], others: Any) -> tuple[list[Any], list[Any]]:
+        by_number = dict(zip([*places, *kept], [*states, *rest], strict=True))
+        outs = fun([by_number[i] for i in range(len(leaves))], others)
         return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
 
-    states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in others])
+    states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in kept], others)
     outs = dict(zip(places.values(), states, strict=True))
     it = iter(rest)
     return [outs[j] if j in outs else next(it) for j in range(len(planned.traced.program.outputs))]
@@ -131,6 +151,15 @@ def prepare_step(
     step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
 ) -> Prepared:
     """Traces a step, behind a catch-up of what it replays, and plans it."""
+    with _jax.auto_mesh() as is_changed:
+        if is_changed:
+            args, kwargs = jax.tree.map(_jax.abstract, (args, kwargs))
+        return _prepare(step, args, kwargs, state_argnums, rows)
+
+
+def _prepare(
+    step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any
+) -> Prepared:
     replayed = find_replayed(jax.tree.map(as_shape, (args, kwargs), is_leaf=is_stored))
     prepare = functools.partial(catch_up, replayed)
     traced = trace_step(step, args, kwargs, state_argnums, prepare)
