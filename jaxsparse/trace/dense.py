@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
-from jaxsparse.trace.lines import source_line
+from jaxsparse.trace.lines import UNKNOWN_SOURCE, source_line
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.uses import INLINED
 from jaxsparse.trace.walk import is_closed
@@ -70,8 +70,8 @@ def why_not_read(program: Program, v: Any) -> tuple[Reason, str] | None:
             advice = _INPUT if _contracts(use) else _OUTPUT
         elif use.eqn.primitive in _OTHER_READS:
             advice = _READ
-        if advice:
-            return _reason(use), advice
+        if advice and (reason := _reason(use)).source != UNKNOWN_SOURCE:
+            return reason, advice
     return None
 
 

@@ -79,11 +79,13 @@ class PlannedStep(Planned):
 
     Attributes:
       whole_outputs: outputs that are whole tables, and not where these stood.
+      no_tables: leaves that are whole in any case, which is no news.
       said: what else is to be announced.
     """
 
     traced: TracedStep
     whole_outputs: list[int]
+    no_tables: Collection[int] = ()
     said: Sequence[str] = ()
 
     def why_dense(self, i: int) -> tuple[Reason, str]:
@@ -91,7 +93,8 @@ class PlannedStep(Planned):
         v = self.program.inputs[i]
         if (why := self.dense.get(i)) is not None:
             return why, advice_on_whole(self.program, v, why)
-        return why_not_read(self.program, v) or (Reason("not read by rows", ""), "")
+        found = None if i in self.no_tables else why_not_read(self.program, v)
+        return found or (Reason("not read by rows", ""), "")
 
 
 def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[int] = ()) -> PlannedStep:
@@ -117,7 +120,7 @@ def plan_step(traced: TracedStep, leaves: Sequence[Any], no_tables: Collection[i
             raise NoStateError(traced.paths[i])
     check(walked, places, traced.paths, tables & chosen, chosen, settled.lost)
     whole = [j for j, v in enumerate(walked.outs) if isinstance(v, Rows) and j not in {places[i] for i in chosen}]
-    planned = PlannedStep(**vars(settled.planned()), traced=traced, whole_outputs=whole)
+    planned = PlannedStep(**vars(settled.planned()), traced=traced, whole_outputs=whole, no_tables=no_tables)
     _check_reads(planned)
     return planned
 
