@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -244,6 +245,33 @@ def test_errors():
     )
     with pytest.raises(ValueError, match="whole on each device"):
         js.pack({"t": split}, tables="t")
+
+
+def test_modules_whose_tables_are_packed():
+    """The step is that of arrays, in place; what has no use for packed tables says so."""
+
+    def step(model, optimizer, ids):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean(jnp.tanh(model(ids)) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def made():
+        model = nnx.Embed(V, 16, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+
+    plain, packed, run = made(), made(), js.nnx.jit(step)
+    nnx.update(packed, js.pack(nnx.state(packed), tables="embedding"))
+    for ids in IDS[:2]:
+        np.testing.assert_array_equal(run(*packed, ids), run(*plain, ids))
+    model, _ = packed
+    assert isinstance(model.embedding.get_value(), js.Packed)
+    assert js.nnx.explain(run)(*packed, IDS[0])["['model']['embedding']"].row_sparse
+    with pytest.raises(TypeError, match=r"Packed\(.*\) in a module .*js\.unpack\(nnx\.state\(model\)\)"):
+        js.nnx.jit(lambda model, ids: model(ids))(model, IDS[0])
+    with pytest.raises(TypeError, match=r"js\.nnx\.value_and_grad .*Packed\(.*js\.unpack\(nnx\.state\(model\)\)"):
+        js.nnx.value_and_grad(lambda model: jnp.sum(model(IDS[0])))(model)
+    nnx.update(packed, js.unpack(nnx.state(packed)))
+    jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(x)) for x in (packed, plain)))
 
 
 def test_on_tpu_a_step_that_copies_tables_says_so(monkeypatch):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxsparse._checks import message
 from jaxsparse.nnx.apart import Given, from_tree, held_by, value_of
-from jaxsparse.nnx.jit import check_unbound
+from jaxsparse.nnx.jit import check_unbound, check_unpacked
 from jaxsparse.train.grad import Tables
 from jaxsparse.train.grad import value_and_grad as js_value_and_grad
 
@@ -151,6 +151,7 @@ class Call:
         one = isinstance(argnums, int | nnx.DiffState)
         self.argnums: Any = next(iter(filters)) if one else tuple(filters)
         self.leaves = list(map(value_of, held_by(args)))
+        check_unpacked("nnx.value_and_grad", "called with modules whose tables are arrays", self.leaves)
         prefix = tuple(None if n not in filters else nnx.DiffState(-1, filters[n]) for n in range(len(args)))
         self.args = nnx.to_tree(args, prefix=prefix, split_fn=_split, ctxtag=tag)
 

@@ -21,6 +21,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._context import tracing
 from jaxsparse.nnx.apart import Given, Static, held_by, put_together, take_apart
+from jaxsparse.ops.rows import as_shape, is_stored
 from jaxsparse.optim.replaying import is_replay_state
 from jaxsparse.trace.tracing import check_arguments
 from jaxsparse.train.jit import JittedStep, sequence
@@ -45,7 +46,8 @@ def jit(
     The step is the one that Flax's documentation writes: it is given modules, an nnx.Optimizer, metrics and a batch,
     and updates them in place. All of `nnx.jit` holds: shared variables, rngs, statistics, what is sown, new attributes,
     nnx.cached_partial. What is row-sparse and what is refused is described with `js.jit`: a variable that is only read
-    by rows, an nnx.Embed's for example, is a table, and so are its slots in the optimizer.
+    by rows, an nnx.Embed's for example, is a table, and so are its slots in the optimizer. Tables may be packed:
+    `nnx.update(both, js.pack(nnx.state(both)))`, both being (model, optimizer).
 
     **The variables that the step changes are donated.** They have new arrays after it, and the old ones are gone. An
     `nnx.clone` or `nnx.state` of a module has the same arrays: copy those that are to stay, with
@@ -68,7 +70,7 @@ def jit(
 
     Raises:
       ValueError: at the first call, if the step cannot be right on the rows that it reads; for a bound method.
-      TypeError: for other options of nnx.jit, such as in_shardings.
+      TypeError: for other options of nnx.jit, such as in_shardings; for packed tables, if the step changes no table.
       RuntimeError: if an array of the arguments is gone, because a step has updated a module that has it, too.
 
     Example:
@@ -108,6 +110,13 @@ def check_unbound(function: str, argument: str, fun: Callable[..., Any]) -> None
     if inspect.ismethod(inner) and isinstance(owner, nnx.Pytree):
         do = f"Write {type(owner).__name__}.{inner.__name__} and pass the module as its first argument."
         raise ValueError(message(function, argument, "a function of the modules that it changes", repr(inner), do))
+
+
+def check_unpacked(function: str, must: str, leaves: Sequence[Any]) -> None:
+    """Raises TypeError if there are packed tables among the leaves of modules."""
+    for x in filter(is_stored, leaves):
+        do = "Unpack them first: nnx.update(model, js.unpack(nnx.state(model)))."
+        raise TypeError(message(function, "step" if function == "nnx.jit" else "fun", must, f"{x!r} in a module", do))
 
 
 class JittedModules:
@@ -196,12 +205,15 @@ class JittedModules:
             pairs = enumerate(zip(given.before, given.now(), strict=True))
             changed[:] = [k for k, (old, new) in pairs if new is not old and _kinds(new) == _kinds(old)]
 
-        jax.eval_shape(look, *jax.tree.map(_jax.abstract, (tree, leaves)))  # without shardings, as js.jit traces it
+        whole = list(map(as_shape, leaves))  # packed tables are arrays to the step
+        jax.eval_shape(look, *jax.tree.map(_jax.abstract, (tree, whole)))  # without shardings, as js.jit traces it
         named = dict(zip(self._parameters, args, strict=False))
         named |= {f"args[{n}]": x for n, x in enumerate(args) if n >= len(self._parameters)} | kwargs
         places = _places(named, changed, held_by((args, kwargs)))
         numbers, definition = _flatten(places)
-        has_rows = any(shape and shape[0] > 1 for k in numbers for shape, _ in _kinds(leaves[k])[1])
+        has_rows = any(shape and shape[0] > 1 for k in numbers for shape, _ in _kinds(whole[k])[1])
+        if not has_rows:
+            check_unpacked("nnx.jit", "a step, which changes the tables that it is given packed", leaves)
         return _Layout(tuple(numbers), definition, has_rows)
 
 
