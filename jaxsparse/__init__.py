@@ -6,8 +6,9 @@ evaluation on some rows), `optim` (any optax optimizer on row-sparse gradients),
 `train` (`js.jit`, and what goes around a step), and `nnx` (the same for modules that are updated in place).
 """
 
+from typing import TYPE_CHECKING
+
 from jaxsparse import nn as nn
-from jaxsparse import nnx as nnx
 from jaxsparse import testing as testing
 from jaxsparse.data.batch import Batch as Batch
 from jaxsparse.data.distinct import DistinctIds as DistinctIds
@@ -64,3 +65,18 @@ from jaxsparse.train.rowwise import rowwise as rowwise
 from jaxsparse.train.step import make_train_step as make_train_step
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxsparse import nnx as nnx
+else:
+
+    def __getattr__(name):
+        """Imports `nnx` when it is first used, since flax.nnx takes a quarter of a second."""
+        if name != "nnx":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        return importlib.import_module("jaxsparse.nnx")
+
+    def __dir__():
+        return sorted({*globals(), "nnx"})
