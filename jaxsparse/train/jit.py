@@ -52,9 +52,12 @@ def jit(
     table. Row ids are known before the step runs: what they are made of is computed twice, and if that is the state,
     the host waits for the step before.
 
+    Within jax.set_mesh of a mesh with Explicit axes the step is traced as on one of Auto axes: arrays keep the
+    shardings that they have, and the step names none (out_sharding=, jax.sharding.reshard).
+
     **What costs as much as a table** all the same is warned of, once for each line: a table that is used as a whole
-    (a tied softmax) is dense with its slots, exactly as under jax.jit; noise drawn in a table's shape; a norm of a
-    whole parameter.
+    (a tied softmax) is dense with its slots, exactly as under jax.jit; a table of 65,536 rows or more that no ids read
+    where they might (`jax.nn.one_hot(ids, V) @ table`); noise drawn in a table's shape; a norm of a whole parameter.
 
     **What is refused**, with its line, because it cannot be right for rows that are left alone: sums over all rows that
     scale an update (LAMB, LARS, Adafactor, DoG, DoWG, Prodigy, Muon, adaptive_grad_clip) or that are kept (SM3);
