@@ -50,7 +50,7 @@ def value_and_grad(
       does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size: a row for each
       distinct id, and padding up to as many rows as there are ids and one more. Every other leaf is the array that
       jax.grad gives; where it has 65,536 rows or more and might be row-sparse, a warning says, once for each leaf and
-        line, what to write instead. A leaf that is not used at all is zeros.
+      line, what to write instead. A leaf that is not used at all is zeros.
 
     Raises:
       TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
