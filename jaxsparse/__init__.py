@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from jaxsparse import nn as nn
 from jaxsparse import testing as testing
 from jaxsparse.data.batch import Batch as Batch
+from jaxsparse.data.csr_files import open_csr as open_csr
+from jaxsparse.data.csr_files import save_csr as save_csr
 from jaxsparse.data.distinct import DistinctIds as DistinctIds
 from jaxsparse.data.pipeline import Batches as Batches
 from jaxsparse.data.pipeline import batches as batches

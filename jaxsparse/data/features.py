@@ -20,29 +20,30 @@ import scipy.sparse
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
-from jaxsparse.data.distinct import round_up
+from jaxsparse.data.csr import Csr, row_of
+from jaxsparse.data.distinct import room_for, round_up
 from jaxsparse.data.inputs import (
     as_array,
-    as_jax_dtype,
-    canonical_csr,
-    checked_ids,
-    entry_at,
+    check_finite,
+    check_ids,
     id_list,
+    jax_dtype,
     positions_in,
-    where_bad,
 )
+from jaxsparse.data.ragged import Ragged, pieces, rows_of
 
 
 class Sizes:
     """A few static sizes for a run: the largest that is expected, in eighths of an octave, and three quarters and half
-    of that: levels 2, 1 and 0. One size for all levels where all needs are alike, or where it is fixed.
+    of that: levels 2, 1 and 0. One size for all levels where all needs are alike, or where it is fixed. Where the needs
+    are those of some batches only, the largest has room for others.
 
     What needs more than the largest gets its own size.
     """
 
-    def __init__(self, needs: Sequence[int], fixed: int | None) -> None:
-        largest = round_up(max(needs, default=1)) if fixed is None else fixed
-        alike = fixed is not None or len(set(needs)) < 2
+    def __init__(self, needs: Sequence[int], fixed: int | None, are_all: bool) -> None:
+        alike, most = fixed is not None or len(set(needs)) < 2, max(needs, default=1)
+        largest = fixed if fixed is not None else round_up(most) if alike or are_all else room_for(most)
         self.sizes = (largest,) * LEVELS if alike else (-(-largest // 2), -(-3 * largest // 4), largest)
 
     def level(self, need: int) -> int:
@@ -58,27 +59,26 @@ LEVELS = 3
 class Sparse:
     """A SciPy matrix: BCOO batches."""
 
-    def __init__(self, matrix: Any, name: str, nse: int | None, check_finite: bool) -> None:
-        self.csr, self.name, self.nse = canonical_csr(matrix, "batches", name), name, nse
-        if check_finite and not np.isfinite(self.csr.data).all():
-            at = int(np.flatnonzero(~np.isfinite(self.csr.data))[0])
-            raise ValueError(message("batches", name, "finite", f"{self.csr.data[at]} at {entry_at(self.csr, at)}"))
+    def __init__(self, matrix: Any, name: str, nse: int | None, is_checked: bool) -> None:
+        self.csr, self.name, self.nse = Csr(matrix, "batches", name), name, nse
+        if is_checked:
+            check_finite(self.csr.rows.arrays[0], self.csr.dtype, name, self.csr.entry_at)
         self.num_examples = self.csr.shape[0]
-        self.lengths = np.diff(self.csr.indptr).astype(np.int64)
 
     def need(self, parts: list[np.ndarray]) -> int:
-        entries = max(int(self.lengths[part].sum()) for part in parts)
+        entries = max(int(self.csr.rows.lengths(part).sum()) for part in parts)
         if self.nse is not None and entries > self.nse:
             must = f"at least {entries}, the entries of {self.name} in the batch from example {parts[0][0]} on"
             raise ValueError(message("batches", "nse", must, self.nse, "Raise nse, or leave it out."))
         return entries
 
     def cut(self, part: np.ndarray) -> Any:
-        return self.csr[part]
+        return self.csr.take(part)
 
     def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
         del spare
-        return bcoo(*entries(cut, length, size), (length, self.csr.shape[1]))
+        columns = self.csr.shape[1]
+        return bcoo(*entries(cut, (length, columns), size), (length, columns))
 
     def ids(self, padded: BCOO) -> np.ndarray:
         return np.asarray(padded.indices[:, 1])
@@ -95,26 +95,24 @@ class Lists:
             do = "It is the number of rows of the table that the ids go into."
             raise ValueError(message("batches", "num_rows", f"given, because {name} is a list of id lists", None, do))
         self.name, self.num_examples = name, len(rows)
-        self.lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        starts = np.concatenate([[0], np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))])
         # floats, where uint64 stands beside int64: exact for every id that is legal
         flat = np.concatenate([row for row in rows if len(row)] or [np.zeros(0, np.int32)])
 
         def position(at: int) -> str:
-            row = int(np.searchsorted(self.starts, at, side="right")) - 1
-            return f"position {at - self.starts[row]} of list {row}"
+            return f"position {at - starts[row_of(starts, at)]} of list {row_of(starts, at)}"
 
-        self.flat = checked_ids(flat, name, num_rows, padding_idx, position)
+        check_ids(flat, name, num_rows, padding_idx, position)
+        self.rows = Ragged((flat.astype(np.int32),), starts)
         self.padding = num_rows if padding_idx is None else padding_idx
 
     def need(self, parts: list[np.ndarray]) -> int:
-        return max(int(self.lengths[part].max(initial=1)) for part in parts)
+        return max(int(self.rows.lengths(part).max(initial=1)) for part in parts)
 
-    def cut(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        lengths = self.lengths[part]
-        return self.flat[_spans(self.starts[part], lengths)], lengths
+    def cut(self, part: np.ndarray) -> Any:
+        return self.rows.take(part)
 
-    def pad(self, cut: tuple[np.ndarray, np.ndarray], length: int, size: int, spare: int) -> np.ndarray:
+    def pad(self, cut: Any, length: int, size: int, spare: int) -> np.ndarray:
         del spare
         out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
@@ -130,9 +128,8 @@ class Ids:
     nse = None
 
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
-        self.name, self.num_examples = name, len(ids)
-        flat = checked_ids(ids.reshape(-1), name, num_rows, padding_idx, positions_in(ids.shape))
-        self.values = flat.reshape(ids.shape)
+        self.name, self.num_examples, self.values = name, len(ids), ids
+        check_ids(ids, name, num_rows, padding_idx, positions_in(ids.shape))
         self.padding = padding_idx
 
     def need(self, parts: list[np.ndarray]) -> int:
@@ -140,7 +137,7 @@ class Ids:
         return 0
 
     def cut(self, part: np.ndarray) -> np.ndarray:
-        return np.take(self.values, part, axis=0)  # several times as fast as self.values[part]
+        return rows_of(self.values, part).astype(np.int32, copy=False)
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
@@ -155,22 +152,22 @@ class Array:
 
     nse = None
 
-    def __init__(self, values: Any, name: str, check_finite: bool) -> None:
-        given = as_array(values, name)
-        self.values = as_jax_dtype(given, "batches", name, positions_in(given.shape))
-        if given.ndim < 1:
-            raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {given.shape}"))
-        # after the cast: what overflows float32 is inf on the device
-        if check_finite and jnp.issubdtype(given.dtype, jnp.inexact) and not np.isfinite(self.values).all():
-            raise ValueError(message("batches", name, "finite", where_bad(given, ~np.isfinite(self.values))))
-        self.name, self.num_examples = name, len(given)
+    def __init__(self, values: Any, name: str, is_checked: bool) -> None:
+        self.values = as_array(values, name)
+        position = positions_in(self.values.shape)
+        self.dtype = jax_dtype(self.values, "batches", name, position)
+        if self.values.ndim < 1:
+            raise ValueError(message("batches", name, "an array of shape (n, ...)", f"shape {self.values.shape}"))
+        if is_checked:
+            check_finite(self.values, self.dtype, name, position)
+        self.name, self.num_examples = name, len(self.values)
 
     def need(self, parts: list[np.ndarray]) -> int:
         del parts
         return 0
 
     def cut(self, part: np.ndarray) -> np.ndarray:
-        return np.take(self.values, part, axis=0)
+        return rows_of(self.values, part).astype(self.dtype, copy=False)
 
     def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
         del size
@@ -180,30 +177,44 @@ class Array:
         del padded
 
 
+class Weights(Array):
+    """The weights of the examples."""
+
+    def __init__(self, values: Any, is_checked: bool) -> None:
+        super().__init__(values, "weight", is_checked)
+        must, shape = "real, of shape (n,) and not negative", self.values.shape
+        if len(shape) != 1 or jnp.issubdtype(self.dtype, jnp.complexfloating):
+            raise ValueError(message("batches", "weight", must, f"shape {shape} of {self.dtype}"))
+        for first, piece in pieces(self.values):
+            if (piece < 0).any():
+                at = int(np.flatnonzero(piece < 0)[0])
+                raise ValueError(message("batches", "weight", must, f"{piece[at]} at position {first + at}"))
+
+
 def make_features(
-    x: Any, path: str, key: str | None, per_name: dict[str, Any], check_finite: bool, names: set[str]
+    x: Any, path: str, key: str | None, per_name: dict[str, Any], is_checked: bool, names: set[str]
 ) -> Any:
     """x with every feature wrapped in its class."""
     if isinstance(x, Mapping) and not scipy.sparse.issparse(x):  # a DOK matrix is both
-        return {k: make_features(v, f"{path}[{k!r}]", k, per_name, check_finite, names) for k, v in x.items()}
+        return {k: make_features(v, f"{path}[{k!r}]", k, per_name, is_checked, names) for k, v in x.items()}
     if key is not None:
         names.add(key)
     num_rows, padding_idx, nse = (v.get(key) if isinstance(v, Mapping) else v for v in per_name.values())
-    feature = _feature(x, path, num_rows, padding_idx, nse, check_finite)
+    feature = _feature(x, path, num_rows, padding_idx, nse, is_checked)
     if isinstance(per_name["num_rows"], Mapping) and num_rows is not None:
         check_num_rows([feature], num_rows)
     return feature
 
 
-def _feature(x: Any, path: str, num_rows: Any, padding_idx: Any, nse: Any, check_finite: bool) -> Any:
+def _feature(x: Any, path: str, num_rows: Any, padding_idx: Any, nse: Any, is_checked: bool) -> Any:
     if scipy.sparse.issparse(x):
-        return Sparse(x, path, nse, check_finite)
+        return Sparse(x, path, nse, is_checked)
     if isinstance(x, (list, tuple)) and (not x or any(isinstance(row, (list, tuple, np.ndarray)) for row in x)):
         return Lists(x, path, num_rows, padding_idx)
     array = as_array(x, path)
     if array.ndim and array.dtype.kind in "iu":
         return Ids(array, path, num_rows, padding_idx)
-    return Array(array, path, check_finite)
+    return Array(array, path, is_checked)
 
 
 def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
@@ -223,7 +234,7 @@ def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
             raise ValueError(message("batches", "num_rows", must, num_rows, "A column is a row of the table."))
     if not matrices:
         must = "left out, or given for ids: integers, lists of them, or the columns of a SciPy matrix"
-        got = f"{num_rows} for {', '.join(f'{f.name} of {f.values.dtype}' for f in features)}"
+        got = f"{num_rows} for {', '.join(f'{f.name} of {f.dtype}' for f in features)}"
         do = "Cast ids to integers: .astype('int32'). Missing ids make floats of a column: fill them first."
         raise TypeError(message("batches", "num_rows", must, got, do))
 
@@ -248,19 +259,16 @@ def bcoo(data: np.ndarray, indices: np.ndarray, shape: tuple[int, int]) -> BCOO:
     return jax.tree.unflatten(_bcoo_structure(shape), [data, indices])
 
 
-def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions starts[i], starts[i] + 1, ..., starts[i] + lengths[i] - 1, for every i, in one array."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def entries(csr: Any, length: int, nse: int) -> tuple[np.ndarray, np.ndarray]:
-    """data (nse,) and indices (nse, 2) of a matrix of up to `length` rows, padded with 0 and (length, num_columns)."""
-    k = csr.nnz
-    data = np.zeros(nse, csr.data.dtype)
+def entries(
+    cut: tuple[np.ndarray, np.ndarray, np.ndarray], shape: tuple[int, int], nse: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """data (nse,) and indices (nse, 2) of rows that were cut out of a `Csr`, padded with 0 and `shape`."""
+    given, columns, lengths = cut
+    k = len(given)
+    data = np.zeros(nse, given.dtype)
     indices = np.empty((nse, 2), np.int32)
-    data[:k] = csr.data
-    indices[:k, 0] = np.repeat(np.arange(csr.shape[0], dtype=np.int32), np.diff(csr.indptr))
-    indices[:k, 1] = csr.indices
-    indices[k:] = (length, csr.shape[1])
+    data[:k] = given
+    indices[:k, 0] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    indices[:k, 1] = columns
+    indices[k:] = shape
     return data, indices

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from jax.experimental.sparse import JAXSparse
 
 from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse.data.ragged import pieces
 
 
 def as_array(x: Any, name: str) -> np.ndarray:
@@ -58,7 +60,7 @@ def _check_frame(frame: Any, name: str) -> None:
         if not isinstance(dtype, np.dtype) or kind not in "biufc":
             at = f"{name}[{column!r}]"
             values = as_array(frame.iloc[:, n] if hasattr(frame, "iloc") else frame[column], at)
-            kind = as_jax_dtype(values, "batches", at, positions_in(values.shape)).dtype.kind
+            kind = jax_dtype(values, "batches", at, positions_in(values.shape)).kind
         kinds["ids" if kind in "iu" else "numbers"] = f"{dtype} in {column!r}"
     if len(kinds) > 1:
         do = f"Give features by name: a dict of {name}[column], in which integers are ids."
@@ -89,72 +91,60 @@ def id_list(row: Any, name: str, at: int) -> np.ndarray:
     return ids
 
 
-def checked_ids(
+def check_ids(
     ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None, position: Callable[[int], str]
-) -> np.ndarray:
-    """Flat ids as int32, or the error that says which one is wrong and where."""
-    bad = (ids < 0) | (ids > 2**31 - 1)
+) -> None:
+    """Raises, with its position, for an id that is not in [0, num_rows), or in [0, 2**31) without num_rows."""
+    size = 2**31
     if num_rows is not None:
+        size = num_rows
         if not 0 <= num_rows < MAX_ROWS:
             raise ValueError(message("batches", "num_rows", f"between 0 and {MAX_ROWS - 1}", num_rows))
-        bad |= ids >= num_rows
-    if padding_idx is not None:
-        if not -(2**31) < padding_idx < 2**31:
-            raise ValueError(message("batches", "padding_idx", "within int32", padding_idx))
-        bad &= ids != padding_idx
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        value = int(ids[at])
-        must = f"ids in [0, {num_rows})" if num_rows is not None else "ids in [0, 2**31)"
-        do = (
-            "Integer arrays are ids; cast them to float if these are numbers. Rows that mean padding want padding_idx=."
-        )
-        error = OverflowError if value > 2**31 - 1 else ValueError
-        raise error(message("batches", name, must, f"{value} at {position(at)}", do))
-    return ids.astype(np.int32)
-
-
-def canonical_csr(matrix: Any, function: str, argument: str) -> Any:
-    """The matrix as CSR with sorted indices and no duplicates; the caller's own is left as it is."""
-    if not scipy.sparse.issparse(matrix):
-        raise TypeError(
-            message(
-                function, argument, "a SciPy sparse matrix", type(matrix).__name__, "Dense arrays need no conversion."
-            )
-        )
-    if matrix.ndim != 2:
-        raise ValueError(message(function, argument, "of two dimensions", f"shape {matrix.shape}"))
-    for size in matrix.shape:
-        if size >= MAX_ROWS:
-            raise OverflowError(message(function, argument, f"of dimensions below {MAX_ROWS}", f"shape {matrix.shape}"))
-    if matrix.format in ("csr", "csc"):  # SciPy's constructors do not look, and its conversions then write anywhere
-        major, minor = (0, 1) if matrix.format == "csr" else (1, 0)
-        bad = (matrix.indices < 0) | (matrix.indices >= matrix.shape[minor])
+    if padding_idx is not None and not -(2**31) < padding_idx < 2**31:
+        raise ValueError(message("batches", "padding_idx", "within int32", padding_idx))
+    for first, piece in pieces(ids):
+        if not piece.size or (piece.min() >= 0 and piece.max() < size):
+            continue
+        bad = (piece < 0) | (piece >= size)
+        if padding_idx is not None:
+            bad &= piece != padding_idx
         if bad.any():
-            at, axes = int(np.flatnonzero(bad)[0]), ("row", "column")
-            where = f"{axes[major]} {int(np.searchsorted(matrix.indptr, at, side='right')) - 1}"
-            must = f"of {axes[minor]} indices in [0, {matrix.shape[minor]})"
-            raise ValueError(message(function, argument, must, f"{matrix.indices[at]} in {where}"))
-    csr = matrix.tocsr(copy=True)
-    csr.sum_duplicates()  # sorts too; keeps explicit zeros
-    csr.data = as_jax_dtype(csr.data, function, argument, lambda at: entry_at(csr, at))
-    return csr
+            at = int(np.flatnonzero(bad)[0])
+            value = int(piece[at])
+            must = f"ids in [0, {num_rows})" if num_rows is not None else "ids in [0, 2**31)"
+            do = "Integer arrays are ids; cast them to float if these are numbers. "
+            do += "Rows that mean padding want padding_idx=."
+            error = OverflowError if value > 2**31 - 1 else ValueError
+            raise error(message("batches", name, must, f"{value} at {position(first + at)}", do))
 
 
-def as_jax_dtype(values: np.ndarray, function: str, argument: str, position: Callable[[int], str]) -> np.ndarray:
-    """In the dtype that JAX keeps them in: 64 bits become 32 unless jax_enable_x64 is on. Integers that do not fit
-    raise, and so do dtypes that JAX has not."""
+def check_finite(values: np.ndarray, dtype: np.dtype, name: str, position: Callable[[int], str]) -> None:
+    """Raises for NaN and inf, with its position, also for what becomes inf in this dtype, as on the device."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return
+    for first, piece in pieces(values):
+        finite = np.isfinite(piece.astype(dtype, copy=False))
+        if not finite.all():
+            at = int(np.flatnonzero(~finite)[0])
+            raise ValueError(message("batches", name, "finite", f"{piece[at]} at {position(first + at)}"))
+
+
+def jax_dtype(values: np.ndarray, function: str, argument: str, position: Callable[[int], str]) -> np.dtype:
+    """The dtype that JAX keeps them in: 64 bits become 32 unless jax_enable_x64 is on. Integers that do not fit raise,
+    and so do dtypes that JAX has not."""
     try:
-        dtype = jax.typeof(np.empty(0, values.dtype)).dtype
+        dtype = np.dtype(jax.typeof(np.empty(0, values.dtype)).dtype)
     except TypeError:
         got, do = _no_number(values, position)
         raise TypeError(message(function, argument, "of numbers that JAX has a dtype for", got, do)) from None
-    if values.dtype.kind in "iu" and values.size:
-        limits, flat = np.iinfo(dtype), values.reshape(-1)
-        for at in (int(flat.argmax()), int(flat.argmin())):
-            if not limits.min <= int(flat[at]) <= limits.max:
-                raise OverflowError(message(function, argument, f"within {dtype}", f"{flat[at]} at {position(at)}"))
-    return values.astype(dtype, copy=False)
+    if values.dtype.kind in "iu" and dtype != values.dtype:
+        limits = np.iinfo(dtype)
+        for first, piece in pieces(values) if values.ndim else [(0, values.reshape(-1))]:
+            for at in (int(piece.argmax()), int(piece.argmin())) if piece.size else ():
+                if not limits.min <= int(piece[at]) <= limits.max:
+                    got = f"{piece[at]} at {position(first + at)}"
+                    raise OverflowError(message(function, argument, f"within {dtype}", got))
+    return dtype
 
 
 def _no_number(values: np.ndarray, position: Callable[[int], str]) -> tuple[str, str]:
@@ -180,20 +170,9 @@ def _no_number(values: np.ndarray, position: Callable[[int], str]) -> tuple[str,
     return "object", "All of it is numbers: cast it, .astype('int32') or .astype('float32')."
 
 
-def where_bad(values: np.ndarray, bad: np.ndarray) -> str:
-    if not bad.any():
-        return f"shape {values.shape}"
-    at = int(np.flatnonzero(bad)[0])
-    return f"{values.reshape(-1)[at]} at {position_in(at, values.shape)}"
-
-
 def position_in(at: int, shape: tuple[int, ...]) -> str:
     return f"position {at if len(shape) == 1 else tuple(map(int, np.unravel_index(at, shape)))}"
 
 
 def positions_in(shape: tuple[int, ...]) -> Callable[[int], str]:
     return lambda at: position_in(at, shape)
-
-
-def entry_at(csr: Any, at: int) -> str:
-    return f"row {int(np.searchsorted(csr.indptr, at, side='right')) - 1}, column {csr.indices[at]}"

@@ -9,7 +9,7 @@ of theirs, or every combination would be a shape to compile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,17 +19,19 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
 from jaxsparse.data.batch import Batch
+from jaxsparse.data.csr import Csr
 from jaxsparse.data.distinct import Scratch, distinct_ids, room_for, sorted_distinct
 from jaxsparse.data.features import (
     LEVELS,
     Array,
     Sizes,
+    Weights,
     bcoo,
     check_num_rows,
     entries,
     make_features,
 )
-from jaxsparse.data.inputs import canonical_csr, where_bad
+from jaxsparse.data.order import InOrder, Shuffled, order_of
 
 
 def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
@@ -56,12 +58,13 @@ def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
       >>> x.data.tolist(), x.indices.tolist()
       ([2.0, 1.0, 0.0], [[0, 1], [1, 0], [2, 2]])
     """
-    csr = canonical_csr(matrix, "from_scipy", "matrix")
+    csr = Csr(matrix, "from_scipy", "matrix")
     nse = csr.nnz if nse is None else nse
     if not _is_int(nse) or nse < csr.nnz:
         do = "A smaller nse would lose entries."
         raise ValueError(message("from_scipy", "nse", f"at least the number of stored entries, {csr.nnz}", nse, do))
-    return jax.tree.map(jnp.asarray, bcoo(*entries(csr, csr.shape[0], nse), csr.shape))
+    cut = csr.take(np.arange(csr.shape[0]))
+    return jax.tree.map(jnp.asarray, bcoo(*entries(cut, csr.shape, nse), csr.shape))
 
 
 def batches(
@@ -108,7 +111,9 @@ def batches(
       check_finite: whether NaN and inf in x, y and weight are errors.
 
     Returns:
-      A `Batches`: each iteration over it is one epoch of `Batch`.
+      A `Batches`: each iteration over it is one epoch of `Batch`, and batches[i] is the i-th of it. Arrays, and CSR
+        matrices whose rows have increasing indices, are looked at in pieces and not copied, memory-mapped ones neither:
+        do not write to them while they are in use.
 
     Raises:
       TypeError: for an x that is none of the above, for sizes and ids that are no integers, and for a num_rows of
@@ -144,6 +149,10 @@ def batches(
 
 class Batches:
     """What `js.batches` returns. `len()` is the number of batches an epoch.
+
+    batches[i] is the i-th batch of the epoch at `state`, from any thread, and does not move that: what loads by number
+    (a thread pool, grain's MapDataset, torch's DataLoader with batch_size=None) can drive it. Set the epoch between two
+    passes, for another order: batches.state = {**batches.state, "epoch": epoch, "step": 0}.
 
     Each `iter()` starts an epoch at its beginning: the one that comes next, or the same one again if its iteration was
     left early. To go on where a run stopped, save `state` beside the checkpoint and set it before iterating: the epoch
@@ -201,26 +210,23 @@ class Batches:
                 must = f"of {self._num_examples} examples, as {features[0].name} is"
                 raise ValueError(message("batches", feature.name, must, feature.num_examples))
         self._y = None if y is None else Array(y, "y", check_finite)
-        self._weight = None if weight is None else Array(weight, "weight", check_finite)
+        self._weight = None if weight is None else Weights(weight, check_finite)
         for other in (self._y, self._weight):
             if other is not None and other.num_examples != self._num_examples:
                 raise ValueError(
                     message("batches", other.name, f"of {self._num_examples} examples, as x is", other.num_examples)
                 )
-        if self._weight is not None:
-            values = self._weight.values
-            if values.ndim != 1 or jnp.iscomplexobj(values) or (values < 0).any():
-                must = "real, of shape (n,) and not negative"
-                raise ValueError(message("batches", "weight", must, where_bad(values, values < 0)))
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
         self._drop_remainder, self._devices = bool(drop_remainder), devices
         own = devices or 1
         self._parts, self._own = own * count, slice(own * index, own * (index + 1))
         self._epoch = self._step = self._start = 0
+        self._latest: tuple[int, Any] = -1, None  # epoch and order, set at once: several threads may look
         epochs = min(-(-_LOOK_AHEAD // max(len(self), 1)), _LOOK_AHEAD // 4) if shuffle else 1
-        ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in range(len(self))]
+        ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in self._looked_at()]
         ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
-        self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse) for f in features]
+        are_all = len(self._looked_at()) == len(self)
+        self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse, are_all) for f in features]
         self._levels = sorted(set(map(self._level, ahead)))
         self._scratch, self._room = Scratch(), [0] * len(features)
         if not self.is_part:
@@ -281,20 +287,36 @@ class Batches:
         if start >= len(self):  # an empty epoch, or a position at the end of one
             self._epoch, self._step, self._start = epoch + 1, 0, 0
 
+    def __getitem__(self, step: Any) -> Batch:
+        if not _is_int(step):
+            raise TypeError(f"js.Batches are indexed by the number of a batch. Got {type(step).__name__} instead.")
+        if not -len(self) <= step < len(self):
+            raise IndexError(f"js.Batches: batch {step} of an epoch of {len(self)}.")
+        return self._batch(self._chunk(self._order(self._epoch), int(step) % len(self)))
+
     def one_epoch(self) -> Iterator[Batch]:
         """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
         order = self._order(self._epoch)
         return (self._batch(self._chunk(order, step)) for step in range(len(self)))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self._shuffle:
-            return np.arange(self._num_examples)
-        return np.random.default_rng([self._seed, epoch]).permutation(self._num_examples)
+    def _looked_at(self) -> Sequence[int]:
+        """The batches of an epoch that sizes are learnt from: all, or as many as have a million examples. In a
+        shuffled epoch each is as good as another, and neighbours are found sooner."""
+        count = min(len(self), max(_LOOK_AHEAD, _EXAMPLES_AHEAD // self._batch_size))
+        return range(count) if self._shuffle else [len(self) * i // count for i in range(count)]
 
-    def _chunk(self, order: np.ndarray, step: int) -> list[np.ndarray]:
+    def _order(self, epoch: int) -> InOrder | Shuffled | np.ndarray:
+        of, order = self._latest
+        if of != epoch:
+            order = order_of(self._num_examples, self._seed if self._shuffle else None, epoch)
+            self._latest = epoch, order
+        return order
+
+    def _chunk(self, order: Any, step: int) -> list[np.ndarray]:
         """The examples of a batch, one array for each device of each host."""
         part, first = self._batch_size // self._parts, step * self._batch_size
-        return [order[first + i * part : first + (i + 1) * part] for i in range(self._parts)]
+        batch = order[first : min(first + self._batch_size, self._num_examples)]
+        return [batch[i * part : (i + 1) * part] for i in range(self._parts)]
 
     def _is_full(self, parts: list[np.ndarray]) -> bool:
         return sum(map(len, parts)) == self._batch_size
@@ -329,7 +351,7 @@ class Batches:
         shards = []
         for part, leaves, distinct in zip(own, features, zip(*known, strict=True), strict=True):
             weight = np.zeros(length, np.float32)
-            weight[: len(part)] = 1 if self._weight is None else self._weight.values[part]
+            weight[: len(part)] = 1 if self._weight is None else self._weight.cut(part)
             y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
             shards.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
         stack = lambda *leaves: np.stack(leaves)  # noqa: E731
@@ -344,7 +366,8 @@ class Batches:
         return distinct_ids(ids, self._room[n], self._scratch)
 
 
-_LOOK_AHEAD = 64  # batches to learn the sizes from
+_LOOK_AHEAD = 64  # batches to learn the sizes from, at least
+_EXAMPLES_AHEAD = 1 << 20
 _LOOK_AT = 16  # of these, to count ids in
 
 

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", metavar="FILE", help="a png or svg; needs matplotlib")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[""], help="cases (bag/adam/1e6, ctr/, size/) and "
-                        "parts (host, crossover, memory, flights) whose names begin like this")  # fmt: skip
+                        "parts (host, data, crossover, memory, flights) whose names begin like this")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tensorflow", metavar="PYTHON", default=sys.executable, help="whose environment has it")
     parser.add_argument("--data", metavar="FILE", help="flights.csv.zip: see skipped_rows.py")
@@ -108,7 +108,13 @@ def main() -> None:
             else:
                 results.append(outcome)
                 print(report.line(outcome), flush=True)
-    for name, arguments in {"host": [], "crossover": [], "memory": [], "flights": ["--data", options.data]}.items():
+    for name, arguments in {
+        "host": [],
+        "data": [],
+        "crossover": [],
+        "memory": [],
+        "flights": ["--data", options.data],
+    }.items():
         if wanted(name) and None not in arguments and not options.gpu:
             try:
                 parts[name] = part(name, *arguments)

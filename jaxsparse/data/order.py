@@ -1,0 +1,78 @@
+"""The order of the examples in an epoch, any part of it without the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+FEW = 1 << 20  # of so many examples, the whole order is kept
+_BLOCK = 1 << 15  # places that are computed together
+_ROUNDS = 8
+_FACTORS = {32: (0x7FEB352D, 0x846CA68B), 64: (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)}  # odd, and mix well
+
+
+class InOrder:
+    """0, 1, ..., n - 1."""
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        return np.arange(places.start, places.stop)
+
+
+class Shuffled:
+    """Another order of 0, ..., n - 1 for each seed and epoch, without an array of n numbers.
+
+    A Feistel network of eight rounds permutes the numbers of as many bits as n - 1 has (Luby and Rackoff 1988). What it
+    takes to n or beyond is put through it again until it is below (cycle walking: Black and Rogaway 2002), less than
+    once more on average. That is a permutation for every key, so each number comes once.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int) -> None:
+        self._n, bits = n, max((n - 1).bit_length(), 2)
+        self._sizes = bits - bits // 2, bits // 2  # of the high half and of the low one, in bits
+        self._word = 32 if bits <= 32 else 64
+        self._dtype = np.dtype(f"uint{self._word}")
+        self._factors = np.array(_FACTORS[self._word], self._dtype)
+        self._keys = np.random.default_rng([seed, epoch]).integers(0, 2**self._word, _ROUNDS, self._dtype)
+        self._last = -1, np.zeros(0, np.int64)  # the block that was asked for last; set at once, for several threads
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        start, stop = places.start, min(places.stop, self._n)
+        blocks = range(start // _BLOCK, -(-stop // _BLOCK))
+        parts = [self._block(b)[max(start - b * _BLOCK, 0) : max(stop - b * _BLOCK, 0)] for b in blocks]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def _block(self, number: int) -> np.ndarray:
+        last, block = self._last
+        if last != number:
+            first = number * _BLOCK
+            block = self._walk(np.arange(first, min(first + _BLOCK, self._n), dtype=self._dtype))
+            self._last = number, block
+        return block
+
+    def _walk(self, x: np.ndarray) -> np.ndarray:
+        x = self._permute(x)
+        outside = np.flatnonzero(x >= self._n)
+        while len(outside):
+            x[outside] = self._permute(x[outside])
+            outside = outside[x[outside] >= self._n]
+        return x.astype(np.int64)
+
+    def _permute(self, x: np.ndarray) -> np.ndarray:
+        low, kind = self._sizes[1], self._dtype.type
+        halves = [x >> kind(low), x & kind((1 << low) - 1)]
+        for number, key in enumerate(self._keys):
+            of = number % 2  # the half that changes, by the other one
+            mixed = halves[1 - of] ^ key
+            mixed *= self._factors[0]
+            mixed ^= mixed >> kind(self._word // 2 - 1)
+            mixed *= self._factors[1]
+            mixed >>= kind(self._word - self._sizes[of])
+            halves[of] ^= mixed
+        return (halves[0] << kind(low)) | halves[1]
+
+
+def order_of(n: int, seed: int | None, epoch: int) -> InOrder | Shuffled | np.ndarray:
+    """Of n examples, what gives a part of their order when it is sliced: their own without a seed. NumPy's permutation
+    of up to 2**20 examples, and of more a `Shuffled`."""
+    if seed is None:
+        return InOrder()
+    return np.random.default_rng([seed, epoch]).permutation(n) if n <= FEW else Shuffled(n, seed, epoch)
