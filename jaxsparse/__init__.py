@@ -17,6 +17,8 @@ from jaxsparse.data.distinct import DistinctIds as DistinctIds
 from jaxsparse.data.pipeline import Batches as Batches
 from jaxsparse.data.pipeline import batches as batches
 from jaxsparse.data.pipeline import from_scipy as from_scipy
+from jaxsparse.data.stream import Stream as Stream
+from jaxsparse.data.stream import stream as stream
 from jaxsparse.ops.bcoo import concatenate as concatenate
 from jaxsparse.ops.bcoo import dot as dot
 from jaxsparse.ops.bcoo import mean as mean

@@ -216,10 +216,10 @@ def test_sizes_learnt_from_some_batches_have_room(monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 257, 20_000, 70_000])
 def test_a_shuffle_has_every_example_once(n):
     for epoch in range(3):
-        order = Shuffled(n, 7, epoch)
+        order = Shuffled(n, [7, epoch])
         whole = order[0:n]
         np.testing.assert_array_equal(np.sort(whole), np.arange(n))
-        again, start = Shuffled(n, 7, epoch), 0
+        again, start = Shuffled(n, [7, epoch]), 0
         while start < n:
             stop = start + 1 + start % 4099
             np.testing.assert_array_equal(again[start:stop], whole[start:stop])
@@ -230,24 +230,24 @@ def test_a_shuffle_is_even():
     """Each order of few examples about as often; of many, each part is spread evenly and neighbours are strangers."""
     counts = {}
     for seed in range(2400):
-        order = tuple(Shuffled(4, seed, 0)[0:4])
+        order = tuple(Shuffled(4, [seed, 0])[0:4])
         counts[order] = counts.get(order, 0) + 1
     assert len(counts) == 24 and sum((c - 100) ** 2 / 100 for c in counts.values()) < 60  # chi2(23): 1 in 30,000
     n = 1 << 16
     for seed in range(4):
-        order = Shuffled(n + 5, seed, 1)[0:n].astype(float)
+        order = Shuffled(n + 5, [seed, 1])[0:n].astype(float)
         part = np.bincount((order[: n // 8] * 64 // (n + 5)).astype(int), minlength=64)
         assert ((part - n // 512) ** 2 / (n // 512)).sum() < 130
         for other in order[1:], order[256:], np.arange(n, dtype=float):
             assert abs(np.corrcoef(order[: len(other)], other)[0, 1]) * np.sqrt(n) < 4.5
-    assert len({tuple(Shuffled(1000, seed, epoch)[0:9]) for seed in range(5) for epoch in range(5)}) == 25
+    assert len({tuple(Shuffled(1000, [seed, epoch])[0:9]) for seed in range(5) for epoch in range(5)}) == 25
 
 
 def test_orders_of_many_and_of_few(monkeypatch):
-    np.testing.assert_array_equal(order_of(10, 3, 2), rng_of([3, 2]).permutation(10))
-    assert isinstance(order_of(FEW, 0, 0), np.ndarray) and isinstance(order_of(FEW + 1, 0, 0), Shuffled)
-    big = Shuffled(2**31 + 9, 1, 0)[2**31 : 2**31 + 9]
-    huge = Shuffled(2**33, 1, 0)[5:9]
+    np.testing.assert_array_equal(order_of(10, [3, 2]), rng_of([3, 2]).permutation(10))
+    assert isinstance(order_of(FEW, [0, 0]), np.ndarray) and isinstance(order_of(FEW + 1, [0, 0]), Shuffled)
+    big = Shuffled(2**31 + 9, [1, 0])[2**31 : 2**31 + 9]
+    huge = Shuffled(2**33, [1, 0])[5:9]
     assert (
         len(set(big)) == 9 and big.max() < 2**31 + 9 and len(set(huge)) == 4 and 0 <= huge.min() <= huge.max() < 2**33
     )

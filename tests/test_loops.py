@@ -93,7 +93,7 @@ def test_evaluate_takes_one_order_of_shuffled_batches():
 
 
 def test_predict_refuses_other_batches_and_other_outputs():
-    with pytest.raises(TypeError, match=r"'batches'.*js.predict.*what js.batches returns. Got list"):
+    with pytest.raises(TypeError, match=r"'batches'.*js.predict.*what js.batches or js.stream returns. Got list"):
         js.predict(apply_fn, new_state(), [IDS])
     for wrong, got in [(lambda p, x: jnp.sum(p["t"]), r"shape \(\)"), (lambda p, x: (x, x), "tuple")]:
         with pytest.raises(TypeError, match=r"'apply_fn'.*js.predict.*an array \(8, ...\).*Got " + got):

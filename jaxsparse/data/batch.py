@@ -1,4 +1,4 @@
-"""What a batch is."""
+"""What a batch is, and how one is put together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -28,3 +29,26 @@ class Batch:
     y: Any
     weight: Any
     distinct: Any = None
+
+
+def weights(given: int | np.ndarray, length: int) -> np.ndarray:
+    """The weights of some examples, or 1 for so many, and 0 up to this length."""
+    out = np.zeros(length, np.float32)
+    if isinstance(given, int):
+        out[:given] = 1
+    else:
+        out[: len(given)] = given
+    return out
+
+
+def put_together(shards: list[tuple[Any, Any, Any, Any]], devices: int | None) -> Batch:
+    """The batch of (x, distinct, y, weight) for each device: stacked, or on the default device."""
+    stack = lambda *leaves: np.stack(leaves)  # noqa: E731
+    x, distinct, y, weight = jax.tree.map(stack, *shards) if devices else _on_device(shards[0])
+    return Batch(x, y, weight, distinct)
+
+
+@jax.jit
+def _on_device(arrays: Any) -> Any:
+    """These arrays, in a third of the time that jnp.asarray takes for them one by one."""
+    return arrays

@@ -87,7 +87,12 @@ def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[
     """
     found = [sorted_distinct(ids.reshape(-1)) for ids in shards]
     most = max(map(len, found))
-    room = min(room if most < room else room_for(most), shards[0].size + 1)
+    return placed(found, shards, room if most < room else room_for(most), scratch)
+
+
+def placed(found: list[np.ndarray], shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:
+    """The `DistinctIds` of each shard, of which the distinct ids were found, fewer than `room`."""
+    room = min(room, shards[0].size + 1)
     return [_among(unique, ids, room, scratch) for unique, ids in zip(found, shards, strict=True)]
 
 

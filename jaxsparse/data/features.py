@@ -2,13 +2,16 @@
 side only.
 
 Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
-shard of a batch; `ids`, what is ids in that; and `nse`, a size that is fixed.
+shard of a batch, filled up with `spare`, the cut of one example; `ids`, what is ids in that; and `nse`, a size that is
+fixed. For streams there are `size_of`, the size that a cut needs, `kind`, what chunks have to agree on, and `key`, its
+name in the dict.
 
 What they are made of comes through `inputs`, which looks at the values.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,14 +59,35 @@ class Sizes:
 LEVELS = 3
 
 
-class Sparse:
+class Feature:
+    """What the kinds have in common: a size that is the same for all batches."""
+
+    key: str | None = None
+    nse: int | None = None
+
+    def need(self, parts: list[np.ndarray]) -> int:
+        del parts
+        return 0
+
+    def size_of(self, cut: Any) -> int:
+        del cut
+        return 0
+
+    def bare(self) -> Any:
+        """This one without its examples, for those of others of its kind."""
+        other = copy.copy(self)
+        other.__dict__ = {name: x for name, x in vars(self).items() if name not in ("csr", "rows", "values")}
+        return other
+
+
+class Sparse(Feature):
     """A SciPy matrix: BCOO batches."""
 
     def __init__(self, matrix: Any, name: str, nse: int | None, is_checked: bool) -> None:
         self.csr, self.name, self.nse = Csr(matrix, "batches", name), name, nse
         if is_checked:
             check_finite(self.csr.rows.arrays[0], self.csr.dtype, name, self.csr.entry_at)
-        self.num_examples = self.csr.shape[0]
+        self.num_examples, self._columns = self.csr.shape
 
     def need(self, parts: list[np.ndarray]) -> int:
         entries = max(int(self.csr.rows.lengths(part).sum()) for part in parts)
@@ -75,19 +99,24 @@ class Sparse:
     def cut(self, part: np.ndarray) -> Any:
         return self.csr.take(part)
 
-    def pad(self, cut: Any, length: int, size: int, spare: int) -> BCOO:
+    def size_of(self, cut: Any) -> int:
+        return len(cut[0])
+
+    @property
+    def kind(self) -> str:
+        return f"a matrix of {self._columns} columns and {self.csr.dtype}"
+
+    def pad(self, cut: Any, length: int, size: int, spare: Any) -> BCOO:
         del spare
-        columns = self.csr.shape[1]
-        return bcoo(*entries(cut, (length, columns), size), (length, columns))
+        shape = length, self._columns
+        return bcoo(*entries(cut, shape, size), shape)
 
     def ids(self, padded: BCOO) -> np.ndarray:
         return np.asarray(padded.indices[:, 1])
 
 
-class Lists:
+class Lists(Feature):
     """Lists of ids: (B, L) padded."""
-
-    nse = None
 
     def __init__(self, lists: Any, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         rows = [id_list(row, name, i) for i, row in enumerate(lists)]
@@ -112,7 +141,14 @@ class Lists:
     def cut(self, part: np.ndarray) -> Any:
         return self.rows.take(part)
 
-    def pad(self, cut: Any, length: int, size: int, spare: int) -> np.ndarray:
+    def size_of(self, cut: Any) -> int:
+        return int(cut[-1].max(initial=1))
+
+    @property
+    def kind(self) -> str:
+        return "id lists"
+
+    def pad(self, cut: Any, length: int, size: int, spare: Any) -> np.ndarray:
         del spare
         out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
@@ -122,35 +158,31 @@ class Lists:
         return padded
 
 
-class Ids:
+class Ids(Feature):
     """An array of ids."""
-
-    nse = None
 
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         self.name, self.num_examples, self.values = name, len(ids), ids
         check_ids(ids, name, num_rows, padding_idx, positions_in(ids.shape))
         self.padding = padding_idx
 
-    def need(self, parts: list[np.ndarray]) -> int:
-        del parts
-        return 0
-
     def cut(self, part: np.ndarray) -> np.ndarray:
         return rows_of(self.values, part).astype(np.int32, copy=False)
 
-    def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
+    @property
+    def kind(self) -> str:
+        return f"ids of shape {('n', *self.values.shape[1:])}"
+
+    def pad(self, cut: np.ndarray, length: int, size: int, spare: Any) -> np.ndarray:
         del size
-        return _pad(cut, length, self.values[spare] if self.padding is None else self.padding)
+        return _pad(cut, length, spare if self.padding is None else self.padding)
 
     def ids(self, padded: np.ndarray) -> np.ndarray:
         return padded
 
 
-class Array:
+class Array(Feature):
     """Any other array."""
-
-    nse = None
 
     def __init__(self, values: Any, name: str, is_checked: bool) -> None:
         self.values = as_array(values, name)
@@ -162,16 +194,16 @@ class Array:
             check_finite(self.values, self.dtype, name, position)
         self.name, self.num_examples = name, len(self.values)
 
-    def need(self, parts: list[np.ndarray]) -> int:
-        del parts
-        return 0
-
     def cut(self, part: np.ndarray) -> np.ndarray:
         return rows_of(self.values, part).astype(self.dtype, copy=False)
 
-    def pad(self, cut: np.ndarray, length: int, size: int, spare: int) -> np.ndarray:
+    @property
+    def kind(self) -> str:
+        return f"{self.dtype} of shape {('n', *self.values.shape[1:])}"
+
+    def pad(self, cut: np.ndarray, length: int, size: int, spare: Any) -> np.ndarray:
         del size
-        return _pad(cut, length, self.values[spare])
+        return _pad(cut, length, spare)
 
     def ids(self, padded: np.ndarray) -> None:
         del padded
@@ -201,6 +233,7 @@ def make_features(
         names.add(key)
     num_rows, padding_idx, nse = (v.get(key) if isinstance(v, Mapping) else v for v in per_name.values())
     feature = _feature(x, path, num_rows, padding_idx, nse, is_checked)
+    feature.key = key
     if isinstance(per_name["num_rows"], Mapping) and num_rows is not None:
         check_num_rows([feature], num_rows)
     return feature

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 FEW = 1 << 20  # of so many examples, the whole order is kept
@@ -18,20 +20,20 @@ class InOrder:
 
 
 class Shuffled:
-    """Another order of 0, ..., n - 1 for each seed and epoch, without an array of n numbers.
+    """Another order of 0, ..., n - 1 for each key, some ints, without an array of n numbers.
 
     A Feistel network of eight rounds permutes the numbers of as many bits as n - 1 has (Luby and Rackoff 1988). What it
     takes to n or beyond is put through it again until it is below (cycle walking: Black and Rogaway 2002), less than
     once more on average. That is a permutation for every key, so each number comes once.
     """
 
-    def __init__(self, n: int, seed: int, epoch: int) -> None:
+    def __init__(self, n: int, key: Sequence[int]) -> None:
         self._n, bits = n, max((n - 1).bit_length(), 2)
         self._sizes = bits - bits // 2, bits // 2  # of the high half and of the low one, in bits
         self._word = 32 if bits <= 32 else 64
         self._dtype = np.dtype(f"uint{self._word}")
         self._factors = np.array(_FACTORS[self._word], self._dtype)
-        self._keys = np.random.default_rng([seed, epoch]).integers(0, 2**self._word, _ROUNDS, self._dtype)
+        self._keys = np.random.default_rng(key).integers(0, 2**self._word, _ROUNDS, self._dtype)
         self._last = -1, np.zeros(0, np.int64)  # the block that was asked for last; set at once, for several threads
 
     def __getitem__(self, places: slice) -> np.ndarray:
@@ -70,9 +72,9 @@ class Shuffled:
         return (halves[0] << kind(low)) | halves[1]
 
 
-def order_of(n: int, seed: int | None, epoch: int) -> InOrder | Shuffled | np.ndarray:
-    """Of n examples, what gives a part of their order when it is sliced: their own without a seed. NumPy's permutation
+def order_of(n: int, key: Sequence[int] | None) -> InOrder | Shuffled | np.ndarray:
+    """Of n examples, what gives a part of their order when it is sliced: their own without a key. NumPy's permutation
     of up to 2**20 examples, and of more a `Shuffled`."""
-    if seed is None:
+    if key is None:
         return InOrder()
-    return np.random.default_rng([seed, epoch]).permutation(n) if n <= FEW else Shuffled(n, seed, epoch)
+    return np.random.default_rng(key).permutation(n) if n <= FEW else Shuffled(n, key)

@@ -18,19 +18,11 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
-from jaxsparse.data.batch import Batch
+from jaxsparse.data.batch import Batch, put_together, weights
 from jaxsparse.data.csr import Csr
 from jaxsparse.data.distinct import Scratch, distinct_ids, room_for, sorted_distinct
-from jaxsparse.data.features import (
-    LEVELS,
-    Array,
-    Sizes,
-    Weights,
-    bcoo,
-    check_num_rows,
-    entries,
-    make_features,
-)
+from jaxsparse.data.examples import Examples, check_integers, check_sizes, is_int
+from jaxsparse.data.features import LEVELS, Sizes, bcoo, entries
 from jaxsparse.data.order import InOrder, Shuffled, order_of
 
 
@@ -60,7 +52,7 @@ def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
     """
     csr = Csr(matrix, "from_scipy", "matrix")
     nse = csr.nnz if nse is None else nse
-    if not _is_int(nse) or nse < csr.nnz:
+    if not is_int(nse) or nse < csr.nnz:
         do = "A smaller nse would lose entries."
         raise ValueError(message("from_scipy", "nse", f"at least the number of stored entries, {csr.nnz}", nse, do))
     cut = csr.take(np.arange(csr.shape[0]))
@@ -180,42 +172,12 @@ class Batches:
         shard: tuple[int, int] | None,
         check_finite: bool,
     ) -> None:
-        if not _is_int(batch_size) or batch_size < 1:
-            raise ValueError(message("batches", "batch_size", "an integer of at least 1", batch_size))
-        index, count = _check_shard(shard, batch_size)
-        if devices is not None and (not _is_int(devices) or devices < 1 or batch_size // count % devices):
-            size = f"batch_size, {batch_size}" if shard is None else f"batch_size / count, {batch_size // count}"
-            raise ValueError(message("batches", "devices", f"a divisor of {size}", devices))
-        if not _is_int(seed) or seed < 0:
-            raise ValueError(message("batches", "seed", "an integer of at least 0", seed))
+        index, count = check_sizes("batches", batch_size, devices, shard, seed)
         per_name = {"num_rows": num_rows, "padding_idx": padding_idx, "nse": nse}
-        for argument, value in per_name.items():
-            for v in value.values() if isinstance(value, Mapping) else [value]:
-                if v is not None and not _is_int(v):
-                    raise TypeError(message("batches", argument, "an integer, or a dict of them", repr(v)))
-        names: set[str] = set()
-        features, self._tree = jax.tree.flatten(make_features(x, "x", None, per_name, check_finite, names))
-        for argument, value in per_name.items():
-            for name in set(value) - names if isinstance(value, Mapping) else ():
-                raise ValueError(
-                    message("batches", argument, f"keyed by the features of x, {sorted(names)}", repr(name))
-                )
-        if not features:
-            raise ValueError(message("batches", "x", "at least one feature", "an empty dict"))
-        if num_rows is not None and not isinstance(num_rows, Mapping):
-            check_num_rows(features, num_rows)
-        self._features, self._num_examples = features, features[0].num_examples
-        for feature in features[1:]:
-            if feature.num_examples != self._num_examples:
-                must = f"of {self._num_examples} examples, as {features[0].name} is"
-                raise ValueError(message("batches", feature.name, must, feature.num_examples))
-        self._y = None if y is None else Array(y, "y", check_finite)
-        self._weight = None if weight is None else Weights(weight, check_finite)
-        for other in (self._y, self._weight):
-            if other is not None and other.num_examples != self._num_examples:
-                raise ValueError(
-                    message("batches", other.name, f"of {self._num_examples} examples, as x is", other.num_examples)
-                )
+        check_integers(per_name)
+        self._examples = Examples(x, y, weight, per_name, check_finite)
+        features = self._features = self._examples.features
+        self._num_examples = self._examples.num_examples
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
         self._drop_remainder, self._devices = bool(drop_remainder), devices
         own = devices or 1
@@ -288,7 +250,7 @@ class Batches:
             self._epoch, self._step, self._start = epoch + 1, 0, 0
 
     def __getitem__(self, step: Any) -> Batch:
-        if not _is_int(step):
+        if not is_int(step):
             raise TypeError(f"js.Batches are indexed by the number of a batch. Got {type(step).__name__} instead.")
         if not -len(self) <= step < len(self):
             raise IndexError(f"js.Batches: batch {step} of an epoch of {len(self)}.")
@@ -296,8 +258,12 @@ class Batches:
 
     def one_epoch(self) -> Iterator[Batch]:
         """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
-        order = self._order(self._epoch)
-        return (self._batch(self._chunk(order, step)) for step in range(len(self)))
+        return (batch for batch, _ in self.counted_epoch())
+
+    def counted_epoch(self) -> Iterator[tuple[Batch, int]]:
+        """The same, with how many examples each has."""
+        chunks = (self._chunk(order, step) for order in [self._order(self._epoch)] for step in range(len(self)))
+        return ((self._batch(parts), sum(map(len, parts))) for parts in chunks)
 
     def _looked_at(self) -> Sequence[int]:
         """The batches of an epoch that sizes are learnt from: all, or as many as have a million examples. In a
@@ -308,7 +274,7 @@ class Batches:
     def _order(self, epoch: int) -> InOrder | Shuffled | np.ndarray:
         of, order = self._latest
         if of != epoch:
-            order = order_of(self._num_examples, self._seed if self._shuffle else None, epoch)
+            order = order_of(self._num_examples, [self._seed, epoch] if self._shuffle else None)
             self._latest = epoch, order
         return order
 
@@ -327,7 +293,7 @@ class Batches:
     def _count(self, parts: list[np.ndarray]) -> list[int]:
         """Of each feature, the most distinct ids in a shard of a batch."""
         length, sizes = self._batch_size // len(parts), self._fit(parts)
-        shards = [self._shard(part, length, sizes, int(parts[0][0])) for part in parts]
+        shards = [self._shard(part, length, sizes, parts[0][:1]) for part in parts]
         counts = []
         for f, leaves in zip(self._features, zip(*shards, strict=True), strict=True):
             ids = [f.ids(x) for x in leaves]
@@ -340,23 +306,20 @@ class Batches:
         level = next((level for level in self._levels if level >= wanted), self._levels[-1])
         return [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
 
-    def _shard(self, part: np.ndarray, length: int, sizes: list[int], spare: int) -> list[Any]:
-        return [f.pad(f.cut(part), length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
+    def _shard(self, part: np.ndarray, length: int, sizes: list[int], spare: np.ndarray) -> list[Any]:
+        return [_cut(f, part, length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
 
     def _batch(self, parts: list[np.ndarray]) -> Batch:
-        length, spare, sizes = self._batch_size // len(parts), int(parts[0][0]), self._fit(parts)
-        own = parts[self._own]
+        length, spare, sizes = self._batch_size // len(parts), parts[0][:1], self._fit(parts)
+        own, examples = parts[self._own], self._examples
         features = [self._shard(part, length, sizes, spare) for part in own]
         known = [self._known(n, list(leaves)) for n, leaves in enumerate(zip(*features, strict=True))]
         shards = []
         for part, leaves, distinct in zip(own, features, zip(*known, strict=True), strict=True):
-            weight = np.zeros(length, np.float32)
-            weight[: len(part)] = 1 if self._weight is None else self._weight.cut(part)
-            y = None if self._y is None else self._y.pad(self._y.cut(part), length, 0, spare)
-            shards.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
-        stack = lambda *leaves: np.stack(leaves)  # noqa: E731
-        x, distinct, y, weight = jax.tree.map(stack, *shards) if self._devices else _on_device(shards[0])
-        return Batch(x, y, weight, distinct)
+            y = None if examples.y is None else _cut(examples.y, part, length, 0, spare)
+            weight = weights(len(part) if examples.weight is None else examples.weight.cut(part), length)
+            shards.append((*(jax.tree.unflatten(examples.tree, of) for of in (leaves, distinct)), y, weight))
+        return put_together(shards, self._devices)
 
     def _known(self, n: int, leaves: list[Any]) -> list[Any]:
         """What is known of the ids of feature n, for each shard."""
@@ -371,23 +334,5 @@ _EXAMPLES_AHEAD = 1 << 20
 _LOOK_AT = 16  # of these, to count ids in
 
 
-@jax.jit
-def _on_device(arrays: Any) -> Any:
-    """These arrays, in a third of the time that jnp.asarray takes for them one by one."""
-    return arrays
-
-
-def _check_shard(shard: Any, batch_size: int) -> tuple[int, int]:
-    if shard is None:
-        return 0, 1
-    must = f"a pair (index, count), 0 <= index < count, count a divisor of batch_size, {batch_size}"
-    if not isinstance(shard, tuple) or len(shard) != 2 or not all(map(_is_int, shard)):
-        raise TypeError(message("batches", "shard", must, repr(shard)))
-    index, count = map(int, shard)
-    if not 0 <= index < count or batch_size % max(count, 1):
-        raise ValueError(message("batches", "shard", must, shard))
-    return index, count
-
-
-def _is_int(x: object) -> bool:
-    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+def _cut(feature: Any, part: np.ndarray, length: int, size: int, spare: np.ndarray) -> Any:
+    return feature.pad(feature.cut(part), length, size, None if len(part) == length else feature.cut(spare))

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxsparse._checks import message
 from jaxsparse.data.pipeline import Batches
+from jaxsparse.data.stream import Stream
 from jaxsparse.ops.rows import is_stored
 from jaxsparse.train.refresh import check_flushed
 from jaxsparse.train.rowwise import on_rows, prepare_step
@@ -23,8 +24,8 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
       metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
         weight.
       state: what has the parameters, in `state.params`.
-      batches: a `js.Batches`, of which it takes one whole epoch and whose position it does not move, or an iterable of
-        batches.
+      batches: a `js.Batches` or `js.Stream`, of which it takes one whole epoch and whose position it does not move, or
+        an iterable of batches.
 
     Returns:
       The metrics, each batch counting by the sum of its `batch.weight`, and as 1 if it has none; NaN if there is no
@@ -97,7 +98,7 @@ def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, An
 
 
 def one_epoch(batches: Any) -> Any:
-    return batches.one_epoch() if isinstance(batches, Batches) else batches
+    return batches.one_epoch() if isinstance(batches, (Batches, Stream)) else batches
 
 
 def weight_of(batch: Any) -> Any:
@@ -115,6 +116,8 @@ def _sum(weight: jax.Array) -> jax.Array:
 
 def why_none(batches: Any) -> str:
     """What to do about an epoch without batches."""
+    if isinstance(batches, Stream):
+        return "Its examples fill no batch: lower batch_size or drop_remainder=False."
     if not isinstance(batches, Batches):
         return "An iterator is used up after one pass: give js.batches or a list."
     if not batches.num_examples:
@@ -127,20 +130,20 @@ def why_none(batches: Any) -> str:
     return "Their position was at the end of an epoch."
 
 
-def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.ndarray:
+def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches | Stream) -> np.ndarray:
     """What a model says of every example, in the order of the data, padding dropped.
 
     Args:
       apply_fn: apply_fn(params, x) -> an array (B, ...).
       state: what has the parameters, in `state.params`.
-      batches: of `js.batches`, without shuffle, drop_remainder, devices and shard. It starts at the first example,
-        wherever their position is, and does not move that.
+      batches: of `js.batches` or `js.stream`, without shuffle, drop_remainder, devices and shard. It starts at the
+        first example, wherever their position is, and does not move that.
 
     Returns:
       A NumPy array (n, ...).
 
     Raises:
-      TypeError: if batches are not of `js.batches`, or apply_fn returns no array (B, ...).
+      TypeError: if batches are of neither, or apply_fn returns no array (B, ...).
       ValueError: if the batches leave examples out or have another order; or, with skipped="replay", if the state needs
         js.flush.
 
@@ -154,8 +157,8 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
       [3.0, 3.0, 0.0]
     """
     check_flushed("predict", getattr(state, "opt_state", None))
-    if not isinstance(batches, Batches):
-        raise TypeError(message("predict", "batches", "what js.batches returns", type(batches).__name__))
+    if not isinstance(batches, (Batches, Stream)):
+        raise TypeError(message("predict", "batches", "what js.batches or js.stream returns", type(batches).__name__))
     at = batches.state
     wrong = [f"{name}=True" for name in ("shuffle", "drop_remainder") if at[name]]
     wrong += ["shard"] if batches.is_part else []
@@ -164,15 +167,13 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches) -> np.nd
         got, do = f"batches with {', '.join(wrong)}", "Make batches of their own for predictions."
         raise ValueError(message("predict", "batches", "all examples in their order", got, do))
     compiled, out = jax.jit(reading_rows(apply_fn)), []
-    left = batches.num_examples
-    for batch in batches.one_epoch():
+    for batch, count in batches.counted_epoch():
         said = compiled(state.params, batch.x)
         if getattr(said, "shape", ())[:1] != (at["batch_size"],):
             got = f"shape {said.shape}" if hasattr(said, "shape") else type(said).__name__
             must = f"a function that returns an array ({at['batch_size']}, ...), a row for each example of a batch"
             raise TypeError(message("predict", "apply_fn", must, got))
-        out.append(np.asarray(said)[:left])
-        left -= len(out[-1])
+        out.append(np.asarray(said)[:count])
     if not out:
         raise ValueError(message("predict", "batches", "at least one example", "none"))
     return np.concatenate(out)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from jaxsparse._checks import message
 from jaxsparse.data.pipeline import Batches
+from jaxsparse.data.stream import Stream
 from jaxsparse.train.evaluation import check_scalars, means, one_epoch, weight_of, why_none
 from jaxsparse.train.refresh import flush
 
@@ -64,8 +65,8 @@ def fit(
       step: of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a "loss", the
         mean over the examples of the batch.
       state: the state to start from. It is donated to the step: use the returned one.
-      batches: a `js.Batches`, whose position it goes on from, also after a run that was interrupted or stopped, or any
-        iterable of batches that can be iterated anew.
+      batches: a `js.Batches` or `js.Stream`, whose position it goes on from, also after a run that was interrupted or
+        stopped, or any iterable of batches that can be iterated anew.
       epochs: how many to run, a resumed one counting as one.
       args: what the step gets after the batch: step(state, batch, *args), so that the loss_fn of `js.make_train_step`
         is called as loss_fn(params, batch, *args).
@@ -132,7 +133,7 @@ def fit(
             raise
         said = f"js.fit was interrupted {run.where}. It returns the state and the history so far."
         warnings.warn(said, stacklevel=2)
-    if isinstance(batches, Batches):
+    if isinstance(batches, (Batches, Stream)):
         batches.state = batches.state  # left early, an epoch would start again
     return run.state, run.history
 
@@ -321,6 +322,6 @@ def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any)
             raise ValueError(message("fit", argument, "iterable anew for each epoch", got, do))
         if isinstance(given, (Batches, list, tuple)) and not len(given):
             raise ValueError(message("fit", argument, "at least one batch an epoch", "none", why_none(given)))
-    if isinstance(validation, (Batches, list, tuple)):
+    if isinstance(validation, (Batches, Stream, list, tuple)):
         batch = next(iter(one_epoch(validation)))
         check_scalars(jax.jit(metrics).eval_shape(state.params, batch), "fit", "metrics")

@@ -1,0 +1,121 @@
+"""The chunks of a stream, read one after the other, and windows of them in which examples are shuffled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse
+
+from jaxsparse._checks import message
+from jaxsparse.data.examples import Examples
+from jaxsparse.data.order import order_of
+from jaxsparse.data.ragged import Ragged, as_ragged, rows_of
+
+
+class Chunk:
+    """Some examples of a stream. Its columns are those of x, y if there is one, and the weights if there are any."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples, self.num_examples = examples, examples.num_examples
+        self.columns = [*examples.features, *(c for c in (examples.y, examples.weight) if c is not None)]
+
+    def cut(self, rows: np.ndarray) -> list[Any]:
+        return [column.cut(rows) for column in self.columns]
+
+    def kinds(self) -> dict[str, str]:
+        return {column.name: column.kind for column in self.columns}
+
+    def check_like(self, first: dict[str, str]) -> None:
+        """Raises ValueError unless this one has the columns of the first chunk, whose kinds these are."""
+        ours = self.kinds()
+        for name in first | ours:
+            must, got = first.get(name, "left out"), ours.get(name, "left out")
+            if must != got:
+                must = f"of chunks that are alike, {name} being {must}, as in the first"
+                raise ValueError(message("stream", "source", must, got))
+
+
+def joined(cuts: Sequence[list[Any]]) -> list[Any]:
+    """The cuts of several chunks as one, column by column."""
+    return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *of) for of in zip(*cuts, strict=True)]
+
+
+class Window:
+    """Consecutive chunks, and an order of their examples."""
+
+    def __init__(self, chunks: Sequence[Chunk], key: Sequence[int] | None) -> None:
+        self._length = sum(chunk.num_examples for chunk in chunks)
+        self._order = order_of(self._length, key)
+        self._chunk, self._columns = (chunks[0] if len(chunks) == 1 else None), list[Any]()
+        if self._chunk is None:
+            columns = joined([chunk.cut(np.arange(chunk.num_examples)) for chunk in chunks])
+            self._columns = [as_ragged(c) if isinstance(c, tuple) else c for c in columns]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def cut(self, start: int, stop: int) -> list[Any]:
+        rows = self._order[start:stop]
+        if self._chunk is not None:
+            return self._chunk.cut(rows)
+        return [c.take(rows) if isinstance(c, Ragged) else rows_of(c, rows) for c in self._columns]
+
+
+class Source:
+    """Where the chunks come from: files and a reader, or a function, which counts as one file.
+
+    Args:
+      checked: makes a `Chunk` of what was read.
+      counts: how many examples each file has, if that is given.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Any],
+        reader: Callable[[Any], Any],
+        counts: Sequence[int] | None,
+        checked: Callable[..., Chunk],
+    ) -> None:
+        self.files, self._reader, self._counts, self._checked = files, reader, counts, checked
+
+    def chunks(self, file: int, skip: Callable[[int], bool]) -> Iterator[tuple[int, int, Chunk | None]]:
+        """Of each chunk of a file its number, how many examples it has, and itself, or None where it is skipped."""
+        name = self.files[file]
+        where = "" if name is None else f" of {name!r}"
+        read = self._reader(name)
+        parts = read if hasattr(read, "__next__") else [read]
+        total = 0
+        for number, part in enumerate(parts):
+            try:
+                chunk = None if skip(number) else self._checked(part)
+                size = _num_examples(part) if chunk is None else chunk.num_examples
+            except Exception as error:
+                error.add_note(f"js.stream: in chunk {number}{where}.")
+                raise
+            total += size
+            yield number, size, chunk
+            del chunk, part  # before the next one is read
+        if self._counts is not None and total != self._counts[file]:
+            must = f"the numbers of examples of the files, {total} for {name!r}"
+            raise ValueError(message("stream", "examples", must, self._counts[file]))
+
+
+def split(part: Any) -> tuple[Any, Any, Any]:
+    """x, y and weight of a chunk."""
+    if not isinstance(part, tuple):
+        return part, None, None
+    if not 1 <= len(part) <= 3:
+        must = "of chunks x, (x, y) or (x, y, weight)"
+        do = "Id lists go into a list."
+        raise ValueError(message("stream", "source", must, f"a tuple of {len(part)}", do))
+    return (*part, *[None] * (3 - len(part)))  # type: ignore[return-value]
+
+
+def _num_examples(part: Any) -> int:
+    x = split(part)[0]
+    while isinstance(x, Mapping) and not scipy.sparse.issparse(x) and x:
+        x = next(iter(x.values()))
+    return x.shape[0] if hasattr(x, "shape") else len(x)
