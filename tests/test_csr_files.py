@@ -125,9 +125,9 @@ def test_what_is_right_is_not_copied(tmp_path):
     ends = np.arange(0, 10 * n + 1, 10)
     data = mapped(tmp_path / "data.npy", rng.random(10 * n, np.float32))
     cases = {}
-    for kind in np.int32, np.int64:
-        indices = mapped(tmp_path / f"{kind.__name__}.npy", columns.reshape(-1).astype(kind))
-        cases[f"csr of {kind}"] = raw_csr(data, indices, ends, (n, 500))
+    for kinds in (np.int32, np.int64), (np.int64, np.int64), (np.int32, np.int32):
+        indices = mapped(tmp_path / f"{kinds[0].__name__}.npy", columns.reshape(-1).astype(kinds[0]))
+        cases[f"csr of {kinds}"] = raw_csr(data, indices, ends.astype(kinds[1]), (n, 500))
     for kind in "<i4", "<u8", "<f4", "<f8":
         cases[kind] = mapped(tmp_path / "x.npy", columns.astype(kind))
         os.remove(tmp_path / "x.npy")

@@ -27,11 +27,18 @@ class Csr:
         self.shape = int(csr.shape[0]), int(csr.shape[1])
         self.nnz = int(csr.indptr[-1])
         self.rows = Ragged((csr.data[: self.nnz], csr.indices[: self.nnz]), csr.indptr)
+        # SciPy takes rows out in half the time, and converts all indices where they are of several dtypes
+        is_one_dtype = csr.indices.dtype == csr.indptr.dtype and csr.indptr.dtype in (np.int32, np.int64)
+        self._scipy = csr if is_one_dtype else None
         self.dtype = jax_dtype(self.rows.arrays[0], function, argument, self.entry_at)
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of some rows, data, indices and lengths."""
-        data, indices, lengths = self.rows.take(rows)
+        if self._scipy is None:
+            data, indices, lengths = self.rows.take(rows)
+        else:
+            part = self._scipy[rows]
+            data, indices, lengths = part.data, part.indices, np.diff(part.indptr)
         return data.astype(self.dtype, copy=False), indices.astype(np.int32, copy=False), lengths
 
     def entry_at(self, at: int) -> str:
