@@ -3,7 +3,9 @@
 Each in a process of its own, from files in a temporary folder. The memory is that of the process itself (RssAnon,
 sampled each millisecond), beyond what it had before the call, as a share of the data; pages of the files, which the
 kernel takes back when it needs them, are no part of it. The batch is the first one of a shuffled epoch. `wide` has 100M
-rows of 100 columns, of which one entry in ten thousand is stored: nearly all of it is where the rows begin.
+rows of 100 columns, of which one entry in ten thousand is stored: nearly all of it is where the rows begin. `stream` is
+the same as `csr` in fifteen files, an epoch of a js.stream that is shuffled in a buffer of a tenth of it; and how many
+shapes a jitted function compiled.
 """
 
 import argparse
@@ -55,6 +57,7 @@ def write_array(path: Path, dtype: str) -> None:
 KINDS = {
     "csr": csr_parts,
     "wide": wide_parts,
+    "stream": csr_parts,
     "ids int32": "<i4",
     "ids int64": "<i8",
     "dense float32": "<f4",
@@ -64,7 +67,10 @@ KINDS = {
 
 def write(kind: str, path: Path) -> None:
     what = KINDS[kind]
-    if callable(what):
+    if kind == "stream":
+        for number, part in enumerate(csr_parts()):
+            js.save_csr(path / str(number), part)
+    elif callable(what):
         js.save_csr(path, what())
     else:
         write_array(path, what)
@@ -116,6 +122,21 @@ def measure(path: Path) -> dict[str, float]:
     return {"MB": size / 1e6, "extra_MB": peak.above / 1e6, "extra": peak.above / size, **seconds}
 
 
+def measure_stream(path: Path) -> dict[str, float]:
+    files = sorted(path.iterdir())
+    read = jax.jit(lambda batch: batch.x.data.sum())
+    jax.block_until_ready(jnp.ones(8) + 1)
+    with Peak() as peak:
+        start = time.perf_counter()
+        stream = js.stream(files, reader=js.open_csr, batch_size=1024, shuffle=True, buffer=150_000)
+        accepted = time.perf_counter()
+        entries = sum(float(read(batch)) for batch in stream)
+        end = time.perf_counter()
+    assert entries == 75 * MILLION and sum(stream.rungs) == -(-1_500_000 // 1024)
+    seconds = {"accept_s": accepted - start, "batch_ms": 1e3 * (end - accepted) / sum(stream.rungs)}
+    return {"extra_MB": peak.above / 1e6, **seconds, "shapes": read._cache_size()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
@@ -127,7 +148,7 @@ def main() -> None:
             path = Path(folder) / "x"
             write(kind, path)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                measured = pool.apply(measure, (path,))
+                measured = pool.apply(measure_stream if kind == "stream" else measure, (path,))
         print(f"{kind:>14} " + "  ".join(f"{k} {v:.3g}" for k, v in measured.items()), flush=True)
         figures |= {f"{kind} {name}": value for name, value in measured.items()}
     if options.json:
