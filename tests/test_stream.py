@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxsparse as js
+from tests.marks import slow_but
 from tests.test_batch import KINDS, V, assert_same, densify, epoch_rows, rows_for, shards, signature, zipf
 
 rng_of = np.random.default_rng
@@ -176,10 +177,20 @@ def test_a_fourth_shape_warns():
     assert len(stream.rungs) == 4 and stream.rungs[3] == 10
 
 
+def test_sizes_of_nothing_can_grow():
+    """First chunks without entries, ids without columns."""
+    empty, full = sp.csr_array((50, 30), dtype=np.float32), sp.csr_array(np.ones((50, 30), np.float32))
+    chunks = [{"m": empty, "none": np.zeros((50, 0), int)}] * 3 + [{"m": full, "none": np.zeros((50, 0), int)}]
+    stream = js.stream(lambda: iter(chunks), batch_size=5, num_rows=30)
+    with pytest.warns(UserWarning, match="more than eight times"):
+        assert sum(float(batch.x["m"].data.sum()) for batch in stream) == 1500
+    assert stream.rungs[0] == 30 and sum(stream.rungs) == 40
+
+
 # ---- positions
 
 
-@pytest.mark.parametrize("kind", ["dict", "lists"])
+@pytest.mark.parametrize("kind", slow_but(["dict"], ["dict", "lists"]))
 @pytest.mark.parametrize("new", [stream_of, files_of])
 @pytest.mark.parametrize("options", [
     {}, {"shuffle": True, "buffer": 9}, {"shuffle": True, "drop_remainder": True}, {"shard": (1, 2), "devices": 2},
@@ -241,11 +252,20 @@ def test_a_position_of_other_settings_raises(change):
     assert stream.state["step"] == 0 and len(list(stream)) == 4
 
 
+def test_a_position_in_other_data_raises():
+    stream, other = (stream_of(np.arange(n), [n - 2, 2], batch_size=2) for n in (20, 10))
+    for _ in zip(range(7), stream, strict=False):
+        pass
+    other.state = stream.state
+    with pytest.raises(ValueError, match=r"'state'.*a position in the data that it was saved with"):
+        list(other)
+
+
 # ---- hosts
 
 
 @pytest.mark.parametrize("new", [stream_of, files_of])
-@pytest.mark.parametrize("count, devices", [(2, None), (4, 2)])
+@pytest.mark.parametrize("count, devices", slow_but([(4, 2)], [(2, None), (4, 2)]))
 @pytest.mark.parametrize("options", [{}, {"shuffle": True, "buffer": 7}, {"drop_remainder": True}])
 def test_hosts_share_the_examples(new, count, devices, options):
     """Disjoint, complete, as many steps and the same shapes on every host, however uneven the files are."""
@@ -412,6 +432,8 @@ def test_a_killed_run_goes_on_bit_identically(tmp_path):
     (lambda: [np.arange(3)], {"batch_size": 0}, ValueError, r"'batch_size' argument of js.stream.*at least 1. Got 0"),
     (lambda: [np.arange(3)], {"shard": (2, 2)}, ValueError, r"'shard' argument of js.stream"),
     (lambda: [np.arange(3)], {"length": "a"}, TypeError, r"'length' argument of js.stream.*an integer"),
+    (lambda: [sp.eye_array(3)], {"nse": 0}, ValueError, r"'nse' argument of js.stream must be at least 1. Got 0"),
+    (lambda: [{"a": [[1]]}], {"length": {"a": -1}}, ValueError, r"'length' argument of js.stream must be at least 1"),
     (lambda: [{"a": np.arange(3)}], {"distinct": {"b": 3}}, ValueError, r"'distinct' argument of js.stream.*\['a'\]"),
     (lambda: [(np.arange(3),) * 4], {}, ValueError, r"'source'.*of chunks x, \(x, y\) or \(x, y, weight\). Got"),
 ])  # fmt: skip

@@ -103,6 +103,31 @@ class Source:
             raise ValueError(message("stream", "examples", must, self._counts[file]))
 
 
+def files_of(source: Any, reader: Any) -> tuple[list[Any], Callable[[Any], Any]]:
+    """The source and reader of `js.stream` as files, None being the one of a function, and a reader."""
+    must, do = "a function that gives an iterator of chunks", "A list of files wants reader=."
+    if reader is None:
+        if not callable(source):
+            do += " An iterator is used up after one epoch: give the function that makes it."
+            raise TypeError(message("stream", "source", must, type(source).__name__, do))
+
+        def read(_: None) -> Iterator[Any]:
+            chunks = source()
+            if hasattr(chunks, "shape") or isinstance(chunks, Mapping) or not hasattr(chunks, "__iter__"):
+                raise TypeError(message("stream", "source", must, f"one that gives {type(chunks).__name__}"))
+            return iter(chunks)
+
+        return [None], read
+    if not callable(reader):
+        raise TypeError(message("stream", "reader", "a function of a file", type(reader).__name__))
+    is_list = hasattr(source, "__iter__") and not isinstance(source, (str, bytes, Mapping))
+    files = list(source) if is_list else []
+    if not files:
+        got = "none" if is_list else repr(source)
+        raise TypeError(message("stream", "source", "a list of files, with reader=", got))
+    return files, reader
+
+
 def split(part: Any) -> tuple[Any, Any, Any]:
     """x, y and weight of a chunk."""
     if not isinstance(part, tuple):

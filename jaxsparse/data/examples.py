@@ -43,11 +43,13 @@ class Examples:
                 raise ValueError(message("batches", other.name, must, other.num_examples))
 
 
-def check_integers(per_name: dict[str, Any], function: str = "batches") -> None:
+def check_integers(per_name: dict[str, Any], function: str = "batches", least: int | None = None) -> None:
     for argument, value in per_name.items():
         for v in value.values() if isinstance(value, Mapping) else [value]:
             if v is not None and not is_int(v):
                 raise TypeError(message(function, argument, "an integer, or a dict of them", repr(v)))
+            if v is not None and least is not None and v < least:
+                raise ValueError(message(function, argument, f"at least {least}", v))
 
 
 def check_names(per_name: dict[str, Any], names: set[str], function: str = "batches") -> None:

@@ -100,7 +100,7 @@ class Sparse(Feature):
         return self.csr.take(part)
 
     def size_of(self, cut: Any) -> int:
-        return len(cut[0])
+        return max(len(cut[0]), 1)
 
     @property
     def kind(self) -> str:

@@ -35,12 +35,12 @@ class Rungs:
         needs = [self._needs(shards) for shards in batches]
         self.sizes = [_first(of, given) for of, given in zip(zip(*needs, strict=True), sizes, strict=True)]
         if self._scratch is not None:
-            most = [0] * len(self.sizes)
+            most = [-1] * len(self.sizes)
             for shards, need in zip(batches, needs, strict=True):
                 padded = self._pad(shards, self._lowest(need, [0] * len(most)), spares)
-                most = [max(k, *map(len, found), 0) for k, found in zip(most, self._distinct(padded), strict=True)]
+                most = [max(k, *map(len, found), -1) for k, found in zip(most, self._distinct(padded), strict=True)]
             given = zip(most, rooms, strict=True)
-            self.rooms = [(room_for(k) if room is None else room) if k else 0 for k, room in given]
+            self.rooms = [0 if k < 0 else room_for(k) if room is None else room for k, room in given]
 
     def make(self, shards: list[Cuts], spares: Cuts) -> tuple[list[list[Any]], list[list[DistinctIds | None]]]:
         """For each device the features of its examples, on the lowest rung that they fit, and their distinct ids."""

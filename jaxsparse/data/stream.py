@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse._checks import message
 from jaxsparse.data.batch import Batch, put_together, weights
-from jaxsparse.data.chunks import Chunk, Source, Window, joined, split
+from jaxsparse.data.chunks import Chunk, Source, Window, files_of, joined, split
 from jaxsparse.data.distinct import Scratch
 from jaxsparse.data.examples import Examples, check_integers, check_names, check_sizes, is_int
 from jaxsparse.data.features import Lists, Sparse
@@ -84,9 +84,13 @@ def stream(
     index, count = check_sizes("stream", batch_size, devices, shard, seed)
     if not is_int(buffer) or buffer < 1:
         raise ValueError(message("stream", "buffer", "an integer of at least 1", buffer))
-    per_name = {"num_rows": num_rows, "padding_idx": padding_idx, "nse": nse, "length": length, "distinct": distinct}
-    check_integers(per_name, "stream")
-    files, read = _files(source, reader)
+    ids, sizes = (
+        {"num_rows": num_rows, "padding_idx": padding_idx},
+        {"nse": nse, "length": length, "distinct": distinct},
+    )
+    check_integers(ids, "stream")
+    check_integers(sizes, "stream", least=1)
+    files, read = files_of(source, reader)
     if examples is not None and (reader is None or len(examples) != len(files) or not all(map(is_int, examples))):
         must = "one number for each file, and only for files"
         raise ValueError(message("stream", "examples", must, examples))
@@ -105,31 +109,7 @@ def stream(
         "shard_index": index,
         "shard_count": count,
     }
-    return Stream(files, read, examples, settings, per_name, devices, check_finite)
-
-
-def _files(source: Any, reader: Any) -> tuple[list[Any], Callable[[Any], Any]]:
-    must, do = "a function that gives an iterator of chunks", "A list of files wants reader=."
-    if reader is None:
-        if not callable(source):
-            do += " An iterator is used up after one epoch: give the function that makes it."
-            raise TypeError(message("stream", "source", must, type(source).__name__, do))
-
-        def read(_: None) -> Iterator[Any]:
-            chunks = source()
-            if hasattr(chunks, "shape") or isinstance(chunks, Mapping) or not hasattr(chunks, "__iter__"):
-                raise TypeError(message("stream", "source", must, f"one that gives {type(chunks).__name__}"))
-            return iter(chunks)
-
-        return [None], read
-    if not callable(reader):
-        raise TypeError(message("stream", "reader", "a function of a file", type(reader).__name__))
-    is_list = hasattr(source, "__iter__") and not isinstance(source, (str, bytes, Mapping))
-    files = list(source) if is_list else []
-    if not files:
-        got = "none" if is_list else repr(source)
-        raise TypeError(message("stream", "source", "a list of files, with reader=", got))
-    return files, reader
+    return Stream(files, read, examples, settings, ids, sizes, devices, check_finite)
 
 
 class _Place(NamedTuple):
@@ -162,7 +142,8 @@ class Stream:
         reader: Callable[[Any], Any],
         counts: Sequence[int] | None,
         settings: dict[str, int],
-        per_name: dict[str, Any],
+        ids: dict[str, Any],
+        sizes: dict[str, Any],
         devices: int | None,
         check_finite: bool,
     ) -> None:
@@ -170,12 +151,12 @@ class Stream:
         self._index, self._hosts = settings["shard_index"], settings["shard_count"]
         self._size = settings["batch_size"] // self._hosts
         self._source = Source(files, reader, counts, self._checked)
-        self._has_files = files != [None]
-        self._per_name = {name: per_name[name] for name in ("num_rows", "padding_idx")} | {"nse": None}
+        self._has_files = files[0] is not None
+        self._per_name = {**ids, "nse": None}
         self._check_finite = check_finite
         self._kinds: dict[str, str] | None = None
         self._epoch, self._place, self._begin = 0, _Place(), _Place()
-        self._learn({name: per_name[name] for name in ("nse", "length", "distinct")})
+        self._learn(sizes)
 
     @property
     def num_devices(self) -> int | None:
@@ -243,13 +224,14 @@ class Stream:
 
     def _learn(self, given: dict[str, Any]) -> None:
         """The sizes, from the first chunks: on every host the same ones."""
-        chunks: list[Chunk] = []
+        chunks, held = list[Chunk](), 0
         found = (c for f in range(len(self._source.files)) for *_, c in self._source.chunks(f, lambda _: False))
         for chunk in found:
             if chunk is not None and chunk.num_examples:
                 self._kinds = self._kinds or chunk.kinds()
                 chunks.append(chunk)
-            if sum(c.num_examples for c in chunks) >= _LEARNT_FROM * self._size:
+                held += chunk.num_examples
+            if held >= _LEARNT_FROM * self._size:
                 break
         if not chunks:
             must = "a source of at least one example"
@@ -290,6 +272,10 @@ class Stream:
         totals, step, first = [0] * self._hosts, place.step, place.first
         windows = self._windows(epoch, place, totals)
         at, (window, where) = step * self._size - first, next(windows)
+        if window is not None and not 0 <= at < len(window):
+            raise ValueError(
+                message("stream", "state", "a position in the data that it was saved with", place._asdict())
+            )
         while window is not None:
             parts, count = [], 0
             while window is not None and count < self._size:
@@ -329,7 +315,7 @@ class Stream:
     ) -> Iterator[tuple[Window | None, tuple[int, int, int]]]:
         """The windows of this host from a place on, each with the file and chunk where it begins and its number, and
         None at the end. Adds up the examples that each host has of those chunks that come by."""
-        files, number, chunks = self._order(epoch), place.window, list[Chunk]()
+        files, number, chunks, held = self._order(epoch), place.window, list[Chunk](), 0
         begin, chunk_number = (place.file, place.chunk), 0
 
         def others(file: int) -> Callable[[int], bool]:
@@ -346,10 +332,11 @@ class Stream:
                 if not chunks:
                     begin = file, chunk_number
                 chunks.append(chunk)
+                held += size
                 del chunk
-                if not self._settings["shuffle"] or sum(c.num_examples for c in chunks) >= self._settings["buffer"]:
+                if not self._settings["shuffle"] or held >= self._settings["buffer"]:
                     yield self._window(chunks, epoch, number), (*begin, number)
-                    number += 1
+                    number, held = number + 1, 0
         if chunks:
             yield self._window(chunks, epoch, number), (*begin, number)
             number += 1
