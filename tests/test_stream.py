@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -284,6 +286,48 @@ def test_hosts_share_the_examples(new, count, devices, options):
         else:
             assert seen == list(range(sum(sizes)))
     assert epoch_rows(hosts[0].one_epoch(), x, V, devices)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream():
+    """Whose files are uneven: each step is one program of both, which waits for the other."""
+    code = textwrap.dedent("""
+        import sys
+        import jax, numpy as np
+        import jaxsparse as js
+
+        index, address = int(sys.argv[1]), sys.argv[2]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, 2, index)
+        mesh = jax.make_mesh((2,), ("hosts",), axis_types=(jax.sharding.AxisType.Auto,))
+        sizes = [5, 40, 0, 3, 11]
+        read = lambda i: (np.full((sizes[i], 2), i), np.arange(sizes[i]) + 100 * i)
+        options = {"shuffle": True, "shard": (index, 2), "examples": sizes}
+        stream = js.stream(range(5), reader=read, batch_size=8, num_rows=9, **options)
+        total = jax.jit(lambda b: ((b.y + 1) * b.weight).sum())
+        for _ in range(2):
+            sums = [float(total(js.global_batch(batch, mesh, "hosts"))) for batch in stream]
+            print("epoch", len(sums), sum(sums), flush=True)
+    """)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i), address], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [host.communicate(timeout=240)[0].splitlines() for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    said = [[line.split()[1:] for line in lines if line.startswith("epoch")] for lines in outputs]  # and not gloo's
+    assert said[0] == said[1] and len(said[0]) == 2
+    ids = [n + 100 * i + 1 for i, size in enumerate([5, 40, 0, 3, 11]) for n in range(size)]
+    assert all(float(total) == sum(ids) and int(steps) >= 10 for steps, total in said[0])
 
 
 def test_with_shard_what_does_not_fit_raises():
