@@ -14,6 +14,8 @@ from jaxsparse.data.batch import Batch as Batch
 from jaxsparse.data.csr_files import open_csr as open_csr
 from jaxsparse.data.csr_files import save_csr as save_csr
 from jaxsparse.data.distinct import DistinctIds as DistinctIds
+from jaxsparse.data.hashing import cross as cross
+from jaxsparse.data.hashing import hash_ids as hash_ids
 from jaxsparse.data.pipeline import Batches as Batches
 from jaxsparse.data.pipeline import batches as batches
 from jaxsparse.data.pipeline import from_scipy as from_scipy

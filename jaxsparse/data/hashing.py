@@ -1,0 +1,302 @@
+"""Strings, bytes and 64-bit integers as row ids, by hashing. Host side.
+
+Columns of data frames are known by what they have, not by their package, which need not be there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse.data.murmur import hash_bytes, hash_integers, hash_words
+
+
+def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) -> Any:
+    """Row ids of values that are no small numbers: MurmurHash3 (x86, 32 bits) of each, modulo num_rows.
+
+    Strings are hashed as UTF-8, bytes as they are, integers of every width as 8 bytes, little end first (two's
+    complement), so that 5 is the same id in any integer dtype, and another one than "5". The values are those of
+    `mmh3.hash(value, seed, signed=False) % num_rows`, on every machine and in every version.
+
+    Args:
+      values: strings, bytes or integers, all of one kind: a NumPy array of any shape, a list, a column of pandas or
+        polars, an Arrow array; or a list of lists of them. Of categoricals and Arrow dictionaries each category is
+        hashed once, and those of pandas are kept for the next call.
+      num_rows: rows of the table, in [1, 2**31 - 1).
+      seed: 32 bits. Another seed gives other collisions.
+      missing: the value, of the kind of the others, that None, NaN and NA are hashed as: "" for strings, say. By
+        default they are an error.
+
+    Returns:
+      int32, of values' shape; a list of int32 arrays for a list of lists.
+
+    Raises:
+      TypeError: for values of other kinds, or of several.
+      ValueError: for missing values without `missing`, and for num_rows and seeds out of range.
+      OverflowError: for integers past 64 bits.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.hash_ids(["spam", "egg", "spam"], 1000).tolist()
+      [960, 638, 960]
+      >>> [ids.tolist() for ids in js.hash_ids([[7, 8], [], [7]], 1000)]
+      [[267, 271], [], [267]]
+
+    References:
+      Appleby, MurmurHash3 (SMHasher); Weinberger et al., "Feature hashing for large scale multitask learning"
+    """
+    _check_range("hash_ids", num_rows, seed)
+    if isinstance(values, (list, tuple)) and isinstance(next(iter(values), None), (list, tuple, np.ndarray)):
+        lengths = [len(row) for row in values]
+        flat = [value for row in values for value in (row.tolist() if isinstance(row, np.ndarray) else row)]
+        ids = hash_ids(flat, num_rows, seed, missing=missing) if flat else np.zeros(0, np.int32)
+        return np.split(ids, np.cumsum(lengths)[:-1])
+    hashes, shape = _hashed("hash_ids", "values", values, seed, missing)
+    return _modulo(hashes, num_rows).reshape(shape)
+
+
+def cross(columns: Sequence[Any], num_rows: int, seed: int = 0, *, missing: Any = None) -> np.ndarray:
+    """Row ids of combinations of columns: "country x device". Each combination has its own id, but for collisions.
+
+    The 32-bit hashes of an example's values, in the order of the columns, are hashed together as words of 4 bytes,
+    little end first: `mmh3.hash(struct.pack("<2I", hash_of_a, hash_of_b), seed, signed=False) % num_rows`.
+
+    Args:
+      columns: two or more, each what `js.hash_ids` takes, all of one shape.
+      num_rows: rows of the table.
+      seed: 32 bits.
+      missing: as of `js.hash_ids`, or one for each column, in a list.
+
+    Returns:
+      int32, of the columns' shape.
+
+    Raises:
+      TypeError: as `js.hash_ids`.
+      ValueError: for fewer than two columns, or several shapes; and as `js.hash_ids`.
+
+    Example:
+      >>> import jaxsparse as js
+      >>> js.cross([["de", "fr", "de"], [1, 1, 2]], 1000).tolist()
+      [296, 430, 499]
+    """
+    _check_range("cross", num_rows, seed)
+    if len(columns) < 2 or isinstance(columns, (str, bytes)):
+        raise ValueError(message("cross", "columns", "two columns or more", len(columns), "For one: js.hash_ids."))
+    stands = missing if isinstance(missing, (list, tuple)) else [missing] * len(columns)
+    if len(stands) != len(columns):
+        raise ValueError(message("cross", "missing", f"one value, or {len(columns)} in a list", len(stands)))
+    words: list[np.ndarray] = []
+    shapes: list[tuple[int, ...]] = []
+    for n, (column, stand) in enumerate(zip(columns, stands, strict=True)):
+        hashes, shape = _hashed("cross", f"columns[{n}]", column, seed, stand)
+        if shapes and shape != shapes[0]:
+            raise ValueError(message("cross", f"columns[{n}]", f"of shape {shapes[0]}, as columns[0] is", shape))
+        words.append(hashes)
+        shapes.append(shape)
+    return _modulo(hash_words(words, seed), num_rows).reshape(shapes[0])
+
+
+def _check_range(function: str, num_rows: Any, seed: Any) -> None:
+    for argument, value, low, high in (("num_rows", num_rows, 1, MAX_ROWS), ("seed", seed, 0, 2**32)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value < high:
+            raise ValueError(message(function, argument, f"an integer in [{low}, {high})", repr(value)))
+
+
+def _modulo(hashes: np.ndarray, num_rows: int) -> np.ndarray:
+    n = np.uint32(num_rows)
+    return (hashes - hashes // n * n).astype(np.int32)  # NumPy's % takes seven times as long
+
+
+def _hashed(function: str, name: str, values: Any, seed: int, missing: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The 32-bit hashes of a column, flat, and its shape."""
+    column = _Column(function, name, missing)
+    hashes, gone = column.hashes(values, seed)
+    shape = np.shape(values) if isinstance(values, np.ndarray) or np.isscalar(values) else (len(hashes),)
+    if gone is not None and gone.any():
+        if missing is None:
+            at = int(np.flatnonzero(gone)[0])
+            do = 'Give missing=, the value that they are hashed as: "" for strings, -1 for integers, say.'
+            must = "without missing values"
+            raise ValueError(message(function, name, must, f"one at position {at}, {gone.sum()} in all,", do))
+        hashes = np.where(gone, _Column(function, "missing", None).hashes([missing], seed)[0], hashes)
+    return hashes, shape
+
+
+class _Column:
+    """What errors about a column say of it, and how its values are hashed."""
+
+    def __init__(self, function: str, name: str, missing: Any) -> None:
+        self.function, self.name, self.missing = function, name, missing
+
+    def hashes(self, values: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The hashes, flat, and where values are missing, if they may be."""
+        if isinstance(values, (list, tuple)):
+            return self.of_objects(list(values), seed)
+        if hasattr(values, "buffers") and hasattr(values, "type"):
+            return self.of_arrow(values, seed)
+        if hasattr(values, "chunks") and hasattr(values, "type"):
+            return self.of_arrow(values.combine_chunks(), seed)
+        if hasattr(values, "to_physical"):
+            return self.of_polars(values, seed)
+        categorical = getattr(values, "cat", values)  # a Series has it there
+        if hasattr(categorical, "categories") and hasattr(categorical, "codes"):
+            codes = np.asarray(categorical.codes)
+            return _taken(self.of_categories(categorical.categories, seed), codes, codes < 0)
+        if hasattr(values, "isna") and hasattr(values, "dropna") and values.ndim == 1:  # pandas
+            gone = np.asarray(values.isna())
+            if gone.any():
+                hashes = np.zeros(len(gone), np.uint32)
+                hashes[~gone] = self.hashes(values.dropna(), seed)[0]
+                return hashes, gone
+        array = np.asarray(values)
+        return self.of_array(array.reshape(-1), seed)
+
+    def of_array(self, array: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        kind = array.dtype.kind
+        if kind in "iu":
+            return hash_integers(array, seed), None
+        if kind == "S":  # NumPy has no zeros at the end of bytes
+            width = array.dtype.itemsize
+            buffer = np.frombuffer(array.tobytes() + bytes(4), np.uint8)
+            lengths = np.strings.str_len(array)
+            return hash_bytes(buffer, np.arange(len(array), dtype=np.int64) * width, lengths, seed), None
+        if kind == "U" and array.size:
+            points = np.ascontiguousarray(array).view(np.uint32 if array.dtype.isnative else array.dtype.str[0] + "u4")
+            if array.dtype.itemsize and points.max(initial=0) < 128:  # as bytes they are UTF-8
+                return self.of_array(points.astype(np.uint8).view(f"S{array.dtype.itemsize // 4}"), seed)
+        if kind in "OUT":
+            return self.of_objects(array.tolist(), seed)
+        if array.size == 0:
+            return _NONE, None
+        do = "Cast it to integers: .astype('int64')." if kind in "fb" else ""
+        do += " Missing values make floats of integers: read the column as 'Int64'." if kind == "f" else ""
+        raise TypeError(message(self.function, self.name, "strings, bytes or integers", array.dtype, do.strip()))
+
+    def of_objects(self, values: list[Any], seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        for separator in ("\0", b"\0"):
+            try:
+                parts = range(0, len(values), _CHUNK)
+                return np.concatenate(
+                    [self.of_joined(separator, values[at : at + _CHUNK], seed) for at in parts] or [_NONE]
+                ), None
+            except TypeError:  # not all of them are strings, or bytes
+                pass
+        kinds = set(map(type, values))
+        if _are(kinds, (int, np.integer)):
+            return hash_integers(self.integers(values), seed), None
+        types = np.fromiter(map(id, map(type, values)), np.int64, len(values))
+        gone = np.isin(types, [id(kind) for kind in kinds if kind.__name__ in ("NoneType", "NAType", "NaTType")])
+        floats = [id(kind) for kind in kinds if issubclass(kind, (float, np.floating))]
+        for at in np.flatnonzero(np.isin(types, floats)):
+            gone[at] = values[at] != values[at]
+        rest = np.flatnonzero(~gone)
+        there = [values[at] for at in rest]
+        if not _is_of_one_kind(there):
+            self.refuse(values, rest)
+        hashes = np.zeros(len(values), np.uint32)
+        hashes[rest] = self.of_objects(there, seed)[0]
+        return hashes, gone
+
+    def refuse(self, values: list[Any], rest: np.ndarray) -> None:
+        first, kinds = type(values[rest[0]]), (str, bytes, (int, np.integer))
+        kind: Any = next((kind for kind in kinds if _are({first}, kind)), ())
+        at = int(next((at for at in rest if not isinstance(values[at], kind) or isinstance(values[at], bool)), rest[0]))
+        must = "strings, bytes or integers, all of one kind"
+        raise TypeError(message(self.function, self.name, must, f"{values[at]!r} at position {at}"))
+
+    def of_joined(self, separator: Any, values: list[Any], seed: int) -> np.ndarray:
+        """Strings, or bytes, by way of one, in which a zero stands between any two."""
+        joined = separator.join(values)
+        data = joined.encode() if isinstance(joined, str) else joined
+        buffer = np.frombuffer(data + bytes(4), np.uint8)
+        ends = np.flatnonzero(buffer[: len(data)] == 0)
+        if len(ends) != len(values) - 1:  # there are zeros in the values, too
+            encoded = [value.encode() if isinstance(value, str) else value for value in values]
+            ends = np.cumsum([len(value) + 1 for value in encoded])[:-1] - 1
+        starts = np.concatenate([[0], ends + 1])
+        return hash_bytes(buffer, starts, np.append(ends, len(data)) - starts, seed)
+
+    def integers(self, values: list[Any]) -> np.ndarray:
+        try:
+            return np.array(values, np.int64)
+        except OverflowError:
+            low, high = min(values), max(values)
+            if low < -(2**63) or high >= 2**64:
+                bad = low if low < -(2**63) else high
+                got = f"{bad} at position {values.index(bad)}"
+                raise OverflowError(message(self.function, self.name, "integers of 64 bits", got)) from None
+            return np.array([value % 2**64 for value in values], np.uint64)
+
+    def of_categories(self, categories: Any, seed: int) -> np.ndarray:
+        """Each category's hash, kept for as long as the categories are there."""
+        key = id(categories), seed
+        kept = _KEPT.get(key)
+        if kept is None or kept[0]() is not categories:
+            try:
+                there = weakref.ref(categories, lambda _: _KEPT.pop(key, None))
+            except TypeError:
+                return self.hashes(categories, seed)[0]
+            kept = _KEPT[key] = there, self.hashes(categories, seed)[0]
+        return kept[1]
+
+    def of_polars(self, series: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        gone = series.is_null().to_numpy()
+        if str(series.dtype).startswith(("Categorical", "Enum")):
+            distinct = series.drop_nulls().unique()
+            numbers = distinct.to_physical().to_numpy()
+            order = np.argsort(numbers)
+            hashes = self.of_objects(distinct.cast(str).to_list(), seed)[0][order]
+            codes = np.searchsorted(numbers[order], series.to_physical().fill_null(0).to_numpy())
+            return _taken(hashes, np.minimum(codes, len(order) - 1), gone)
+        if str(series.dtype) in ("String", "Binary", "Object"):
+            return self.of_objects(series.to_list(), seed)
+        if series.dtype.is_integer() and gone.any():
+            series = series.fill_null(0)
+        return self.of_array(series.to_numpy(), seed)[0], gone
+
+    def of_arrow(self, array: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+        gone = np.asarray(array.is_null()) if array.null_count else None
+        kind = str(array.type)
+        if hasattr(array, "dictionary"):
+            codes = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+            return _taken(self.hashes(array.dictionary, seed)[0], codes, gone)
+        if kind in ("string", "large_string", "binary", "large_binary"):
+            _, offsets, data = array.buffers()
+            wide = np.int64 if kind.startswith("large") else np.int32
+            ends = np.frombuffer(offsets, wide) if offsets is not None else np.zeros(1, wide)
+            ends = ends[array.offset : array.offset + len(array) + 1].astype(np.int64)
+            first, last = (int(ends[0]), int(ends[-1])) if len(array) else (0, 0)
+            buffer = np.zeros(last - first + 4, np.uint8)
+            if last > first:
+                buffer[:-4] = np.frombuffer(data, np.uint8)[first:last]
+            return hash_bytes(buffer, ends[:-1] - first, np.diff(ends), seed), gone
+        if kind in ("string_view", "binary_view"):
+            return self.of_arrow(array.cast(f"large_{kind.removesuffix('_view')}"), seed)
+        if kind.startswith(("int", "uint")) and gone is not None:
+            array = array.fill_null(0)
+        return self.of_array(array.to_numpy(zero_copy_only=False), seed)[0], gone
+
+
+_CHUNK = 1 << 14  # values that are made one: in the cache
+_NONE = np.zeros(0, np.uint32)
+_KEPT: dict[tuple[int, int], tuple[weakref.ref[Any], np.ndarray]] = {}
+
+
+def _are(kinds: set[type], kind: Any) -> bool:
+    return all(issubclass(k, kind) and k is not bool for k in kinds)
+
+
+def _is_of_one_kind(values: list[Any]) -> bool:
+    kinds = set(map(type, values))
+    return any(_are(kinds, kind) for kind in (str, bytes, (int, np.integer)))
+
+
+def _taken(hashes: np.ndarray, codes: np.ndarray, gone: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """The hash of each code's category. Missing codes are any."""
+    if not len(hashes):
+        return np.zeros(len(codes), np.uint32), gone
+    return hashes[codes], gone  # -1 is in range

@@ -1,0 +1,90 @@
+"""MurmurHash3 (x86, 32 bits) of many values at once: NumPy, with no Python for each value.
+
+A value is a few words of 32 bits, the last one cut short. All values take the first word, then those that have a second
+one, and so on: sorted by length, they are a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_CHUNK = 1 << 14  # values at a time: what is made of them on the way stays in the cache
+
+
+def hash_integers(values: np.ndarray, seed: int) -> np.ndarray:
+    """Integers (n,) as their 8 bytes, little end first, two's complement: uint32 (n,)."""
+    out = np.empty(len(values), np.uint32)
+    for at in range(0, len(values), _CHUNK):
+        part = values[at : at + _CHUNK]
+        part = part if part.dtype == np.uint64 else part.astype(np.int64)
+        words = np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).view("<u4").reshape(-1, 2)
+        out[at : at + _CHUNK] = hash_words([words[:, 0], words[:, 1]], seed)
+    return out
+
+
+def hash_words(words: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Values of len(words) whole words, the first of all, the second of all, ...: uint32 (n,)."""
+    state = np.full(len(words[0]), seed, np.uint32)
+    for word in words:
+        state = _with_word(state, word)
+    return _finished(state, np.uint32(4 * len(words)))
+
+
+def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Values that are buffer[starts[i] : starts[i] + lengths[i]]: uint32 (n,).
+
+    Args:
+      buffer: uint8, with 4 bytes or more behind the last value.
+      starts: int64 (n,).
+      lengths: int64 (n,).
+      seed: 32 bits.
+    """
+    words = np.ndarray((max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,))  # at every byte
+    out = np.empty(len(starts), np.uint32)
+    for at in range(0, len(starts), _CHUNK):
+        length = lengths[at : at + _CHUNK]
+        narrow = length.astype(np.uint16) if length.max() < 2**16 else length  # NumPy sorts 16 bits by their digits
+        order = np.argsort(narrow, kind="stable")[::-1]  # the longest first
+        length, start = length[order], starts[at : at + _CHUNK][order]
+        whole = length // 4
+        state = np.full(len(order), seed, np.uint32)
+        for n in range(int(whole[0])):
+            count = len(whole) - int(np.searchsorted(whole[::-1], n, side="right"))  # those with more than n words
+            state[:count] = _with_word(state[:count], words[start[:count] + 4 * n])
+        rest = length - 4 * whole
+        tail = np.flatnonzero(rest)
+        last = words[(start + 4 * whole)[tail]] & _MASKS[rest[tail]]
+        state[tail] ^= _scrambled(last)
+        out[at + order] = _finished(state, length.astype(np.uint32))
+    return out
+
+
+_MASKS = np.array([0, 0xFF, 0xFFFF, 0xFFFFFF], np.uint32)
+
+
+def _with_word(state: np.ndarray, word: np.ndarray) -> np.ndarray:
+    state = _rotated(state ^ _scrambled(word), 13)
+    state *= np.uint32(5)
+    state += np.uint32(0xE6546B64)
+    return state
+
+
+def _scrambled(word: np.ndarray) -> np.ndarray:
+    return _rotated(word * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+
+
+def _rotated(x: np.ndarray, by: int) -> np.ndarray:
+    out = x << np.uint32(by)
+    out |= x >> np.uint32(32 - by)
+    return out
+
+
+def _finished(state: np.ndarray, num_bytes: np.ndarray | np.uint32) -> np.ndarray:
+    state ^= num_bytes
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        state ^= state >> np.uint32(shift)
+        if factor != 1:
+            state *= np.uint32(factor)
+    return state
