@@ -19,6 +19,12 @@ from jaxsparse.data.hashing import hash_ids as hash_ids
 from jaxsparse.data.pipeline import Batches as Batches
 from jaxsparse.data.pipeline import batches as batches
 from jaxsparse.data.pipeline import from_scipy as from_scipy
+from jaxsparse.data.readers.csv import read_csv as read_csv
+from jaxsparse.data.readers.jsonl import read_jsonl as read_jsonl
+from jaxsparse.data.readers.lines import Chunk as Chunk
+from jaxsparse.data.readers.parquet import read_parquet as read_parquet
+from jaxsparse.data.readers.svmlight import read_svmlight as read_svmlight
+from jaxsparse.data.readers.vw import read_vw as read_vw
 from jaxsparse.data.stream import Stream as Stream
 from jaxsparse.data.stream import stream as stream
 from jaxsparse.ops.bcoo import concatenate as concatenate

@@ -102,6 +102,8 @@ def test_shapes():
     lists = js.hash_ids([["de", "fr"], [], ("de",)], 100)
     assert [x.tolist() for x in lists] == [js.hash_ids(["de", "fr"], 100).tolist(), [], [js.hash_ids(["de"], 100)[0]]]
     assert [x.tolist() for x in js.hash_ids([[], []], 10)] == [[], []]
+    with pytest.raises(TypeError, match=r"list of lists.*'bc' at position 1"):
+        js.hash_ids([["a"], "bc"], 10)
     batch = next(iter(js.batches(lists, num_rows=100, batch_size=3)))
     assert batch.x.shape == (3, 2)
 

@@ -5,6 +5,7 @@ Columns of data frames are known by what they have, not by their package, which 
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,15 @@ import numpy as np
 
 from jaxsparse._checks import MAX_ROWS, message
 from jaxsparse.data.murmur import hash_bytes, hash_integers, hash_words
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Strings that are not taken out of the file that they are in: see `hash_bytes`."""
+
+    buffer: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
 
 
 def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) -> Any:
@@ -51,10 +61,19 @@ def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) 
     """
     _check_range("hash_ids", num_rows, seed)
     if isinstance(values, (list, tuple)) and isinstance(next(iter(values), None), (list, tuple, np.ndarray)):
-        lengths = [len(row) for row in values]
+        for at, row in enumerate(values):
+            if not isinstance(row, (list, tuple, np.ndarray)):
+                raise TypeError(message("hash_ids", "values", "a list of lists", f"{row!r} at position {at}"))
+        lengths = list(map(len, values))
         flat = [value for row in values for value in (row.tolist() if isinstance(row, np.ndarray) else row)]
         ids = hash_ids(flat, num_rows, seed, missing=missing) if flat else np.zeros(0, np.int32)
         return np.split(ids, np.cumsum(lengths)[:-1])
+    if hasattr(values, "offsets") and hasattr(values, "flatten"):  # lists of Arrow
+        if values.null_count:
+            raise ValueError(message("hash_ids", "values", "without missing lists", f"{values.null_count} of them"))
+        starts = np.asarray(values.offsets)
+        ids = hash_ids(values.flatten(), num_rows, seed, missing=missing)
+        return np.split(ids, starts[1:-1] - starts[0]) if len(values) else []
     hashes, shape = _hashed("hash_ids", "values", values, seed, missing)
     return _modulo(hashes, num_rows).reshape(shape)
 
@@ -134,6 +153,8 @@ class _Column:
 
     def hashes(self, values: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The hashes, flat, and where values are missing, if they may be."""
+        if isinstance(values, Fields):
+            return hash_bytes(values.buffer, values.starts, values.lengths, seed), None
         if isinstance(values, (list, tuple)):
             return self.of_objects(list(values), seed)
         if hasattr(values, "buffers") and hasattr(values, "type"):

@@ -32,15 +32,16 @@ def hash_words(words: Sequence[np.ndarray], seed: int) -> np.ndarray:
     return _finished(state, np.uint32(4 * len(words)))
 
 
-def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed: int) -> np.ndarray:
+def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     """Values that are buffer[starts[i] : starts[i] + lengths[i]]: uint32 (n,).
 
     Args:
       buffer: uint8, with 4 bytes or more behind the last value.
       starts: int64 (n,).
       lengths: int64 (n,).
-      seed: 32 bits.
+      seed: 32 bits, or uint32 (n,).
     """
+    seeds = np.broadcast_to(np.asarray(seed, np.uint32), starts.shape)
     words = np.ndarray((max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,))  # at every byte
     out = np.empty(len(starts), np.uint32)
     for at in range(0, len(starts), _CHUNK):
@@ -49,7 +50,7 @@ def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed
         order = np.argsort(narrow, kind="stable")[::-1]  # the longest first
         length, start = length[order], starts[at : at + _CHUNK][order]
         whole = length // 4
-        state = np.full(len(order), seed, np.uint32)
+        state = seeds[at : at + _CHUNK][order]
         for n in range(int(whole[0])):
             count = len(whole) - int(np.searchsorted(whole[::-1], n, side="right"))  # those with more than n words
             state[:count] = _with_word(state[:count], words[start[:count] + 4 * n])

@@ -1,0 +1,265 @@
+"""Comma- and tab-separated files."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsparse._checks import message
+from jaxsparse.data.hashing import Fields
+from jaxsparse.data.readers.columns import Columns, check_finite, convert, finite
+from jaxsparse.data.readers.lines import BadRowError, Chunk, Reader, in_lines
+
+
+def read_csv(
+    paths: Any,
+    *,
+    label: str | None = None,
+    weight: str | None = None,
+    numbers: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    hashed: Sequence[str] = (),
+    crosses: Sequence[Sequence[str]] = (),
+    num_rows: int | Mapping[str, int] | None = None,
+    seed: int | Mapping[str, int] = 0,
+    fill: float | None = None,
+    columns: Sequence[str] | None = None,
+    delimiter: str | None = None,
+    quote: str | None = '"',
+    chunk_rows: int = 65536,
+    bad_lines: Any = None,
+) -> Reader:
+    """Chunks of comma- or tab-separated files.
+
+    Args:
+      paths: a file, or a list of files of the same columns, gzipped or not, in UTF-8.
+      label: the column of the targets, numbers.
+      weight: the column of the examples' weights.
+      numbers: columns of numbers: together the feature "numbers", float32 (n, len(numbers)).
+      ids: columns of integers from 0 on, each a feature, int64 (n,).
+      hashed: columns of strings, each a feature: js.hash_ids(column, num_rows, seed). An empty field is the string "".
+      crosses: lists of columns, each a feature "a x b": js.cross(columns, num_rows, seed).
+      num_rows: rows of the tables that hashes go into, an int or one by feature name.
+      seed: of the hashes, an int or one by feature name. Columns that share a table want seeds of their own, or "1" in
+        one is "1" in the other.
+      fill: what an empty field among `numbers` counts as. By default that is a bad line.
+      columns: the names of the columns, of files without a first line that has them.
+      delimiter: by default a tab in files whose names have .tsv or .tab in them, otherwise a comma.
+      quote: what stands around fields that have delimiters or ends of lines in them; None where nothing does.
+      chunk_rows: rows that are read at a time.
+      bad_lines: a file that bad lines are put into, each after its place, the reason and a tab. They are counted in
+        `num_bad`, and at the end of a pass a warning says so. By default the first bad line is an error.
+
+    Returns:
+      A reader, an iterable of chunks (x, y, weight), each pass from the beginning. x is a dict of features by name, y
+        and weight are float32 (n,), or None without `label` or `weight`.
+
+    Raises:
+      FileNotFoundError: if a file is not there.
+      TypeError: for names that are no lists of names.
+      ValueError: for a bad line, with file and line; for columns that are not there; and for damaged gzip files.
+
+    Example:
+      Criteo's click logs: a label, 13 numbers and 26 categories, without a line of names.
+
+      >>> import pathlib, tempfile, jaxsparse as js
+      >>> names = ["click", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
+      >>> file = pathlib.Path(tempfile.mkdtemp(), "day_0.tsv")
+      >>> _ = file.write_text("1\\t" + "5\\t" * 13 + "\\t".join(["68fd1e64"] * 26) + "\\n")
+      >>> reader = js.read_csv(
+      ...     file, columns=names, label="click", numbers=names[1:14], hashed=names[14:], num_rows=1000, fill=0.0
+      ... )
+      >>> for x, y, _ in reader:
+      ...     print(x["numbers"].shape, x["C1"].tolist(), len(x), y.tolist())
+      (1, 13) [809] 27 [1.0]
+    """
+    of = Columns(
+        "read_csv",
+        label=label,
+        weight=weight,
+        numbers=numbers,
+        ids=ids,
+        hashed=hashed,
+        crosses=crosses,
+        num_rows=num_rows,
+        seed=seed,
+        fill=fill,
+        missing=None,
+    )
+    return _Csv(paths, of, columns, delimiter, quote, chunk_rows, bad_lines)
+
+
+class _Csv(Reader):
+    def __init__(
+        self,
+        paths: Any,
+        of: Columns,
+        names: Sequence[str] | None,
+        delimiter: str | None,
+        quote: str | None,
+        chunk_rows: int,
+        bad_lines: Any,
+    ) -> None:
+        super().__init__("read_csv", paths, chunk_rows, bad_lines)
+        for argument, value in (("delimiter", delimiter), ("quote", quote)):
+            if value is not None and (not isinstance(value, str) or len(value) != 1):
+                raise ValueError(message("read_csv", argument, "one character", repr(value)))
+        self.of, self.names, self.delimiter, self.quote = of, names, delimiter, quote
+
+    def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
+        is_tab = any(f".{kind}" in path.lower() for kind in ("tsv", "tab"))
+        delimiter = self.delimiter or ("\t" if is_tab else ",")
+        lines = itertools.chain.from_iterable(in_lines("read_csv", path, 1024))
+        first, names = 1, self.names
+        while names is None:
+            line = next(lines, None)
+            if line is None:
+                raise ValueError(f"js.read_csv: {path} is empty. Give columns=, if it has no line of names.")
+            rows = _Rows([line], lines, delimiter, self.quote, first)
+            for (number, raw), row, reason in rows.taken:
+                if reason:
+                    raise ValueError(f"js.read_csv: {path}, line {number}: {reason}. The line is {raw!r}.")
+                names = row
+            first = rows.line
+        self.of.check(path, names)
+        at = {name: list(names).index(name) for name in self.of.names}
+        while block := list(itertools.islice(lines, self.chunk_rows)):
+            chunk = self.plain(block, delimiter, len(names), at)
+            if chunk is not None:
+                yield chunk, len(block)
+                first += len(block)
+            else:
+                rows = _Rows(block, lines, delimiter, self.quote, first)
+                yield self.each(path, rows, len(names), at)
+                first = rows.line
+
+    def plain(self, block: list[bytes], delimiter: str, width: int, at: dict[str, int]) -> Chunk | None:
+        """The chunk of these lines, if they are all good and have no quotes; what is hashed is not taken apart."""
+        joined = b"".join(block) if block[-1].endswith(b"\n") else b"".join([*block, b"\n"])
+        if b"\r" in joined:
+            joined = joined.replace(b"\r\n", b"\n")
+        quoted = self.quote is not None and self.quote.encode() in joined
+        if quoted or b"\r" in joined or b"\n\n" in joined or joined[:1] == b"\n" or not delimiter.isascii():
+            return None
+        buffer = np.frombuffer(joined + bytes(4), np.uint8)
+        ends = np.flatnonzero((buffer == ord(delimiter)) | (buffer == ord("\n")))
+        if len(ends) != len(block) * width or (buffer[ends[width - 1 :: width]] != ord("\n")).any():
+            return None  # as many ends of lines as lines: none is elsewhere
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        lengths = ends - starts
+        try:
+            fields = joined[:-1].decode().replace("\n", delimiter).split(delimiter)
+            values = {name: Fields(buffer, starts[n::width], lengths[n::width]) for name, n in at.items()}
+            ids = {name: _ids(fields[at[name] :: width]) for name in self.of.ids}
+            return self.of.chunk(
+                lambda name: ids.get(name, values[name]),
+                lambda name: _numbers(fields[at[name] :: width], self.of.fill_of(name)),
+            )
+        except (ValueError, OverflowError):
+            return None
+
+    def each(self, path: str, rows: _Rows, width: int, at: dict[str, int]) -> tuple[Chunk, int]:
+        good, where, wrong = [], [], []
+        for lines, row, reason in rows.taken:
+            if reason:
+                wrong.append((lines, reason))
+            elif len(row) != width:
+                wrong.append((lines, f"{len(row)} fields, where there are {width} columns"))
+            else:
+                good.append(row)
+                where.append(lines)
+        by_column = list(zip(*good, strict=True)) or [()] * width
+        values = {name: list(by_column[n]) for name, n in at.items()}
+        chunk, count, bad = convert(self.of, values, len(good), _numbers, _ids, _CHECKS)
+        for (line, raw), reason in sorted(wrong + [(where[n], reason) for n, reason in bad.items()]):
+            self.bad(path, line, reason, raw)
+        return chunk, count
+
+
+class _Rows:
+    """The rows that begin in a block of lines. The last one may take more lines than these.
+
+    Attributes:
+      taken: of each row ((its first line, its bytes), its fields, "" or what is wrong with it). Empty lines are none.
+      line: the number of the line behind them.
+    """
+
+    def __init__(
+        self, block: list[bytes], more: Iterator[bytes], delimiter: str, quote: str | None, first: int
+    ) -> None:
+        self.raw: list[bytes] = []
+        self.line = first
+        quoting = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
+        lines = self.lines(itertools.chain(block, more))
+        rows = csv.reader(lines, delimiter=delimiter, strict=True, **quoting)  # type: ignore[arg-type]
+        self.taken: list[Any] = []
+        while self.line < first + len(block):
+            row, reason = None, ""
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                reason = f"{error}"
+            raw, self.raw = self.raw, []
+            line, self.line = self.line, self.line + len(raw)
+            whole = raw[0] if len(raw) == 1 else b"".join(raw)
+            if row == [] and not whole.strip():
+                continue
+            if not reason and not whole.isascii():
+                try:
+                    whole.decode()
+                except UnicodeDecodeError:
+                    reason = "it is not in UTF-8"
+            self.taken.append(((line, whole), row, reason))
+
+    def lines(self, given: Iterator[bytes]) -> Iterator[str]:
+        for raw in given:
+            self.raw.append(raw)
+            yield raw.decode(errors="surrogateescape")
+
+
+def _numbers(values: list[str], fill: float | None) -> np.ndarray:
+    if fill is not None and "" in values:
+        values = [value or str(fill) for value in values]
+    _check_plain(values)
+    return finite(np.fromiter(map(float, values), np.float64, len(values)))
+
+
+def _ids(values: list[str]) -> np.ndarray:
+    _check_plain(values)
+    ids = np.array(list(map(int, values)), np.int64)
+    if (ids < 0).any():
+        raise ValueError
+    return ids
+
+
+def _check_plain(values: list[str]) -> None:
+    """Raises ValueError for what only Python takes for numbers: 1_000."""
+    joined = "".join(values)
+    if "_" in joined or not joined.isascii():
+        raise ValueError
+
+
+def _is_number(value: str) -> bool:
+    if not value.strip():
+        return True
+    try:
+        _check_plain([value])
+        number = float(value)
+    except ValueError:
+        raise BadRowError(f"is {value!r}, no number") from None
+    check_finite(number, value)
+    return False
+
+
+def _is_id(value: str) -> None:
+    try:
+        _ids([value])
+    except (ValueError, OverflowError):
+        raise BadRowError(f"is {value!r}, no integer from 0 to 2**63 - 1") from None
+
+
+_CHECKS = {"numbers": lambda: _is_number, "ids": lambda: _is_id, "hashed": lambda: lambda value: None}

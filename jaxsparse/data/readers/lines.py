@@ -1,0 +1,146 @@
+"""Text files, gzipped or not, in chunks of lines that are numbered; and what becomes of bad lines."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxsparse._checks import message, warn
+
+
+class Chunk(NamedTuple):
+    """Some examples of a file, as `js.batches` takes them: js.batches(*chunk[:2], weight=chunk.weight, ...).
+
+    Attributes:
+      x: the features: a SciPy CSR matrix (n, num_features), or a dict of features by name.
+      y: the targets (n,), float32, or None.
+      weight: float32 (n,), or None.
+    """
+
+    x: Any
+    y: Any = None
+    weight: Any = None
+
+
+class BadRowError(ValueError):
+    """A line, or row, that is not what it has to be."""
+
+
+class Reader:
+    """The chunks of some files. Each `iter()` reads them from the beginning, never more than a chunk at a time.
+
+    Attributes:
+      num_examples: the examples of the last pass, as far as it went.
+      num_bad: the lines that it put into bad_lines.
+    """
+
+    def __init__(self, function: str, paths: Any, chunk_rows: Any, bad_lines: Any = None) -> None:
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
+        self.function, self.paths = function, [os.fspath(path) for path in paths]
+        if not self.paths:
+            raise ValueError(message(function, "paths", "a file, or a list of some", "an empty list"))
+        for path in self.paths:
+            if not os.path.isfile(path):
+                got = f"{path!r}, which is {'no file' if os.path.exists(path) else 'not there'},"
+                raise FileNotFoundError(message(function, "paths", "files that can be read", got))
+        if not isinstance(chunk_rows, int) or chunk_rows < 1:
+            raise ValueError(message(function, "chunk_rows", "an integer of at least 1", repr(chunk_rows)))
+        self.chunk_rows, self.num_examples, self.num_bad = chunk_rows, 0, 0
+        self.bad_lines = None if bad_lines is None else os.fspath(bad_lines)
+        if self.bad_lines is not None and any(map(self._is_bad_lines, self.paths)):
+            raise ValueError(message(function, "bad_lines", "another file than those that are read", self.bad_lines))
+        self._aside: BinaryIO | None = None
+        self.quiet = False  # in a pass that only looks
+
+    def _is_bad_lines(self, path: str) -> bool:
+        there = self.bad_lines is not None and os.path.exists(self.bad_lines)
+        return there and os.path.samefile(path, str(self.bad_lines))
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self.num_examples = self.num_bad = 0
+        if self.bad_lines is None:
+            yield from self._counted()
+            return
+        with open(self.bad_lines, "wb") as self._aside:
+            yield from self._counted()
+        if self.num_bad:
+            warn(f"js.{self.function}: {self.num_bad} bad lines were left out. They are in {self.bad_lines}.")
+
+    def _counted(self) -> Iterator[Chunk]:
+        for path in self.paths:
+            for chunk, n in self.chunks(path):
+                if n:
+                    self.num_examples += n
+                    yield chunk
+
+    def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
+        """The chunks of one file, and the examples of each."""
+        raise NotImplementedError
+
+    def bad(self, path: str, line: int, reason: str, raw: bytes) -> None:
+        """Puts a bad line aside, or raises."""
+        if self.quiet:
+            return
+        where = f"{path}, line {line}: {reason}"
+        if self._aside is None:
+            do = "Mend the line, or give bad_lines=, a file for the lines that are left out."
+            shown = raw.decode(errors="replace").rstrip("\r\n")
+            shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+            raise ValueError(f"js.{self.function}: {where}. The line is {shown!r}. {do}")
+        self.num_bad += 1
+        self._aside.write(where.encode() + b"\t" + raw.rstrip(b"\r\n") + b"\n")
+
+
+class LineReader(Reader):
+    """Of formats with an example a line."""
+
+    def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
+        first = 1
+        for lines in in_lines(self.function, path, self.chunk_rows):
+            bad: Callable[[int, str], None] = lambda i, why: self.bad(path, first + i, why, lines[i])  # noqa: B023, E731
+            yield self.parse(lines, bad)
+            first += len(lines)
+
+    def parse(self, lines: list[bytes], bad: Callable[[int, str], None]) -> tuple[Chunk, int]:
+        """The chunk of these lines, which calls bad(position, reason) for each that it leaves out."""
+        raise NotImplementedError
+
+
+def in_lines(function: str, path: str, count: int) -> Iterator[list[bytes]]:
+    """Lists of up to `count` lines, with their ends."""
+    with open_file(path) as file:
+        lines = itertools.chain(_first(file), file)
+        while part := read(function, path, lambda: list(itertools.islice(lines, count))):
+            yield part
+
+
+def _first(file: Any) -> Iterator[bytes]:
+    """The first line, without the mark that some programs put there."""
+    line = file.readline().removeprefix(b"\xef\xbb\xbf")
+    if line:
+        yield line
+
+
+def read(function: str, path: str, reading: Callable[[], Any]) -> Any:
+    """reading(), where a gzipped file may end too early."""
+    try:
+        return reading()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"js.{function}: {path} is a damaged gzip file: {error}") from error
+
+
+def open_file(path: str) -> Any:
+    """A file in bytes, unzipped if it is gzipped, whatever its name."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if zipped else open(path, "rb")
+
+
+def without(rows: Sequence[Any], gone: Iterable[int]) -> list[Any]:
+    left_out = set(gone)
+    return [row for i, row in enumerate(rows) if i not in left_out]
