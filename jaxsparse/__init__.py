@@ -36,6 +36,13 @@ from jaxsparse.ops.embedding import embedding_lookup as embedding_lookup
 from jaxsparse.ops.losses import inverse_frequency_weights as inverse_frequency_weights
 from jaxsparse.ops.losses import sampled_softmax as sampled_softmax
 from jaxsparse.ops.losses import weighted_mean as weighted_mean
+from jaxsparse.ops.metrics import Auc as Auc
+from jaxsparse.ops.metrics import auc as auc
+from jaxsparse.ops.metrics import binary_metrics as binary_metrics
+from jaxsparse.ops.multilabel import multilabel_loss as multilabel_loss
+from jaxsparse.ops.multilabel import ndcg_at_k as ndcg_at_k
+from jaxsparse.ops.multilabel import precision_at_k as precision_at_k
+from jaxsparse.ops.multilabel import sampled_multilabel_loss as sampled_multilabel_loss
 from jaxsparse.ops.packed import Packed as Packed
 from jaxsparse.ops.row_sparse import RowSparse as RowSparse
 from jaxsparse.ops.row_sparse import global_norm as global_norm

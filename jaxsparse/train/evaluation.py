@@ -12,6 +12,7 @@ import numpy as np
 from jaxsparse._checks import message
 from jaxsparse.data.pipeline import Batches
 from jaxsparse.data.stream import Stream
+from jaxsparse.ops.metrics import Auc, area
 from jaxsparse.ops.rows import is_stored
 from jaxsparse.train.refresh import check_flushed
 from jaxsparse.train.rowwise import on_rows, prepare_step
@@ -22,7 +23,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
 
     Args:
       metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
-        weight.
+        weight. What `js.auc` returns is welcome as well, and is computed of all examples together.
       state: what has the parameters, in `state.params`.
       batches: a `js.Batches` or `js.Stream`, of which it takes one whole epoch and whose position it does not move, or
         an iterable of batches.
@@ -51,18 +52,22 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
     check_flushed(function, getattr(state, "opt_state", None))
     compiled = jax.jit(reading_rows(metric_fn))
     totals: dict[str, float] = {}
+    kept: dict[str, list[Auc]] = {}
     weight, batch = 0.0, None
     for batch in one_epoch(batches):
         own = float(np.asarray(weight_of(batch)).sum(dtype=np.float64))
         weight += own
         if own:
             for name, value in check_scalars(compiled(state.params, batch), function, fn_argument).items():
-                totals[name] = totals.get(name, 0.0) + own * float(value)
+                if isinstance(value, Auc):
+                    kept.setdefault(name, []).append(jax.device_get(value))
+                totals[name] = 0.0 if isinstance(value, Auc) else totals.get(name, 0.0) + own * float(value)
     if batch is None:
         raise ValueError(message(function, argument, "at least one batch", "none", why_none(batches)))
     if not weight:
         totals = dict.fromkeys(compiled.eval_shape(state.params, batch), 0.0)
-    return {name: total / weight if weight else float("nan") for name, total in totals.items()}
+    of_batches = {name: total / weight if weight else float("nan") for name, total in totals.items()}
+    return of_batches | {name: area(parts) for name, parts in kept.items()}
 
 
 def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,6 +94,8 @@ def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, An
         do = 'Give it a name: lambda params, batch: {"loss": loss_fn(params, batch)}.'
         raise TypeError(message(function, argument, must, f"one that returns {got}", do))
     for name, value in metrics.items():
+        if isinstance(value, Auc):
+            continue
         shape = getattr(value, "shape", None)
         if shape != ():
             got = f"{name!r} of {type(value).__name__ if shape is None else f'shape {shape}'}"
