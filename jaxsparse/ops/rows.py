@@ -8,7 +8,6 @@ too.
 from __future__ import annotations
 
 import abc
-import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -151,7 +150,7 @@ def gathered_once(
         return make(gather_rows)
 
     def zeros() -> list[jax.Array]:
-        pairs = itertools.zip_longest(like, axes, fillvalue=())
+        pairs = zip(like, axes or [()] * len(like), strict=True)
         return [vary(jnp.zeros(x.shape, x.dtype), over) for x, over in pairs]
 
     def on_cpu() -> list[jax.Array]:
