@@ -97,12 +97,14 @@ def test_the_average_is_the_dense_one(road, inner):
     jax.tree.map(np.testing.assert_array_equal, (params, opt_state.inner_state), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ["jit", "lazy"])
 def test_debias_leaves_the_initial_parameters_out(road):
     tx = js.params_ema(INNERS["adam"](), DECAY, debias=True)
     follow(made(road, tx), tx, new_params(), debias=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", slow_but(["jit"], ["jit", "lazy", "dense"]))
 def test_parameters_of_16_bits_have_an_average_of_32(road):
     """Of what they are, rounded as they are."""
@@ -142,7 +144,8 @@ def test_a_decay_near_one_for_many_steps():
             np.testing.assert_allclose(got - 1, np.full((2, 1), want - 1), rtol=1e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("road", slow_but(["jit"], ["jit", "lazy"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("road", ["jit", "lazy"])
 def test_nothing_as_large_as_a_table(road):
     tx, params = js.params_ema(INNERS["clip"](), DECAY), new_params(num_rows=50_000)
     lowered = made(road, tx).lower((params, tx.init(params)), jnp.arange(12))
@@ -163,6 +166,7 @@ def test_reading_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, average, state.params)
 
 
+@pytest.mark.slow
 def test_modules_of_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -180,6 +184,7 @@ def test_modules_of_nnx():
     np.testing.assert_allclose(average.embed.embedding[...], want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debias", slow_but([True], [False, True]))
 def test_rows_come_and_go(debias):
     """A run whose table grows and is put into another order, against the one that had its rows from the start."""
@@ -209,6 +214,7 @@ def test_rows_come_and_go(debias):
     assert not np.allclose(got["t"], whole["t"][order], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_average_of_a_split_table_is_split():
     mesh = mesh_of((2,), ("rows",))
     tx = js.lazy(js.params_ema(INNERS["clip"](), DECAY))
@@ -232,6 +238,7 @@ def follow_on(step, state, ids):
     return state
 
 
+@pytest.mark.slow
 def test_under_pmap():
     """Two devices, each with half of the examples, and one with all: the same average."""
     params, tx = new_params(), js.lazy(js.params_ema(optax.adam(0.1), DECAY))
@@ -247,6 +254,7 @@ def test_under_pmap():
         assert_close(js.ema_params(state.opt_state, state.params), want)
 
 
+@pytest.mark.slow
 def test_inside_of_partition():
     """The average of one label; parameters of another are as they are."""
     labels = {"t": "averaged", "bias": "averaged", "w": "not", "scale": "not"}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.sparse import BCOO, BCSR
 
 import jaxsparse as js
+from tests.marks import slow_but
 
 V = 23  # rows of every table, columns of every matrix
 SIZES_AND_DEVICES = [(1, None), (7, None), (64, None), (4, 1), (8, 2), (8, 8)]
@@ -299,7 +300,9 @@ def fixed_csr(rng, n, per_row=5, columns=200):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("n, batch_size", [(300, 16), (61, 20), (205, 51), (7, 16), (33, 8), (1025, 256)])
+@pytest.mark.parametrize(
+    "n, batch_size", slow_but([(300, 16), (7, 16)], [(300, 16), (61, 20), (205, 51), (7, 16), (33, 8), (1025, 256)])
+)
 def test_fixed_length_data_compiles_once(n, batch_size, shuffle):
     rng = rng_of(n)
     x = {

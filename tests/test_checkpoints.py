@@ -120,7 +120,7 @@ def equal(got, want):
     chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x.replace(apply_fn=None, tx=None)) for x in (got, want)))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["bytes", "dictionaries"], WAYS))
 @pytest.mark.parametrize("name", slow_but(["jit, replay"], CASES))
 def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
     """As a whole TrainState, saved and loaded as it comes."""

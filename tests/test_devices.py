@@ -96,6 +96,7 @@ def loss_fn(params, batch):
     return js.weighted_mean(optax.sigmoid_binary_cross_entropy(logits, batch.y), batch.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", slow_but(["rows"], ["pmap", "data", "rows", "data x rows"]))
 def test_bytes_do_not_depend_on_num_rows(way):
     small, large = (compiled(way, num_rows, "freeze").as_text() for num_rows in (LARGE, 2 * LARGE))
@@ -194,6 +195,7 @@ def test_ops_over_split_rows(name):
 # the pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd, replay", pytest.param("adamw, replay", marks=pytest.mark.slow)])
 def test_flush_of_split_rows_moves_nothing(optimizer):
     mesh = devices.mesh_of((8,), ("rows",))
@@ -262,7 +264,7 @@ def test_refusals():
         js.shard_rows(state, mesh, tables="tabel", axis="rows")
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", slow_but([True], [True, False]))
 def test_gradients_by_hand_under_shard_map(check_vma):
     """js.value_and_grad gives each device's own gradients, dense ones too, whatever shard_map checks; js.pmean joins
     them."""

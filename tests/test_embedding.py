@@ -187,6 +187,7 @@ def torch_weighted(shuffled):
     return every_bag(arguments, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_torch_per_sample_weights(layout):
     _, weights = layouts(None)[layout]
@@ -420,6 +421,7 @@ def bag_derivatives(combiner, layout):
     return functools.partial(directional_derivatives, bag, eps=1e-5), (args, tangents, rng.normal(size=(5, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("combiner", "layout"), DIFFERENTIATED)
 def test_bag_derivatives_equal_finite_differences(combiner, layout):
     """In float64, forward and reverse, with respect to table and weights."""
@@ -506,6 +508,7 @@ def batched_bags():
     return together, alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("combiner", "layout"), BATCHED)
 def test_bag_under_jit_and_vmap(combiner, layout):
     """A batch of tables, ids and weights, jitted: each as when called alone, value and gradient."""

@@ -63,7 +63,7 @@ def exported_for(step, *args):
     return {name: operations(jax.export.export(step, platforms=[name])(*args)) for name in PLATFORMS}
 
 
-QUICK = [("js.jit", True), ("two words", False)]
+QUICK = [("js.jit", True)]
 
 
 @pytest.mark.parametrize(("name", "known"), slow_but(QUICK, itertools.product(STEPS, [True, False])))
@@ -93,10 +93,12 @@ def test_rows_are_copied_in_words_and_once_on_cpu_only():
     assert jnp.array_equal(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, ids)[0], x[ids])
 
 
-@pytest.mark.parametrize(("platforms", "known"), [(["cpu"], True), (["cpu", "tpu"], False)])
+@pytest.mark.parametrize(
+    ("platforms", "known"), slow_but([(("cpu",), True)], [(("cpu",), True), (("cpu", "tpu"), False)])
+)
 def test_an_exported_step_is_the_step(known, platforms):
     batch, step = make_batch(known), js.jit(stock_step)
-    exported = jax.export.export(step, platforms=platforms)(make_state(), batch)
+    exported = jax.export.export(step, platforms=list(platforms))(make_state(), batch)
     got, want = exported.call(make_state(), batch), step(make_state(), batch)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5)

@@ -31,6 +31,7 @@ def is_exact(group):
     assert {f.slot for f in findings} > {"p"}  # moments were compared too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SAMPLE]
 )
@@ -52,6 +53,7 @@ def test_one_table_alone():
 BY_HAND = group_of(0, 60, injected=True, form="by hand", clip=0.1, dtype="float32")
 
 
+@pytest.mark.slow
 def test_injected_rates_and_steps_by_hand():
     assert BY_HAND.optimizer == "adam"
     is_exact(BY_HAND)

@@ -18,6 +18,7 @@ from flax.training.train_state import TrainState
 import jaxsparse as js
 from jaxsparse.ops.row_sparse import is_row_sparse
 from tests.hlo import compiled_text, large_arrays
+from tests.marks import slow_but
 
 V, D = 30, 4
 IDS = jnp.array([[3, 1, 0], [0, 0, 0], [7, 7, 29]])
@@ -105,6 +106,7 @@ class Model(nnx.Module):
         return self.head(self.dropout(self.embed(ids).mean(1)))[:, 0]
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_takes_row_sparse_gradients():
     """Split and merge, dropout included: the module is taken apart outside the loss and put together inside."""
     model = Model(nnx.Rngs(0))
@@ -162,7 +164,7 @@ def run(step, state, batches, number):
     return state
 
 
-@pytest.mark.parametrize("how", ["orbax", "flax"])
+@pytest.mark.parametrize("how", slow_but(["flax"], ["orbax", "flax"]))
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     want = run(*job(), 24)
     step, state, batches = job()
@@ -190,7 +192,7 @@ ADAM = js.lazy_adam(0.1)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators may fuse it differently")
-@pytest.mark.parametrize("reduce", [jnp.sum, jnp.mean, jnp.max])
+@pytest.mark.parametrize("reduce", slow_but([jnp.sum], [jnp.sum, jnp.mean, jnp.max]))
 def test_reads_that_are_only_summed_make_no_array_of_them_all(reduce):
     batch_size, length, dim = 128, 16, 32
 
@@ -212,6 +214,7 @@ def test_abstract_init():
     assert optax.tree_utils.tree_get(big, "mu")["t"].shape == (10**9, 64)
 
 
+@pytest.mark.slow
 def test_partitioned_linen_parameters():
     """flax gives a box around a parameter, with its axes' names, to every part of the state that is made like it."""
     init = nn.with_logical_partitioning(nn.initializers.ones, ("vocab", "embed"))

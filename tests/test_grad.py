@@ -280,6 +280,7 @@ def test_dense_uses_get_dense_gradients(name):
     hold_equal(*dense_uses()[name], set())
 
 
+@pytest.mark.slow
 def test_gradients_of_gradients():
     def loss(t):
         return jnp.sum(t[IDS] ** 3) + squares(js.embedding_bag(t, IDS))
@@ -310,6 +311,7 @@ def test_two_casts_round_twice():
     np.testing.assert_allclose(grads.todense(), want, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_but([jnp.int8], [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32]))
 def test_ids_of_a_type_too_narrow_for_the_table(dtype):
     """XLA's older loops, of tests/flags.py, drop such ids in jax.grad's own scatter: this takes the defaults."""
@@ -390,6 +392,7 @@ def test_nnx_embed_untouched():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), dense(grads), want)
 
 
+@pytest.mark.slow
 def test_argnums_aux_and_other_arguments():
     def fun(a, b, mode, *, scale, train):
         assert mode == "mean" and train is True and isinstance(scale, np.ndarray)  # untouched
@@ -440,6 +443,7 @@ def bag_gradients(combiner, weighted):
 BAG_KINDS = [("sum", True), ("sum", False), ("mean", True), ("mean", False), ("sqrtn", True), ("max", False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_rows", "bags", "length"), slow_but([(30, 5, 7)], [(1, 2, 3), (30, 5, 7), (7, 0, 4), (7, 3, 0), (6, 4, 1)])
 )
@@ -522,6 +526,7 @@ def test_explain():
     assert "['tied']  dense: reduce_sum at " in str(said)
 
 
+@pytest.mark.slow
 def test_tables_forces_the_choice():
     params = {"a": TABLE, "b": OTHER, "c": OTHER}
 

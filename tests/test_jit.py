@@ -141,7 +141,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", slow_but(["a tuple"], STATES))
 @pytest.mark.parametrize("with_loss", slow_but([True], [True, False]), ids=["with a loss", "alone"])
 def test_states(name, with_loss):
     def step(state, ids, y):
@@ -198,6 +198,7 @@ def test_one_buffer_at_several_places_of_the_state():
     assert np.all(np.isfinite(np.asarray(new.params["t"])))
 
 
+@pytest.mark.slow
 def test_inside_other_transformations():
     arrays = batch()
     wanted, _ = js.jit(STEP)(copied(create(ADAM)), *arrays)
@@ -318,6 +319,7 @@ def test_several_threads():
             compare("thread", state, want, 1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_step_on_one_device_after_another():
     rows = {"t": jnp.zeros((9000, D)), "b": jnp.zeros(9000), "w": P0["w"]}
     step = js.jit(STEP)

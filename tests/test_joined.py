@@ -70,6 +70,7 @@ def gradients():
     return jax.jit(jax.grad(loss_fn))(params, IDS), jax.jit(js.grad(loss_fn))(params, IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READS)
 def test_gradients(name):
     want, got = (gradient[name] for gradient in gradients())

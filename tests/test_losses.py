@@ -145,6 +145,7 @@ def full_softmax(labels, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_several_labels_and_smoothing():
     """With everything sampled: 1/n for each of n as tf.nn.sampled_softmax_loss, label_smoothing as torch."""
     log_p = np.asarray(jax.nn.log_softmax(HIDDEN @ TABLE.T + BIAS[None]), np.float64)
@@ -180,12 +181,14 @@ def test_labels_that_are_none(ignored):
     assert set(np.asarray(rows.ids).tolist()) & set(range(V)) == drawn | others
 
 
+@pytest.mark.slow
 def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
         table, bias = TABLE.astype(jnp.bfloat16), BIAS.astype(jnp.bfloat16)
         js.sampled_softmax(table, HIDDEN, LABELS, jax.random.key(0), num_samples=4, bias=bias, label_smoothing=0.1)
 
 
+@pytest.mark.slow
 def test_no_examples():
     got = js.sampled_softmax(TABLE, HIDDEN[:0], np.zeros(0, np.int32), jax.random.key(0), num_samples=3)
     assert got.shape == (0,)

@@ -383,6 +383,7 @@ def test_ways_of_calling():
     assert_same(with_options, steps=1)
 
 
+@pytest.mark.slow
 def test_cached_partial():
     ours = assert_same(lambda jit, objects: nnx.cached_partial(jit(sgd_step), *objects))
     assert ours[0].calls[...] == 3
@@ -403,6 +404,7 @@ def test_a_method():
     assert_same(run, lambda: list(with_optimizer()), steps=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 def test_the_graph_may_change():
     """What is sown, new attributes, plain ones, and a module that is returned."""
@@ -440,6 +442,7 @@ def test_the_graph_may_change():
     assert len(nnx.pop(ours[0], nnx.Intermediate)["losses"].get_value()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrt", [nnx.PathContains("again"), nnx.All(nnx.Param, nnx.PathContains("head"))])
 def test_filters(wrt):
     def step(model, optimizer, batch):
@@ -537,6 +540,7 @@ def test_arrays_that_are_gone_are_named():
     step(other, optimizer, batch)
 
 
+@pytest.mark.slow
 def test_rows_that_are_trained():
     model, optimizer = with_optimizer()
     ids, y = Small.draw_batch()
@@ -565,6 +569,7 @@ def test_replay_of_batches_that_know_their_ids():
     assert_equal(numbers(model), numbers(dense))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but([AxisType.Explicit], [AxisType.Auto, AxisType.Explicit]))
 def test_partitioned_variables(kind):
     """A table whose rows are split over two devices, by its metadata: it stays so, and the step is that of one device.
@@ -645,7 +650,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["in another order", "with aux"], GRADIENTS))
+@pytest.mark.parametrize("name", slow_but(["with aux"], GRADIENTS))
 def test_gradients_have_the_contract_of_nnx(name):
     fun, options = GRADIENTS[name]
     batch = Small.draw_batch()

@@ -51,11 +51,14 @@ def assert_same(packed, state, **tolerance):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), **tolerance)
 
 
-SHAPES = [(1,), (3,), (16,), (64,), (96,), (200,), (2, 4)]
+ALL_SHAPES = [(1,), (3,), (16,), (64,), (96,), (200,), (2, 4)]
+SHAPES = [pytest.param(x, marks=() if x in ((3,), (96,)) else pytest.mark.slow) for x in ALL_SHAPES]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
+@pytest.mark.parametrize(
+    "dtype", slow_but([jnp.float32, jnp.bfloat16], [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
+)
 def test_rows_keep_their_bits(shape, dtype):
     """Of all numbers there are: NaN, minus zero, and what is too small to be normal, beside each other."""
     size = V * int(np.prod(shape)) * jnp.dtype(dtype).itemsize
@@ -79,6 +82,7 @@ def test_rows_keep_their_bits(shape, dtype):
         np.testing.assert_array_equal(got.view(words), want.view(words))
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40), st.sampled_from([1, 3, 64, 100]), st.lists(st.integers(-3, 50), unique=True, max_size=20))
 def test_some_rows(num_rows, width, ids):
     table = jnp.arange(num_rows * width, dtype=jnp.float32).reshape(num_rows, width)
@@ -89,7 +93,7 @@ def test_some_rows(num_rows, width, ids):
     np.testing.assert_array_equal(packed, want)
 
 
-@pytest.mark.parametrize("shape", [pytest.param(x, marks=() if x == (16,) else pytest.mark.slow) for x in SHAPES])
+@pytest.mark.parametrize("shape", [(16,), *(pytest.param(x, marks=pytest.mark.slow) for x in ALL_SHAPES if x != (16,))])
 @pytest.mark.parametrize("dtype", slow_but([jnp.float32], [jnp.float32, jnp.bfloat16]))
 def test_steps(shape, dtype):
     def step(state, ids):
@@ -110,6 +114,7 @@ def test_steps(shape, dtype):
     assert_same(scanned, state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", slow_but(["replay"], ["adam", "lazy_adam", "rowwise_adagrad", "replay"]))
 def test_what_a_model_goes_through(optimizer):
     tx = {
@@ -274,6 +279,7 @@ def test_modules_whose_tables_are_packed():
     jax.tree.map(np.testing.assert_array_equal, *(nnx.to_pure_dict(nnx.state(x)) for x in (packed, plain)))
 
 
+@pytest.mark.slow
 def test_on_tpu_a_step_that_copies_tables_says_so(monkeypatch):
     monkeypatch.setattr(js.train.jit._jax, "platform_of", lambda arrays: "tpu")
     packing._WARNED.clear()

@@ -816,6 +816,7 @@ def test_gradients_and_update_are_jitted_apart():
         check_parts(states, program.batches, {}, in_two(js.jit), in_two(jax.jit))
 
 
+@pytest.mark.slow
 def test_a_step_changes_modules_in_place():
     """DeepFM as it is written: by one word, js.nnx.jit for nnx.jit. js.jit would lose what changes, and refuses."""
     pairs = []
@@ -829,6 +830,7 @@ def test_a_step_changes_modules_in_place():
         js.jit(deepfm_in_place)(model, optimizer, batches[0])
 
 
+@pytest.mark.slow
 def test_arguments_of_jit():
     """donate_argnames: google/flax, examples/gemma/train.py. The shardings: AlgoPerf's step (dlrm)."""
     program = glove()

@@ -189,6 +189,7 @@ def by_hand(state, ids):
     return state.apply_gradients(grads=grads), loss
 
 
+@pytest.mark.slow
 @small_and_large
 def test_a_step_written_by_hand(name):
     """It agrees with make_train_step's, losses included: what its forward pass reads is up to date."""
@@ -201,6 +202,7 @@ def test_a_step_written_by_hand(name):
     close(js.flush(state).params, want.params)
 
 
+@pytest.mark.slow
 def test_the_trace_that_dense_adam_gives():
     """DESIGN's: w = 1, lr .1, g = 1 on rows 0, 1, 0. A frozen row would be at .814153."""
     state = state_of(js.lazy_adam(0.1, skipped="replay"), {"w": jnp.ones((2, 1))})
@@ -332,6 +334,7 @@ def test_stale_rows_are_refused(name):
     assert np.isfinite(update(p, opt_state, grad(p, stale))[0]["t"].rows).all()
 
 
+@pytest.mark.slow
 @small_and_large
 def test_a_table_that_another_loss_uses_as_a_whole(name):
     """Its rows are brought up to date before a dense gradient is taken."""
@@ -442,6 +445,7 @@ def test_nothing_of_the_tables_size_is_made(name):
     assert compiled["flush"].memory_analysis().temp_size_in_bytes < 64e6
 
 
+@pytest.mark.slow
 @small_and_large
 def test_one_trace_and_the_same_buffers(name):
     traces = []
@@ -560,6 +564,7 @@ def test_a_loss_that_sees_a_whole_table_sees_it_up_to_date():
             close(metrics["aux"], wanted["aux"])
 
 
+@pytest.mark.slow
 def test_a_state_in_any_order_and_one_without_its_parameters():
     """The parameters are those that stand beside the optimizer's state."""
     tx, step = PAIRS["momentum"][0], js.make_train_step(loss_fn)

@@ -300,6 +300,7 @@ def resized(state):
     return js.remap(state, "['t']", np.r_[np.arange(MORE - 1, -1, -1), -1, -1, -1, -1], init=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_split_tables_stay_split(kind):
     """And what they hold is what one device holds. On a mesh of 2 x 4, for rows that are not up to date."""

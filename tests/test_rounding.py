@@ -178,7 +178,7 @@ def test_a_row_sparse_step_draws_what_a_dense_one_does(dtype):
                 np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("step", [stock, by_hand])
+@pytest.mark.parametrize("step", slow_but([stock], [stock, by_hand]))
 def test_no_noise_for_the_whole_table(step):
     state = new_state(shapes=SHAPES | {"t": (50_000, D), "bias": (50_000,)})
     step = js.jit(step) if step is stock else jax.jit(step, donate_argnums=(0, 1))

@@ -133,6 +133,7 @@ def test_coalesce_sums_half_precision_in_single():
     assert block.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_bfloat16_table_is_added_in_single_and_rounded_once():
     p = jnp.asarray(np.random.default_rng(0).normal(size=(200, 8)), jnp.bfloat16)
     u = jnp.asarray(np.random.default_rng(1).normal(size=(200, 8)) * 1e-2, jnp.float32)
@@ -438,6 +439,7 @@ def test_gradients_of_examples_are_clipped_one_by_one():
     np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_examples_are_no_one_gradient():
     g = jax.vmap(js.grad(lambda t, i: jnp.sum(t[i])), (None, 0))(jnp.zeros((3, 1)), jnp.array([[0], [0]]))
     for use in (

@@ -365,6 +365,7 @@ def with_averages(state, *batch):
     return state.replace(ema=jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, state.params)), value
 
 
+@pytest.mark.slow
 def test_arrays_with_the_rows_of_a_table():
     """Slots, averages and masks; tables of one height that have other ids; a table that two reads share."""
     mask = optax.stateless(lambda u, p: {**u, "t": u["t"] * KEEP, "u": u["u"] * KEEP})
@@ -552,6 +553,7 @@ def test_accumulation_is_one_big_batch():
     compare("accumulated", small, big, 1e-5)
 
 
+@pytest.mark.slow
 def test_sums_over_a_whole_table_are_right_and_announced():
     def penalized(p, *batch):
         return loss_fn(p, *batch) + 1e-3 * jnp.sqrt(jnp.sum(p["t"] ** 2))
@@ -566,6 +568,7 @@ def test_sums_over_a_whole_table_are_right_and_announced():
         check({"penalized": Case(step, create(optax.adam(0.1)))})
 
 
+@pytest.mark.slow
 def test_value_for_schedules_that_need_it():
     def step(state, *batch):
         value, grads = jax.value_and_grad(loss_fn)(state.params, *batch)
@@ -754,7 +757,7 @@ DEVICES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["shard_map", "js.jit, batch split"], DEVICES))
+@pytest.mark.parametrize("name", slow_but(["shard_map"], DEVICES))
 def test_devices(name):
     """Replicas are bit-equal, and what one device makes of the whole batch."""
     run, spread = DEVICES[name](Mesh(np.array(jax.devices()[:4]), "d"))
@@ -788,12 +791,12 @@ LARGE = {
 
 
 @EVERY_ROAD
-@pytest.mark.parametrize("name", slow_but(["clip, adam", "accumulation", "two words"], LARGE))
+@pytest.mark.parametrize("name", slow_but(["clip, adam"], LARGE))
 def test_nothing_of_the_tables_size(name, transform):
     assert not large_arrays(compiled_step(name, transform, 12), NUM_ROWS)
 
 
-@pytest.mark.parametrize("name", slow_but(["clip, adam", "two words"], LARGE))
+@pytest.mark.parametrize("name", slow_but(["clip, adam"], LARGE))
 def test_in_pieces_nothing_of_the_tables_size(name, monkeypatch):
     monkeypatch.setattr(pieces, "_PIECE", 0)
     text = compiled_step(name, js.jit, 84)
@@ -813,6 +816,7 @@ def compiled_step(name, transform, num_examples):
     return compiled_by_default(transform(step).lower(state, ids, y)).as_text()
 
 
+@pytest.mark.slow
 def test_a_scan_of_steps_makes_nothing_of_the_tables_size():
     @jax.jit
     def many(state, ids, y):

@@ -154,6 +154,7 @@ def test_what_is_read_by_table_all_the_same_is_announced(name):
     np.testing.assert_allclose(got[0][0][trained], want[0][0][trained], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", slow_but({"replay"}, ["replay", "average"]))
 def test_optimizers_that_ask_which_rows(road, monkeypatch):
     """They keep something for each row of the first axis: each table is one row."""

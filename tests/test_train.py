@@ -293,6 +293,7 @@ CREATE_LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "float16", "bfloat16"]))
 def test_no_table_sized_arrays_unless_explain_says_so(dtype, explained_by_default):
     """XLA on CPU converts a whole bfloat16 table before it writes some rows, or does not: what it compiles tells."""
@@ -344,6 +345,7 @@ def test_the_reader_of_hlo_sees_large_arrays(name):
     assert large_arrays(text, ROWS)
 
 
+@pytest.mark.slow
 def test_scopes_are_named():
     x, y = data(B)
     batch = next(iter(js.batches(x, y, batch_size=B)))
@@ -391,6 +393,7 @@ def test_pmap_agrees_with_one_device(devices, optimizer):
     )
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_on_an_empty_device_does_no_harm():
     def loss_fn(params, batch):
         return jnp.sum(batch.weight * (params["t"][batch.x] - batch.y) ** 2) / jnp.sum(batch.weight)
