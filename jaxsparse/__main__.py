@@ -8,12 +8,12 @@ jax.value_and_grad and optax.adam, timed in turn with it.
 
 from __future__ import annotations
 
-import argparse
 import importlib.resources
 import itertools
 import json
 import lzma
 import re
+import sys
 import time
 import zlib
 from functools import partial
@@ -29,6 +29,7 @@ from flax.training.train_state import TrainState
 from tqdm import tqdm
 
 import jaxsparse as js
+from jaxsparse.command.run import Parser, command, number
 
 
 def load_mails() -> tuple[list[str], np.ndarray]:
@@ -78,13 +79,17 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(scipy.stats.mannwhitneyu(positives, negatives).statistic / (len(positives) * len(negatives)))
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(prog="python -m jaxsparse", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2**20, help="rows of the table (default 2^20)")
-    parser.add_argument("--dim", type=int, default=64, help="columns of the table (default 64)")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0, help="of split, initialisation and order")
+def main(argv: list[str] | None = None) -> Any:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["train"], ["predict"]):  # of the user's own file
+        return command(argv)
+    description = f"{__doc__.splitlines()[0]} Of your own file: train FILE --out DIR, predict DIR FILE (--help)."
+    parser = Parser(prog="python -m jaxsparse", description=description)
+    parser.add_argument("--rows", type=number(int, 0, 2**30), default=2**20, help="rows of the table (default 2^20)")
+    parser.add_argument("--dim", type=number(int, 0), default=64, help="columns of the table (default 64)")
+    parser.add_argument("--epochs", type=number(int, 0), default=3)
+    parser.add_argument("--batch-size", type=number(int, 0), default=32)
+    parser.add_argument("--seed", type=number(int, -1), default=0, help="of split, initialisation and order")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     options = parser.parse_args(argv)
 

@@ -13,7 +13,16 @@ from tests.flags import DEFAULTS, QUICK, xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxsparse"
-FLOORS = ["_jax _checks _context", "ops data", "trace", "optim", "parallel", "train testing nn", "nnx", "__main__"]
+FLOORS = [
+    "_jax _checks _context",
+    "ops data",
+    "trace",
+    "optim",
+    "parallel",
+    "train testing nn",
+    "nnx command",
+    "__main__",
+]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 
 

@@ -1,0 +1,247 @@
+"""Training of a file's model, with checkpoints that it goes on from, and predictions."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.train_state import TrainState
+
+from jaxsparse.command import files, models
+from jaxsparse.data.pipeline import Batches, batches
+from jaxsparse.ops.losses import weighted_mean
+from jaxsparse.ops.metrics import binary_metrics
+from jaxsparse.optim.optimizers import lazy_adam
+from jaxsparse.train.evaluation import predict as predictions
+from jaxsparse.train.loops import FitEvent, fit
+from jaxsparse.train.step import make_train_step
+
+SETTINGS, CHECKPOINT, CURVES = "settings.json", "checkpoint.msgpack", "curves.png"
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Any:
+    """A type of argparse: a number above low, up to high."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low < value <= high:
+            what = "an integer" if kind is int else "a number"
+            limit = "" if high == float("inf") else f" and at most {high:,}"
+            raise argparse.ArgumentTypeError(f"it must be {what} above {low:g}{limit}, not {text!r}")
+        return value
+
+    return parse
+
+
+def parser_of_train() -> Parser:
+    parser = Parser(prog="python -m jaxsparse train", description="A model of a svmlight, CSV or Parquet file.")
+    parser.add_argument("file", help="the examples; .gz is welcome for text")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where model, figures and checkpoints go")
+    parser.add_argument("--model", choices=["linear", "fm", "mlp"], default="linear", help="default: linear")
+    parser.add_argument("--format", choices=list(files.FORMATS), help="by default from the file's name")
+    parser.add_argument("--label", metavar="COLUMN", help="by default the first column")
+    parser.add_argument("--hashed", metavar="A,B", default="", help="columns of numbers that are categories")
+    parser.add_argument("--no-header", action="store_true", help="of CSV: columns are c0, c1, ...")
+    parser.add_argument("--zero-based", action="store_true", help="of svmlight: the first index is 0")
+    parser.add_argument("--rows", type=number(int, 0, 2**30), default=2**20, help="that strings are hashed into (2^20)")
+    parser.add_argument("--dim", type=number(int, 0), default=16, help="of the embeddings of fm and mlp (16)")
+    parser.add_argument("--epochs", type=number(int, 0), default=5)
+    parser.add_argument("--batch-size", type=number(int, 0), default=256)
+    parser.add_argument("--learning-rate", type=number(float, 0), default=1e-2, help="of Adam (0.01)")
+    parser.add_argument("--held-out", type=number(float, 0, 0.9), default=0.1, help="share to measure on (0.1)")
+    parser.add_argument("--seed", type=number(int, -1), default=0)
+    parser.add_argument("--bad-lines", metavar="FILE", help="of text: where bad lines go; by default they are errors")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR")
+    return parser
+
+
+def parser_of_predict() -> Parser:
+    parser = Parser(prog="python -m jaxsparse predict", description="What a trained model says of a file's examples.")
+    parser.add_argument("dir", help="--out of the training")
+    parser.add_argument("file", help="examples of the same format and columns; CSV and Parquet need no label")
+    parser.add_argument("--out", metavar="FILE", help="a line an example; by default they are printed")
+    return parser
+
+
+def command(argv: list[str]) -> Any:
+    """train or predict. What is wrong with files and options ends the process with one sentence."""
+    parser = parser_of_train() if argv[0] == "train" else parser_of_predict()
+    options = parser.parse_args(argv[1:])
+    try:
+        return train(options) if argv[0] == "train" else predict(options)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+
+
+class UserError(Exception):
+    """What is wrong with a file or an option."""
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """What readers raise about a file is said to the user; what is wrong elsewhere is a fault, with its traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def train(options: argparse.Namespace) -> list[dict[str, float]]:
+    out = Path(options.out)
+    kept = ("model", "rows", "dim", "batch_size", "learning_rate", "held_out", "seed", "zero_based")
+    with _said():
+        kind = options.format or files.format_of(options.file)
+        if kind == "parquet" and options.bad_lines:
+            raise UserError("--bad-lines is for files of text.")
+        settings = {"format": kind} | {name: getattr(options, name) for name in kept}
+        hashed = [name for name in options.hashed.split(",") if name]
+        settings |= files.look_at(options.file, kind, not options.no_header, options.label, hashed)
+        x, y = files.load(options.file, settings, labeled=True, bad_lines=options.bad_lines)
+    assert y is not None
+    settings["binary"] = set(np.unique(y[:]).tolist()) in ({0, 1}, {-1, 1})
+    held_out = np.random.default_rng(options.seed).permutation(len(y)) < options.held_out * len(y)
+    if held_out.all() or not held_out.any():
+        raise UserError(f"{options.file} has {len(y)} examples, too few to hold some of them out.")
+    saved = out / SETTINGS
+    if options.resume:
+        if not saved.exists() or not (out / CHECKPOINT).exists():
+            raise UserError(f"--resume: {out} has no checkpoint.")
+        differing = {k for k, v in json.loads(saved.read_text()).items() if settings.get(k) != v}
+        if differing:
+            raise UserError(f"--resume: the checkpoint in {out} has another {', '.join(sorted(differing))}.")
+    elif (out / CHECKPOINT).exists():
+        raise UserError(f"--out: {out} has a checkpoint: go on with --resume, or give another directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    saved.write_text(json.dumps(settings, indent=1))
+
+    y = (y > 0).astype(np.float32) if settings["binary"] else y
+    train_set = batches(x[~held_out], y[~held_out], batch_size=options.batch_size, shuffle=True, seed=options.seed)
+    test_set = batches(x[held_out], y[held_out], batch_size=options.batch_size)
+    print(
+        f"{options.file}: {train_set.num_examples:,} examples to train, {test_set.num_examples:,} held out, "
+        f"{x.shape[1]:,} columns, {'two classes' if settings['binary'] else 'numbers to predict'}"
+    )
+    history = _run(settings, train_set, test_set, out, options)
+    for epoch, entry in enumerate(history, 1):
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("steps", "seconds"))
+        print(f"epoch {epoch}  {shown}")
+    print(_plot(history, out / CURVES))
+    return history
+
+
+def _run(settings: dict[str, Any], train_set: Batches, test_set: Batches, out: Path, options: Any) -> Any:
+    model, binary = settings["model"], settings["binary"]
+
+    def losses(logits: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.nn.softplus(jnp.where(y > 0, -logits, logits)) if binary else (logits - y) ** 2
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        return weighted_mean(losses(models.apply(model, params, batch.x), batch.y), batch.weight)
+
+    def metric_fn(params: Any, batch: Any) -> dict[str, Any]:
+        said = models.apply(model, params, batch.x)
+        if not binary:
+            return {"held out mse": weighted_mean((said - batch.y) ** 2, batch.weight)}
+        return {f"held out {k}": v for k, v in binary_metrics(said, batch.y, batch.weight).items()}
+
+    state = new_state(settings)
+    history: list[dict[str, float]] = []
+    if options.resume:
+        state, history, position = load_checkpoint(state, out)
+        with _said():  # other examples than before
+            train_set.state = position
+    done = len(history)
+
+    def save(event_state: Any, entries: list[dict[str, float]]) -> None:
+        tree = {"state": event_state, "history": json.dumps(entries), "position": json.dumps(train_set.state)}
+        part = out / f"{CHECKPOINT}.part"
+        part.write_bytes(flax.serialization.to_bytes(tree))
+        os.replace(part, out / CHECKPOINT)
+
+    def callback(event: FitEvent) -> None:
+        if event.end_of_epoch:
+            save(event.state, history[:done] + event.history)
+
+    if options.epochs > done:
+        step = make_train_step(loss_fn)
+        _, entries = fit(
+            step,
+            state,
+            train_set,
+            epochs=options.epochs - done,
+            validation=test_set,
+            metrics=metric_fn,
+            callback=callback,
+        )
+        history = history + entries
+    return history
+
+
+def new_state(settings: dict[str, Any]) -> TrainState:
+    params = models.init(settings["model"], settings["num_columns"], settings["dim"], jax.random.key(settings["seed"]))
+    return TrainState.create(apply_fn=None, params=params, tx=lazy_adam(settings["learning_rate"]))
+
+
+def load_checkpoint(state: TrainState, out: Path) -> tuple[TrainState, list[dict[str, float]], dict[str, int]]:
+    try:
+        tree = flax.serialization.from_bytes(
+            {"state": state, "history": "", "position": ""}, (out / CHECKPOINT).read_bytes()
+        )
+        return tree["state"], json.loads(tree["history"]), json.loads(tree["position"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / CHECKPOINT} is damaged: {error}") from error
+
+
+def predict(options: argparse.Namespace) -> np.ndarray:
+    folder = Path(options.dir)
+    if not (folder / SETTINGS).exists() or not (folder / CHECKPOINT).exists():
+        raise UserError(f"{folder} has no trained model: it is --out of python -m jaxsparse train.")
+    with _said():
+        settings = json.loads((folder / SETTINGS).read_text())
+        x, _ = files.load(options.file, settings, labeled=settings["format"] == "svmlight")
+    state, _, _ = load_checkpoint(new_state(settings), folder)
+    examples = batches(x, batch_size=settings["batch_size"])
+    said = predictions(lambda params, x: models.apply(settings["model"], params, x), state, examples)
+    said = 1 / (1 + np.exp(-said.astype(np.float64))) if settings["binary"] else said
+    lines = "".join(f"{value:.6g}\n" for value in said)
+    if options.out:
+        Path(options.out).write_text(lines)
+    else:
+        sys.stdout.write(lines)
+    return said
+
+
+def _plot(history: list[dict[str, float]], path: Path) -> str:
+    """Draws the curves, if matplotlib is there, and says which."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"There is no matplotlib, and so no {path.name}: pip install 'jaxsparse[plot]'"
+    figures = importlib.import_module("matplotlib.figure")
+    names = [k for k in history[0] if k not in ("steps", "seconds")]
+    figure = figures.Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    for name, axes in zip(names, np.ravel(figure.subplots(1, len(names))), strict=True):
+        axes.plot(range(1, len(history) + 1), [entry.get(name, np.nan) for entry in history], marker="o")
+        axes.set(title=name, xlabel="epoch")
+    figure.savefig(path)
+    return f"curves: {path}"
