@@ -134,7 +134,7 @@ def _hashed(function: str, name: str, values: Any, seed: int, missing: Any) -> t
     """The 32-bit hashes of a column, flat, and its shape."""
     column = _Column(function, name, missing)
     hashes, gone = column.hashes(values, seed)
-    shape = np.shape(values) if isinstance(values, np.ndarray) or np.isscalar(values) else (len(hashes),)
+    shape = () if np.isscalar(values) else tuple(getattr(values, "shape", (len(hashes),)))
     if gone is not None and gone.any():
         if missing is None:
             at = int(np.flatnonzero(gone)[0])

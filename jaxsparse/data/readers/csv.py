@@ -30,7 +30,7 @@ def read_csv(
     columns: Sequence[str] | None = None,
     delimiter: str | None = None,
     quote: str | None = '"',
-    chunk_rows: int = 65536,
+    chunk_rows: int = 16384,
     bad_lines: Any = None,
 ) -> Reader:
     """Chunks of comma- or tab-separated files.

@@ -25,7 +25,7 @@ def read_jsonl(
     seed: int | Mapping[str, int] = 0,
     fill: float | None = None,
     missing: Any = None,
-    chunk_rows: int = 65536,
+    chunk_rows: int = 16384,
     bad_lines: Any = None,
 ) -> Reader:
     """Chunks of JSON lines files: an object a line, whose keys are the columns.

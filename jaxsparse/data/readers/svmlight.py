@@ -20,7 +20,7 @@ def read_svmlight(
     query_id: bool = False,
     multilabel: bool = False,
     num_labels: int | None = None,
-    chunk_rows: int = 65536,
+    chunk_rows: int = 8192,
     bad_lines: Any = None,
 ) -> Reader:
     """Chunks of svmlight or libsvm files: `label qid:q index:value index:value ... # comment`, a line an example.
