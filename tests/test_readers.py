@@ -1,5 +1,6 @@
 """Readers against what was written, against scikit-learn's and Vowpal Wabbit's values, and on damaged files."""
 
+import functools
 import gzip
 import json
 import re
@@ -216,6 +217,21 @@ def test_csv(write, chunk_rows):
     assert y is None and weight == [3, 0.5]
     x, _, _ = whole(js.read_csv(write('k\na"b\n"\n', "a.tsv"), hashed=["k"], quote=None, **HASHED))
     assert x["k"] == js.hash_ids(['a"b', '"'], 2**20).tolist()
+
+
+def test_readers_are_streams(write):
+    first = [write("0 1:1\n1 2:1\n2 3:1\n", "a"), write("3 1:1 2:2\n", "b")]
+    read = functools.partial(js.read_svmlight, num_features=3, chunk_rows=2)
+    streams = [js.stream(lambda: read(first), batch_size=2), js.stream(first, reader=read, batch_size=2)]
+    for stream in streams:
+        for _ in range(2):
+            batches = list(stream)
+            assert [batch.y.tolist() for batch in batches] == [[0, 1], [2, 3]]
+    assert batches[1].x.shape == (2, 3) and sorted(np.asarray(batches[1].x.data).tolist())[-3:] == [1, 1, 2]
+    fails(
+        lambda: js.stream([*first, write("1 9:1\n", "c")], reader=read, batch_size=2),
+        "c, line 1: index 9 is outside 1 to 3",
+    )
 
 
 BAD_CSV = {

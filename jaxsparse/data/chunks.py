@@ -13,6 +13,7 @@ from jaxsparse._checks import message
 from jaxsparse.data.examples import Examples
 from jaxsparse.data.order import order_of
 from jaxsparse.data.ragged import Ragged, as_ragged, rows_of
+from jaxsparse.data.readers.lines import Reader
 
 
 class Chunk:
@@ -86,7 +87,7 @@ class Source:
         name = self.files[file]
         where = "" if name is None else f" of {name!r}"
         read = self._reader(name)
-        parts = read if hasattr(read, "__next__") else [read]
+        parts = read if isinstance(read, Reader) or hasattr(read, "__next__") else [read]
         total = 0
         for number, part in enumerate(parts):
             try:

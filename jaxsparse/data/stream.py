@@ -48,7 +48,7 @@ def stream(
       source: a function that gives an iterator of chunks, anew for each epoch; or a list of files, with a reader. A
         chunk is x, (x, y) or (x, y, weight), as js.batches takes them, and all chunks are of the same kind.
       batch_size: examples a batch; the last batch of an epoch is padded up to it with weight 0.
-      reader: reader(file) -> a chunk, or an iterator of chunks.
+      reader: reader(file) -> a chunk, or an iterator of chunks, or what js.read_csv and its like return.
       shuffle: whether the files, if there are any, have another order each epoch, and examples another order among
         those of consecutive chunks that have at least `buffer` examples together.
       buffer: see shuffle.

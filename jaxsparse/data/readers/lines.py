@@ -13,7 +13,7 @@ from jaxsparse._checks import message, warn
 
 
 class Chunk(NamedTuple):
-    """Some examples of a file, as `js.batches` takes them: js.batches(*chunk[:2], weight=chunk.weight, ...).
+    """Some examples of a file, as `js.stream` and `js.batches` take them: js.batches(chunk.x, chunk.y, ...).
 
     Attributes:
       x: the features: a SciPy CSR matrix (n, num_features), or a dict of features by name.
@@ -31,7 +31,8 @@ class BadRowError(ValueError):
 
 
 class Reader:
-    """The chunks of some files. Each `iter()` reads them from the beginning, never more than a chunk at a time.
+    """The chunks of some files. Each `iter()` reads them from the beginning, never more than a chunk at a time. With
+    bad_lines, finish or leave a pass before the next one begins.
 
     Attributes:
       num_examples: the examples of the last pass, as far as it went.
