@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
 from jaxsparse.ops.rows import at_least_int32, is_narrow, row_ids
+from jaxsparse.trace.by_entry import Entries, adds_entries, by_pieces, made, noted
 from jaxsparse.trace.values import UNIFORM, UNKNOWN, Outs, Rows, Same, Summed, Values, Whole, array_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
         along = None
 
-    def read(rows: jax.Array, place: jax.Array) -> jax.Array:
+    def read(rows: jax.Array, place: jax.Array, at: jax.Array = at) -> jax.Array:
         if along is not None:
             return _sum_of_rows(rows, place, along, fill)
         changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill, "unique_indices": False, "indices_are_sorted": False}
@@ -76,9 +77,17 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
             cpu=lambda: read(rows.table, inside), default=lambda: read(rows.for_branch(), place)
         )
         walk.tables_read.append(out)
+        source, places = rows.table, inside
     else:
         out = read(rows.block, place)
-    return [Whole(out) if along is None else Summed(out)]
+        source, places = rows.block, place
+    if along is not None:
+        return [Summed(out)]
+    entries = None
+    if 0 not in numbers.offset_dims and not numbers.operand_batching_dims:
+        by_piece = Entries(lambda cut: read(source, cut(places), cut(at)), gathered=True)
+        entries = noted(walk, eqn, by_piece)
+    return [Whole(out, entries=entries)]
 
 
 def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
@@ -206,16 +215,20 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         and _whole_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
     )
 
+    in_pieces = adds and isinstance(updates, Whole) and updates.entries is not None and adds_entries(eqn)
+
     def put(block: jax.Array, place: jax.Array) -> jax.Array:
         where = at.astype(jnp.int32).at[..., component].set(place)
         wide = jnp.promote_types(block.dtype, jnp.float32) if adds and is_narrow(block.dtype) else block.dtype
 
-        def at_once() -> jax.Array:
-            if wide != block.dtype:
-                new = array_of(updates).astype(wide)
-                return jax.lax.scatter_add(block.astype(wide), where, new, numbers, mode=Mode.FILL_OR_DROP)
+        def with_new(block: jax.Array, where: jax.Array, new: Any) -> jax.Array:
+            if adds:
+                return jax.lax.scatter_add(block, where, new.astype(wide), numbers, mode=Mode.FILL_OR_DROP)
             changes = {"mode": Mode.FILL_OR_DROP, "indices_are_sorted": False, "unique_indices": False}
-            return _jax.bind(eqn, [block, where, array_of(updates)], **changes)[0]
+            return _jax.bind(eqn, [block, where, new], **changes)[0]
+
+        def at_once() -> jax.Array:
+            return with_new(block.astype(wide), where, array_of(updates))
 
         def one_by_one() -> jax.Array:
             turns, row = jnp.moveaxis(place, updates.axis, 0), jnp.squeeze(updates.row, updates.axis).astype(wide)
@@ -225,7 +238,11 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
             return _repeat(len(turns), add, _jax.vary(block.astype(wide), _jax.varying_axes(row)))
 
-        out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
+        if in_pieces:
+            add = lambda sums, cut: with_new(sums, cut(where), made(updates, cut))  # noqa: E731
+            out = by_pieces(updates, add, block.astype(wide), at_once)
+        else:
+            out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, adds=adds, clipped=clipped)

@@ -49,6 +49,8 @@ class Whole:
     # the equation that computed as many rows as a table has, if one did
     made_by: Any = dataclasses.field(default=None, metadata={"static": True})
     zero: bool = dataclasses.field(default=False, metadata={"static": True})  # known to be
+    # how it is made in pieces (`by_entry.Entries`), if its one use may want that
+    entries: Any = dataclasses.field(default=None, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

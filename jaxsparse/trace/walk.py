@@ -22,7 +22,7 @@ from jaxsparse import _jax
 from jaxsparse._context import ROW_NUMBERS, ROWS_OF
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import gather_rows
-from jaxsparse.trace import row_elementwise, row_reads, row_regions, row_rules
+from jaxsparse.trace import by_entry, row_elementwise, row_reads, row_regions, row_rules
 from jaxsparse.trace.lines import source_line
 from jaxsparse.trace.pieces import Later, Part, rows_of
 from jaxsparse.trace.plan import Path, Plan, Read, Reason
@@ -136,14 +136,16 @@ class Walk:
         zero = (converts or casts) and row_elementwise.is_zero(values[0])  # is still known to be 0
         if zero and converts and not values[0].zero and _jax.shape(eqn.outputs[0]) == ():
             return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]
-        outs = _jax.evaluate(program, eqn, [array_of(v) for v in values])
+        outs, entries = _jax.evaluate(program, eqn, [array_of(v) for v in values]), None
+        if self.later and not self.planning and all(isinstance(v, Whole) for v in values):
+            outs, entries = by_entry.followed(self, eqn, values, outs)
         notes = row_elementwise.notes_out(eqn, values)
         tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
         if tall and eqn.primitive in row_reads.CHANGES and self.path not in self.plan.loose:
             self.plan.whole_scatters[f"{eqn.primitive} at {self.source}"] = None
         # XLA makes a view of given rows from those that are taken
         view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
-        return [Whole(x, notes, eqn if tall and not view else None, zero) for x in outs]
+        return [Whole(x, notes, eqn if tall and not view else None, zero, entries) for x in outs]
 
     def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
         """An equation that has no rule: what enters it is no Rows in the next walk."""
