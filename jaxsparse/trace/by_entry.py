@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
 
 _LARGE = 1 << 21  # bytes
-_PIECE = 1 << 18
+_PIECE = 1 << 20
+_SMALL = 8  # times smaller than an array that is made of it
 
 
 class Cut(NamedTuple):
@@ -55,7 +56,7 @@ def followed(walk: Walk, eqn: Equation, values: Sequence[Whole], outs: list[Any]
     """An equation's outputs, of arrays of which some are made in pieces, and how the first one may be."""
     if len(outs) != 1:
         return outs, None
-    large = next((v for v in values if v.entries is not None), None)
+    large = max((v for v in values if v.entries is not None), key=lambda v: _bytes(v.array), default=None)
     if eqn.primitive is _jax.SCATTER_ADD:
         if values[2].entries is None or not adds_entries(eqn):
             return outs, None
@@ -65,20 +66,20 @@ def followed(walk: Walk, eqn: Equation, values: Sequence[Whole], outs: list[Any]
             return _jax.bind(eqn, [sums, cut(index), made(values[2], cut)])[0]
 
         return [by_pieces(values[2], add, into, lambda: outs[0])], None
-    if large is None and not _is_large(eqn.outputs[0]):
-        return outs, None
-    entries = _entries_of(eqn, values)
+    is_large = _is_large(eqn.outputs[0]) or eqn.primitive is _jax.BROADCAST
+    entries = _entries_of(eqn, values) if large or is_large else None
     if entries is None:
         return outs, None
-    if _is_large(eqn.outputs[0]):
+    if is_large:
         return outs, noted(walk, eqn, entries)
     return ([_summed(large, entries, outs[0])] if large and entries.gathered else outs), None
 
 
 def noted(walk: Walk, eqn: Equation, entries: Entries) -> Entries | None:
-    """The entries of an equation's output, if it is large, and used once."""
+    """The entries of an equation's output, if it is large, and used once, or nothing has to be calculated for it."""
     v = eqn.outputs[0]
-    return entries if walk.later and _is_large(v) and walk.only_use(v) else None
+    wanted = eqn.primitive is _jax.BROADCAST or (_is_large(v) and walk.only_use(v))
+    return entries if walk.later and wanted else None
 
 
 def adds_entries(eqn: Equation) -> bool:
@@ -94,47 +95,55 @@ def made(v: Whole, cut: Cut) -> Any:
 
 def _is_large(v: Any) -> bool:
     shape = _jax.shape(v)
-    return len(shape) > 1 and shape[0] > 1 and math.prod(shape) * _jax.dtype(v).itemsize >= _LARGE
+    return len(shape) > 1 and shape[0] > 1 and _bytes_of(v) >= _LARGE
 
 
 def _entries_of(eqn: Equation, values: Sequence[Whole]) -> Entries | None:
-    primitive, (many, *shape) = eqn.primitive, _jax.shape(eqn.outputs[0]) or (0,)
-    gathered = any(v.entries is not None and v.entries.gathered for v in values)
-
-    def operand(v: Whole, cut: Cut) -> Any:
-        one = (jnp.shape(v.array) or (1,))[0] != many  # a number, or stretched as one
-        return v.array if one else made(v, cut)
-
-    def operands(cut: Cut) -> Any:
-        return _jax.bind(eqn, [operand(v, cut) for v in values])[0]
-
-    if primitive in ELEMENTWISE:
-        return Entries(operands, gathered) if any(v.entries for v in values) else None
-    if primitive is _jax.GATHER:
-        numbers, (array, index) = eqn.param("dimension_numbers"), values
-        if 0 in numbers.offset_dims or numbers.operand_batching_dims:
-            return None
-        return Entries(lambda cut: _jax.bind(eqn, [array.array, cut(index.array)])[0], True)
-    if primitive is _jax.BROADCAST:
-        stretched = 0 not in eqn.param("broadcast_dimensions") or _jax.shape(eqn.inputs[0])[0] == 1
-        return Entries(
-            lambda cut: _jax.bind(
-                eqn, [values[0].array if stretched else made(values[0], cut)], shape=(cut.size, *shape)
-            )[0],
-            gathered,
-        )
-    if primitive is _DOT:
-        _, batch = eqn.param("dimension_numbers")
-        return Entries(operands, gathered) if batch[0] and batch[0][0] == batch[1][0] == 0 else None
-    found = moved(eqn, 0, many) if primitive in _MOVING and len(values) == 1 else None
-    if found is None or found[1] != 0:
+    """Of an equation's output, if all that is cut for it is small beside it, or beside what is summed."""
+    largest = max([_bytes_of(eqn.outputs[0]), *(_bytes(v.array) for v in values if v.entries is not None)])
+    cuts = values[1:] if eqn.primitive is _jax.GATHER else values
+    if any(v.entries is None and _SMALL * _bytes(v.array) > largest for v in cuts):
         return None
+    primitive, (many, *shape) = eqn.primitive, _jax.shape(eqn.outputs[0]) or (0,)
+    gathered = primitive is _jax.GATHER or any(v.entries is not None and v.entries.gathered for v in values)
 
-    def moving(cut: Cut) -> Any:
+    def cut_all(cut: Cut) -> Any:
+        # a number, or an array that is stretched as one, is as it is
+        cuts = [made(v, cut) if (jnp.shape(v.array) or (1,))[0] == many else v.array for v in values]
+        return _jax.bind(eqn, cuts)[0]
+
+    def look_up(cut: Cut) -> Any:
+        return _jax.bind(eqn, [values[0].array, made(values[1], cut)])[0]
+
+    def broadcast(cut: Cut) -> Any:
+        stretched = 0 not in eqn.param("broadcast_dimensions") or _jax.shape(eqn.inputs[0])[0] != many
+        operand = values[0].array if stretched else made(values[0], cut)
+        return _jax.bind(eqn, [operand], shape=(cut.size, *shape))[0]
+
+    def move(cut: Cut) -> Any:
         changes, _ = moved(eqn, 0, cut.size) or ({}, 0)
         return _jax.bind(eqn, [made(values[0], cut)], **changes)[0]
 
-    return Entries(moving, gathered)
+    if primitive in ELEMENTWISE:
+        return Entries(cut_all, gathered) if any(v.entries for v in values) else None
+    if primitive is _jax.GATHER:
+        numbers = eqn.param("dimension_numbers")
+        return None if 0 in numbers.offset_dims or numbers.operand_batching_dims else Entries(look_up, gathered)
+    if primitive is _jax.BROADCAST:
+        return Entries(broadcast, gathered)
+    if primitive is _DOT:
+        _, batch = eqn.param("dimension_numbers")
+        return Entries(cut_all, gathered) if batch[0] and batch[0][0] == batch[1][0] == 0 else None
+    found = moved(eqn, 0, many) if primitive in _MOVING and len(values) == 1 else None
+    return Entries(move, gathered) if found is not None and found[1] == 0 else None
+
+
+def _bytes_of(v: Any) -> int:
+    return math.prod(_jax.shape(v)) * int(_jax.dtype(v).itemsize)
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(jnp.shape(x)) * int(jnp.result_type(x).itemsize)
 
 
 def _summed(large: Whole, entries: Entries, whole: jax.Array) -> jax.Array:
