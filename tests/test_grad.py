@@ -83,6 +83,8 @@ def squares(x):
     return jnp.sum(jnp.sin(x) ** 2)
 
 
+REMAP = jnp.array([5, 0, 3, 3, 1, 4, 2, 6, 0, 1, 9])  # another table, of ids
+
 READS = {
     "index": lambda t: squares(t[IDS]),
     "index_negative": lambda t: squares(t[IDS - V // 2]),
@@ -130,7 +132,18 @@ READS = {
     "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
     "one_row": lambda t: jax.jit(lambda t, i: squares(t[i]))(t, 3),
     "one_row_clamped": lambda t: squares(jax.lax.dynamic_slice(t, (V - 1, 0), (2, D))),
+    "fixed_rows": lambda t: squares(t[IDS] * t[0]) + squares(t[-2:]) + squares(t[1:5:2, 1:]) + t[2, 0] + squares(t[:0]),
+    "fixed_row_squeezed": lambda t: squares(jnp.squeeze(t[IDS] @ t[:1].T, -1)),
+    "fixed_columns": lambda t: squares(t[IDS] + t.T[:, 3] * jnp.cos(t)[4]),
+    "fixed_in_regions": lambda t: (
+        jax.lax.scan(lambda c, i: (c + squares(t[i] + t[1]), 0), 0.0, IDS)[0]
+        + jax.checkpoint(lambda t: squares(jnp.sin(t[3:5])))(t)
+        + jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t[2:4]), lambda: 0.0)
+    ),
     "scan": lambda t: jax.lax.scan(lambda c, i: (c + squares(t[i]), jnp.sum(t[i[0]])), 0.0, IDS)[0],
+    "scan_computed_ids": lambda t: jax.lax.scan(
+        lambda c, i: (c + squares(t[jnp.clip(i + 1, 2, 5)] * t[REMAP[i]]), None), 0.0, IDS
+    )[0],
     "scan_invariant": lambda t: jax.lax.scan(lambda c, i: (c, squares(c[i])), t, IDS)[1].sum(),
     "scan_ys": lambda t: squares(jax.lax.scan(lambda c, i: (c + 1, t[i] * c), 1.0, IDS, reverse=True)[1]),
     "scan_carried_ids": lambda t: jax.lax.scan(lambda c, _: ((c * 3 + 1) % V, t[c]), IDS[0], None, length=4)[1].sum(),
@@ -164,7 +177,8 @@ CARRIED = {
 # One of each kind that the step reads from its blocks in a way of its own; the others are variations.
 KINDS = (
     "index take_clip at_get out_of_bounds bag_mean_weights bag_max bag_offsets bag_empty dot twice cast mean_of_reads "
-    "sum_and_reads remat vmap_ids_out_axis stopped_and_used_whole one_row_clamped scan cond_false"
+    "sum_and_reads remat vmap_ids_out_axis stopped_and_used_whole one_row_clamped scan cond_false "
+    "fixed_rows fixed_in_regions scan_computed_ids"
 ).split()
 
 
@@ -175,6 +189,15 @@ def reads(kinds):
 
 def read(name):
     return reads(name in KINDS)[name]
+
+
+def test_fixed_rows_alone_make_no_table():
+    table = jnp.ones((20_000, 2))
+    _, gradient = js.value_and_grad(lambda t: squares(t[:4]))(table)
+    assert isinstance(gradient, jax.Array) and gradient[:, 0].sum() > 0
+    many = lambda t: squares(t[IDS]) + squares(t[:10_000])  # noqa: E731
+    with pytest.warns(UserWarning, match="slice at"):
+        assert isinstance(js.value_and_grad(many)(table)[1], jax.Array)
 
 
 def tolerance(name):
@@ -246,7 +269,6 @@ DENSE = {
     "dense_in_a_branch": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t), lambda: squares(t[IDS[0]])),
     "slice": lambda t: squares(t[2:5]),
     "unused": lambda t: jnp.float32(1),
-    "one row, squeezed": lambda t: squares(jnp.squeeze(t[IDS] @ t[:1].T, -1)),
     "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
 }
 

@@ -268,6 +268,19 @@ def test_rows_that_are_set_before_they_are_read():
     check(cases, js.jit)
 
 
+def test_rows_of_fixed_numbers():
+    def touched(ids, y):
+        return {"t": np.append(np.ravel(only_t(ids, y)["t"]), [0, 1, 5, V - 1])}
+
+    reads = {
+        "beside": lambda p, i: p["t"][i] * p["t"][:1][None] + p["t"][1:2][None] - p["t"][None, -1:] + p["t"][5, 0],
+        "of the new": lambda p, i: (
+            (p["t"].at[1].set(0))[i] + (p["t"][5] * (p["t"] + 1)[-1])[None, None] + p["t"][:2].sum()
+        ),
+    }
+    check({name: Case(of_loss(squared(read)), create(optax.adamw(0.05)), touched) for name, read in reads.items()})
+
+
 def test_reads_that_name_other_rows():
     def switch(p, ids):
         half = [lambda t: t[ids[:6]].sum(0), lambda t: t[ids].sum(0)]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
 from jaxsparse.ops.rows import at_least_int32, is_narrow, row_ids
+from jaxsparse.trace import row_elementwise, row_rules
 from jaxsparse.trace.by_entry import Entries, adds_entries, by_pieces, made, noted
 from jaxsparse.trace.values import UNIFORM, UNKNOWN, Outs, Rows, Same, Summed, Values, Whole, array_of
 
@@ -183,7 +184,59 @@ def _from(start: Any, many: int, num_rows: int) -> jax.Array:
     return jnp.clip(start, 0, num_rows - many).astype(jnp.int32) + jnp.arange(many, dtype=jnp.int32)
 
 
+def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """Rows of fixed numbers, `t[0]` or `t[:4]`, are read where other ids are read as well."""
+    (rows,) = values
+    outs = row_rules.one_operand(walk, eqn, values)
+    if outs is not None or not isinstance(rows, Rows) or _jax.shape(eqn.outputs[0])[rows.axis] > _FEW:
+        return outs
+    axis, start, limit = rows.axis, list(eqn.param("start_indices")), list(eqn.param("limit_indices"))
+    strides = list(eqn.param("strides") or [1] * len(start))
+    num_rows, ids = _jax.shape(eqn.inputs[0])[axis], jnp.arange(start[axis], limit[axis], strides[axis], jnp.int32)
+    place = walk.note_read(rows.node, ids, num_rows, rows.updated, clipped=False, static=True)
+    if walk.planning and rows.whole is not None:
+        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows)])]
+    start[axis], limit[axis], strides[axis] = 0, len(ids), 1
+    changes = {"start_indices": tuple(start), "limit_indices": tuple(limit), "strides": tuple(strides)}
+
+    def read(block: jax.Array) -> jax.Array:
+        return _jax.bind(eqn, [jnp.take(block, place, axis=axis, mode="fill")], **changes)[0]
+
+    if rows.table is None:
+        return [Whole(read(rows.block))]
+    out = jax.lax.platform_dependent(
+        cpu=lambda: _jax.bind(eqn, [rows.table])[0], default=lambda: read(rows.for_branch())
+    )
+    walk.tables_read.append(out)
+    return [Whole(out)]
+
+
+_FEW = 1 << 12  # rows of fixed numbers: with more of them, a table is dense
+
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """Of few rows with zeros: the gradient of a slice, which adds to rows of fixed numbers."""
+    new, filler = values
+    config, shape = list(eqn.param("padding_config")), _jax.shape(eqn.outputs[0])
+    tall = [a for a, c in enumerate(config) if shape[a] in walk.plan.heights and tuple(c) != (0, 0, 0)]
+    if not tall or not isinstance(new, Whole) or not row_elementwise.is_zero(filler):
+        return None
+    axis, size = tall[0], jnp.shape(new.array)[tall[0]]
+    (low, high, between), config[axis] = config[axis], (0, 0, 0)
+    if low < 0 or high < 0 or size > _FEW:
+        return None
+    ids = jnp.arange(low, shape[axis] - high, between + 1, jnp.int32)
+
+    def put(block: jax.Array, place: jax.Array) -> jax.Array:
+        (rows,) = _jax.bind(eqn, [new.array, filler.array], padding_config=tuple(config))
+        rows = jnp.moveaxis(rows, axis, 0)
+        return jnp.moveaxis(jnp.moveaxis(block, axis, 0).at[place].add(rows, mode="drop"), 0, axis)
+
+    zero = jnp.zeros((*shape[:axis], 1, *shape[axis + 1 :]), _jax.dtype(eqn.outputs[0]))
+    zero = _jax.vary(zero, _jax.varying_axes(new.array))
+    return _changed(walk, Same(zero, axis, shape[axis], zero=True), ids, shape[axis], put, adds=True, clipped=False)
 
 
 def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
@@ -305,4 +358,4 @@ CHANGES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(_jax.primitives("scatter scatter_add scatter_max scatter_min scatter_mul"), scatter),
     **dict.fromkeys(_jax.primitives("dynamic_update_slice"), dynamic_update_slice),
 }
-RULES = {_jax.GATHER: gather, _jax.DYNAMIC_SLICE: dynamic_slice} | CHANGES
+RULES = {_jax.GATHER: gather, _jax.DYNAMIC_SLICE: dynamic_slice, _jax.SLICE: static_slice} | CHANGES

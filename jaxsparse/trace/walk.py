@@ -124,6 +124,8 @@ class Walk:
             outs = rule(self, eqn, values)
         elif primitive is _jax.BROADCAST:
             outs = row_rules.broadcast(self, eqn, values)
+        elif primitive is _PAD:
+            outs = row_reads.pad(self, eqn, values)
         else:
             outs = None
         if outs is not None:
@@ -280,18 +282,22 @@ class Walk:
             self.plan.made_whole[node, f"{v.made_by.primitive} at {source_line((*self.within, v.made_by))}"] = None
         return Rows(self.take(array, node, axis), node, axis, whole=lambda walk: array)
 
-    def note_read(self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool) -> jax.Array:
+    def note_read(
+        self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool, static: bool = False
+    ) -> jax.Array:
         """Notes that rows are read or added to, and tells where in the block they are.
 
         Args:
           node: whose rows.
           ids: integers; outside [0, num_rows) they are no row or, `clipped`, the first or last one.
           late: as in `Read`.
+          static: whether these rows are read at each step, which alone makes no table.
 
         Returns:
           int32, the shape of ids; the block's size where there is no row.
         """
-        self.plan.read.add(node)
+        if not static:
+            self.plan.read.add(node)
         ids = _int32(ids, num_rows)
         path = self.path if self.depth == 0 else None
         if self.spaces is None:
@@ -345,5 +351,6 @@ def _reads(program: Program) -> bool:
 
 _STAND_INS = np.zeros(3, np.int32)  # for the ids of a block, while planning
 _VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
+(_PAD,) = _jax.primitives("pad")
 _RULES = row_rules.RULES | row_reads.RULES
 _OPEN = frozenset(row_regions.REGIONS) | INLINED
