@@ -661,7 +661,26 @@ REFUSED = {
         create(optax.adam(0.1)),
         "row ids that depend on rows that the step has changed",
     ),
+    "ids made of a gradient": (
+        lambda t, ids, _: step_by_gradients(t, ids, lambda g: g),
+        jnp.ones((50, 2)),
+        "row ids that depend on rows that the step has changed",
+    ),
+    "ids made of gradients added up": (
+        lambda t, ids, _: step_by_gradients(
+            t, ids, lambda g: jax.lax.scan(lambda s, _: (s + g, None), 0 * g, None, 2)[0]
+        ),
+        jnp.ones((50, 2)),
+        "row ids that depend on rows that the step has changed",
+    ),
 }
+
+
+def step_by_gradients(t, ids, change):
+    """Whose second gradient is of rows that the values of the first one name."""
+    first = change(jax.grad(lambda t: jnp.sum(t[ids]))(t))
+    others = jnp.where(first.sum() > 0, ids, ids + 1)
+    return t - first - jax.grad(lambda t: jnp.sum(t[others]))(t)
 
 
 @pytest.mark.parametrize("name", REFUSED)

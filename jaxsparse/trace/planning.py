@@ -244,8 +244,8 @@ class Walked:
                 plan.unify(update, i)
         stand_ins = [_stand_in(x) if i in chosen else None for i, x in enumerate(leaves)]
 
-        def ids_of_reads(leaves: list[Any], stand_ins: list[Any]) -> list[Any]:
-            walk = Walk(plan, later=True)
+        def ids_of_reads(leaves: list[Any], stand_ins: list[Any], for_ids: Any) -> list[Any]:
+            walk = Walk(plan, later=True, stand_ins=for_ids)
             values = [
                 Whole(x, _notes_of_leaf(i, x, places))
                 if s is None
@@ -269,7 +269,7 @@ class Walked:
             self.reads = [read for read, _ in walk.reads]
             return [ids for _, ids in walk.reads]
 
-        self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins))
+        self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins, jnp.zeros(_BLOCK, jnp.int32)))
         self.needs_rows = any(self.ids.used[len(leaves) :])
 
 
@@ -282,8 +282,11 @@ def _without_arrays(v: Value) -> Value:
     return Whole(None, notes_of(v))
 
 
+_BLOCK = 3  # rows of a stand-in
+
+
 def _stand_in(x: Any) -> jax.Array:
-    return _jax.vary(jnp.zeros((3, *x.shape[1:]), x.dtype), _jax.varying_axes(x))
+    return _jax.vary(jnp.zeros((_BLOCK, *x.shape[1:]), x.dtype), _jax.varying_axes(x))
 
 
 def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:

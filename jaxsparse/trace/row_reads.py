@@ -190,10 +190,12 @@ def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     outs = row_rules.one_operand(walk, eqn, values)
     if outs is not None or not isinstance(rows, Rows) or _jax.shape(eqn.outputs[0])[rows.axis] > _FEW:
         return outs
+    if rows.updated:  # jnp.roll of a gradient moves rows that nothing reads
+        return None
     axis, start, limit = rows.axis, list(eqn.param("start_indices")), list(eqn.param("limit_indices"))
     strides = list(eqn.param("strides") or [1] * len(start))
     num_rows, ids = _jax.shape(eqn.inputs[0])[axis], jnp.arange(start[axis], limit[axis], strides[axis], jnp.int32)
-    place = walk.note_read(rows.node, ids, num_rows, rows.updated, clipped=False, static=True)
+    place = walk.note_read(rows.node, ids, num_rows, False, clipped=False, static=True)
     if walk.planning and rows.whole is not None:
         return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows)])]
     start[axis], limit[axis], strides[axis] = 0, len(ids), 1
@@ -338,6 +340,9 @@ def _changed(
         node = walk.plan.scatter_at(path)
         size, outside = walk.ids(node).shape[0], into.outside
         block = into.times(size)
+        if walk.planning:  # which rows it has is not known, and no row ids can be made of what they hold
+            along = [-1 if axis == into.axis else 1 for axis in range(block.ndim)]
+            block = jnp.where(walk.ids(node).reshape(along) == 0, block, block)
     else:
         node, block, outside = into.node, into.block, into.outside
     place = walk.note_read(node, ids, num_rows, late=None, clipped=clipped)

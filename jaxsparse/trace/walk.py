@@ -58,6 +58,7 @@ class Walk:
       spaces: for each class of nodes the rows that were chosen; None while planning.
       alone: whether the program is one device's, and is not to be split over several.
       later: whether blocks that are made row by row are computed when something needs them.
+      stand_ins: while planning, what stands for the ids of a block: int32 (k,), on which all depends that does on them.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class Walk:
         depth: int = 0,
         alone: bool = True,
         later: bool = False,
+        stand_ins: Any = None,
     ) -> None:
         self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
-        self.later = later
+        self.later, self.stand_ins = later, stand_ins
         self.tables_read: list[jax.Array] = []  # what was read in tables themselves
         self.reads: list[tuple[Read, jax.Array]] = []
         self._wholes: dict[Any, Any] = {}
@@ -199,13 +201,13 @@ class Walk:
 
     def inside(self) -> Walk:
         """For a region's program: its reads are its own, and leave it as outputs."""
-        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.alone)
+        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.alone, stand_ins=self.stand_ins)
 
     # -----------------------------------------------------------------------------------------------------------------
     # the rows of a class
 
     def ids(self, node: int) -> Any:
-        return _STAND_INS if self.spaces is None else self.spaces[self.plan.find(node)].ids
+        return self.stand_ins if self.spaces is None else self.spaces[self.plan.find(node)].ids
 
     def whole(self, rows: Rows) -> Any:
         """The array itself, of which only state is made; computed once in each region."""
@@ -349,7 +351,6 @@ def _reads(program: Program) -> bool:
     )
 
 
-_STAND_INS = np.zeros(3, np.int32)  # for the ids of a block, while planning
 _VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
 (_PAD,) = _jax.primitives("pad")
 _RULES = row_rules.RULES | row_reads.RULES
