@@ -12,9 +12,10 @@ Chebyshev nodes u_i(s) of the interval that the den_k fall into, l_i being the L
 
     sum_k num_k / (den_k x + eps) = sum_i W_i / (d_i x + eps),    W_i(s) = sum_k num_k sqrt(d_i / den_k) l_i(log den_k).
 
-*History* keeps the W_i, one row for each s modulo HISTORY. A step adds its term to the rows it is in the window of (the
-terms shrink by b1 / sqrt(b2) a step, so that is the last few hundred) and clears its own. What was really applied goes
-in: schedules and rates injected at run time need nothing else, and nothing is ever divided by a sum that may be 0.
+*History* keeps the W_i, one column for each s modulo HISTORY, a power of two (a TPU pads rows of few numbers to 128). A
+step adds its term to the columns it is in the window of (the terms shrink by b1 / sqrt(b2) a step, so that is the last
+few hundred) and clears its own. What was really applied goes in: schedules and rates injected at run time need nothing
+else, and nothing is ever divided by a sum that may be 0.
 
 Decoupled weight decay multiplies p by 1 - lr(s + k) wd in every step. A term goes in divided by the product of these
 from s on, and p and the sum are multiplied by that product in the end. The product is kept as a sum of logarithms in
@@ -29,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,7 +39,8 @@ import numpy as np
 
 from jaxsparse._checks import message
 
-HISTORY = 1 << 16  # rows of history: skipped rows are brought up to date before it has gone round once
+HISTORY = 1 << 16  # steps of history: skipped rows are brought up to date before it has gone round once
+_LOG_DECAY = ("log_decay", "log_decay_lost")  # a sum of logarithms, and what rounding lost of it
 _LAST = 2.0**-24  # terms below this part of the first are left out of a sum
 
 History = dict[str, jax.Array]
@@ -68,35 +71,36 @@ class Adam:
         nodes = _choose_nodes(self.b1, self.b2)[0]
         out = {}
         if self.plain:
-            out["weights"] = jnp.zeros((HISTORY, nodes), jnp.float32)
+            out["weights"] = jnp.zeros((nodes, HISTORY), jnp.float32)
         if self.decayed:
-            out["decayed"] = jnp.zeros((HISTORY, nodes), jnp.float32)
-            out["log_decay"] = jnp.zeros((HISTORY, 2), jnp.float32)
+            out["decayed"] = jnp.zeros((nodes, HISTORY), jnp.float32)
+            out |= {name: jnp.zeros(HISTORY, jnp.float32) for name in _LOG_DECAY}
         return out
 
     def record(self, history: History, step: jax.Array, rate: Any, decay: Any) -> History:
         """The history after step number `step` (1, 2, ...), which had this rate and multiplied by 1 - decay."""
-        k = jnp.arange(1, self.window + 1, dtype=jnp.int32)
-        s, out = step - k, dict(history)
-        at = jnp.where(s >= 0, s % HISTORY, HISTORY)
-        log_b1, log_b2 = math.log(self.b1) if self.b1 else -math.inf, math.log(self.b2)
-        num = rate * jnp.exp(k * log_b1) / -jnp.expm1(step * log_b1)  # (window,)
-        middle, half = _interval(s, log_b2, _choose_nodes(self.b1, self.b2)[1])
-        u = jnp.clip((_log_den(s, k, log_b2) - middle) / half, -1, 1)
-        nodes, lagrange = _chebyshev(_choose_nodes(self.b1, self.b2)[0])
-        basis = jnp.stack(_polynomials(u, len(nodes)), axis=1) @ jnp.asarray(lagrange, jnp.float32)  # (window, nodes)
-        terms = (
-            num[:, None] * basis * jnp.exp(0.5 * half[:, None] * (jnp.asarray(nodes, jnp.float32)[None] - u[:, None]))
-        )
+        k = jnp.arange(self.window, 0, -1, dtype=jnp.int32)
+        out, terms = dict(history), self._terms(step, k, rate)
         if self.plain:
-            out["weights"] = out["weights"].at[at].add(terms, mode="drop").at[step % HISTORY].set(0)
+            out["weights"] = _record(out["weights"], step, terms)
         if self.decayed:
-            sums = out["log_decay"]
-            total = _add(sums[(step - 1) % HISTORY], jnp.log1p(-decay))
-            grown = jnp.exp(_difference(sums.at[at].get(mode="fill", fill_value=0), total))
-            out["decayed"] = out["decayed"].at[at].add(terms * grown[:, None], mode="drop").at[step % HISTORY].set(0)
-            out["log_decay"] = sums.at[step % HISTORY].set(total)
+            sums = [history[name] for name in _LOG_DECAY]
+            total = _add([_of_steps(x, step - 1) for x in sums], jnp.log1p(-decay))
+            terms = terms * jnp.exp(_difference([_of_steps(x, step - k) for x in sums], total))[None]
+            out["decayed"] = _record(out["decayed"], step, terms)
+            out |= {name: x.at[step % HISTORY].set(n) for name, x, n in zip(_LOG_DECAY, sums, total, strict=True)}
         return out
+
+    def _terms(self, step: jax.Array, k: jax.Array, rate: Any) -> jax.Array:
+        """What step number `step` adds to the stamps k (n,) steps before it: (nodes, n)."""
+        log_b1, log_b2 = math.log(self.b1) if self.b1 else -math.inf, math.log(self.b2)
+        nodes, last = _choose_nodes(self.b1, self.b2)
+        num = rate * jnp.exp(k * log_b1) / -jnp.expm1(step * log_b1)
+        middle, half = _interval(step - k, log_b2, last)
+        u = jnp.clip((_log_den(step - k, k, log_b2) - middle) / half, -1, 1)
+        at, lagrange = (jnp.asarray(x, jnp.float32) for x in _chebyshev(nodes))
+        basis = jnp.stack(_polynomials(u, nodes), axis=1) @ lagrange
+        return (num[:, None] * basis * jnp.exp(0.5 * half[:, None] * (at[None] - u[:, None]))).T
 
     def catch_up(
         self, history: History, decayed: bool, last: jax.Array, now: jax.Array, p: jax.Array, slots: Slots
@@ -106,17 +110,16 @@ class Adam:
         missed = now - last
         spread = functools.partial(_spread, ndim=p.ndim)
         count, log_b2 = _choose_nodes(self.b1, self.b2)[0], math.log(self.b2)
-        weights = history["decayed" if decayed else "weights"].at[last % HISTORY].get(mode="promise_in_bounds")
+        weights = [_of_steps(x, last) for x in history["decayed" if decayed else "weights"]]
         middle, half = _interval(last, log_b2, _choose_nodes(self.b1, self.b2)[1])
         mu, nu = slots["mu"].astype(wide), slots["nu"].astype(wide)
         root, total = jnp.sqrt(nu), jnp.zeros_like(nu)
         for i, node in enumerate(_chebyshev(count)[0]):
-            total += spread(weights[:, i]) / (root * spread(jnp.exp(middle + half * node)) + self.eps)
+            total += spread(weights[i]) / (root * spread(jnp.exp(middle + half * node)) + self.eps)
         move = mu * total
         value = p.astype(wide)
         if decayed:
-            sums = history["log_decay"]
-            log_decay = _difference(sums[now % HISTORY], sums.at[last % HISTORY].get(mode="promise_in_bounds"))
+            log_decay = _difference(*([_of_steps(history[name], at) for name in _LOG_DECAY] for at in (now, last)))
             lost = spread(-jnp.expm1(log_decay))  # times 1 - lost would round alike at every visit of a popular row
             move = move + lost * (value - move)
         late = spread(missed > 0)
@@ -180,7 +183,7 @@ class Decay:
         momentum = self._momentum
         if momentum:
             if self.scaled:
-                total = history["weights"].at[last % HISTORY].get(mode="promise_in_bounds")
+                total = _of_steps(history["weights"], last)
             else:  # momentum + momentum^2 + ..., a geometric series
                 total = momentum * -jnp.expm1(missed * math.log(momentum)) / (1 - momentum)
             move = slots["trace"] * _spread(total * (momentum if self.nesterov else 1), p.ndim)
@@ -232,6 +235,31 @@ def check_rates(function: str, **rates: Any) -> None:
         if not 0 <= rate < 1 or Decay((("trace", rate),)).window > HISTORY // 4:
             must = f"at least 0 and so small that {name}^{HISTORY // 4} < 2^-24 (1 - {name}), with skipped='replay'"
             raise ValueError(message(function, name, must, rate))
+
+
+def _record(x: jax.Array, step: jax.Array, terms: jax.Array) -> jax.Array:
+    """History x (nodes, HISTORY) with terms (nodes, window) added to the last steps before `step`, whose own is 0 now.
+
+    In two windows of columns, as history goes round: a TPU writes these in place, but copies history for a scatter.
+    """
+    window = terms.shape[1]
+    size = window + 1
+    terms = jnp.pad(terms, ((0, 0), (size, size + 1)))
+    oldest = (step - window) % HISTORY
+    first = jnp.minimum(oldest, HISTORY - size)
+    for start, end, skipped in ((first, HISTORY, first - oldest), (0 * first, first, HISTORY - oldest)):
+        column = start + jnp.arange(size, dtype=jnp.int32)
+        k = jnp.where(column < end, (step - column) % HISTORY, HISTORY)[None]  # how many steps ago
+        old = jax.vmap(_of_steps)(x, jnp.broadcast_to(column[None], (x.shape[0], size)))
+        new = old + jax.lax.dynamic_slice_in_dim(terms, size + skipped, size, axis=1)
+        new = jnp.where(k == 0, 0, jnp.where(k <= jnp.minimum(step, window), new, old))
+        x = jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
+    return x
+
+
+def _of_steps(x: jax.Array, steps: jax.Array) -> jax.Array:
+    """What history (HISTORY,) has of some steps."""
+    return x.at[steps & (HISTORY - 1)].get(mode="promise_in_bounds")
 
 
 def _spread(x: jax.Array, ndim: int) -> jax.Array:
@@ -310,13 +338,13 @@ def interpolation_error(b1: float, b2: float, stamp: int, count: int, last: int)
     return float(np.abs(got / exact - 1).max())
 
 
-def _add(sums: jax.Array, x: Any) -> jax.Array:
+def _add(sums: Sequence[Any], x: Any) -> tuple[jax.Array, jax.Array]:
     """(value, what rounding lost) + x."""
     high, x = sums[0], x + sums[1]
     total = high + x
     part = total - high
-    return jnp.stack([total, (high - (total - part)) + (x - part)])
+    return total, (high - (total - part)) + (x - part)
 
 
-def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
-    return (a[..., 0] - b[..., 0]) + (a[..., 1] - b[..., 1])
+def _difference(a: Sequence[Any], b: Sequence[Any]) -> jax.Array:
+    return (a[0] - b[0]) + (a[1] - b[1])
