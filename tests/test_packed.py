@@ -142,6 +142,25 @@ def test_what_a_model_goes_through(optimizer):
     compare(js.predict(score, packed, batches), js.predict(score, state, batches))
 
 
+INITS = {
+    "adam": lambda: optax.adam(1e-2),
+    "rowwise_adagrad": lambda: js.lazy_rowwise_adagrad(1e-2, initial_accumulator_value=0.1),
+    "ftrl": lambda: js.lazy_ftrl(1e-2),
+    "replay": lambda: js.lazy_adamw(1e-2, skipped="replay"),
+    "ema": lambda: js.params_ema(optax.adam(1e-2), 0.9),
+}
+
+
+@pytest.mark.parametrize("optimizer", INITS)
+def test_the_state_of_packed_params_is_the_packed_state(optimizer):
+    tx, params = INITS[optimizer](), params_of((16,))
+    want = js.pack(tx.init(params), tables=lambda path, x: "'t'" in path or ".t" in path)
+    got = tx.init(js.pack(params, tables=TABLE))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(js.unpack(got)), jax.tree.leaves(js.unpack(want)), strict=True):
+        np.testing.assert_array_equal(x, y, strict=True)
+
+
 def test_the_compiled_step_makes_nothing_of_the_tables_size():
     _, packed = states_of(optax.adam(1e-2), params_of((16,)))
     num_packed = packed.params["t"].data.shape[0]

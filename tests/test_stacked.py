@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 import jaxsparse as js
 from jaxsparse.trace import planning
+from jaxsparse.train import grad
 from tests.hlo import compiled_by_default, large_arrays
 from tests.marks import slow_but
 from tests.stepwise import copied
@@ -152,6 +153,17 @@ def test_what_is_read_by_table_all_the_same_is_announced(name):
     want = jax.jit(run)(start, IDS)
     trained = options.get("rows", np.arange(F))
     np.testing.assert_allclose(got[0][0][trained], want[0][0][trained], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_gradient_alone_has_whole_tables_and_says_so(name, monkeypatch):
+    monkeypatch.setattr(grad, "_WARNED", set())
+    params, loss_fn = {"t": jnp.ones((F, V, D)), "w": jnp.ones((F, V))}, READS[name]
+    with pytest.warns(UserWarning, match=r"\['t'\] \(3, 40, 4\) has whole tables .*at \S+\.py.*js\.jit") as warned:
+        got = js.grad(lambda p, i: loss_fn(p["t"], i) + jnp.sum(p["w"]))(params, IDS)
+    assert len(warned) == 1
+    want = jax.grad(lambda t: loss_fn(t, IDS))(params["t"])
+    np.testing.assert_allclose(jnp.zeros((F, V, D)) + got["t"], want, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse._checks import check_choice, message
+from jaxsparse.ops.rows import is_stored
 from jaxsparse.optim.optimizers import SKIPPED, lazy_chain
 
 
@@ -97,9 +98,10 @@ def lazy_rowwise_adagrad(
     check_choice("lazy_rowwise_adagrad", "skipped", skipped, SKIPPED)
 
     def init_fn(params: Any) -> RowwiseAdagradState:
-        return RowwiseAdagradState(
-            jax.tree.map(lambda p: jnp.full(jnp.shape(p)[:1], initial_accumulator_value, jnp.float32), params)
-        )
+        def start(p: Any) -> jax.Array:
+            return jnp.full(jnp.shape(p)[:1], initial_accumulator_value, jnp.float32)
+
+        return RowwiseAdagradState(jax.tree.map(start, params, is_leaf=is_stored))
 
     def update_fn(updates: Any, state: RowwiseAdagradState, params: Any = None) -> tuple[Any, RowwiseAdagradState]:
         del params

@@ -57,6 +57,25 @@ def find_known(tree: Any) -> list[Known]:
     return found
 
 
+def known_of_traced(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:
+    """What is known of the arguments' ids, if they are being traced: the numbers of inputs from `start` on, these
+    inputs, and a function of them that returns (args, kwargs)."""
+    found = find_known((args, kwargs))
+    others, tree = jax.tree.flatten((args, kwargs))
+    found = [k for k in found if _jax.is_traced(others[k.array])]
+    if not found:
+        return [], [], lambda arrays: (args, kwargs)
+    numbers = [i for k in found for i in k[:3]]
+
+    def with_arrays(arrays: list[Any]) -> Any:
+        by_number = dict(zip(numbers, arrays, strict=True))
+        return jax.tree.unflatten(tree, [by_number.get(i, x) for i, x in enumerate(others)])
+
+    at = itertools.count(start)
+    known = [k._replace(array=next(at), ids=next(at), positions=next(at)) for k in found]
+    return known, [others[i] for i in numbers], with_arrays
+
+
 def _fits(known: Known, leaves: Sequence[Any], counted: tuple[int, ...]) -> bool:
     """Whether an array still has the shape of which its ids were counted."""
     array, ids, positions = (jnp.shape(leaves[i]) for i in known[:3])

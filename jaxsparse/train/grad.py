@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +22,10 @@ from jaxsparse.ops.row_sparse import RowSparse
 from jaxsparse.ops.rows import gather_rows, is_stored, zero_after
 from jaxsparse.trace.dense import LARGE, advice_on_whole, closed_advice, first_use, why_not_read
 from jaxsparse.trace.joined import read_apart
-from jaxsparse.trace.known_ids import Known, find_known
+from jaxsparse.trace.known_ids import known_of_traced
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
+from jaxsparse.trace.stacked import find_stacked
 from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of
 from jaxsparse.trace.walk import Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
@@ -74,6 +74,7 @@ def value_and_grad(
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
         _warn_of_dense(planned, chosen=tables is not None)
+        _warn_of_stacked(planned)
         leaves, inputs = planned.leaves_of_arguments, planned.inputs
         ids = ids_of(planned, inputs)
         spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
@@ -216,7 +217,7 @@ def plan_gradient(
     can = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
     places = {i: 1 + i for i in range(len(leaves))}
     with tracing():
-        known, arrays, with_arrays = _known_of_batches(args, kwargs, len(leaves))
+        known, arrays, with_arrays = known_of_traced(args, kwargs, len(leaves))
         program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
         program = read_apart(program, [*leaves, *arrays], can)
         would = _would_be_read(both, leaves, args, kwargs, places, can)
@@ -250,25 +251,6 @@ def _numbers(argnums: int | Sequence[int], args: Any) -> list[int]:
             raise TypeError(message("value_and_grad", "argnums", must, n, "Pass it by position."))
     check_no_modules("value_and_grad", "argnums", [args[n] for n in numbers])
     return [n % len(args) for n in numbers]
-
-
-def _known_of_batches(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:
-    """What is known of the arguments' ids, if they are being traced: the numbers of inputs from `start` on, these
-    inputs, and a function of them that returns (args, kwargs)."""
-    found = find_known((args, kwargs))
-    others, tree = jax.tree.flatten((args, kwargs))
-    found = [k for k in found if _jax.is_traced(others[k.array])]
-    if not found:
-        return [], [], lambda arrays: (args, kwargs)
-    numbers = [i for k in found for i in k[:3]]
-
-    def with_arrays(arrays: list[Any]) -> Any:
-        by_number = dict(zip(numbers, arrays, strict=True))
-        return jax.tree.unflatten(tree, [by_number.get(i, x) for i, x in enumerate(others)])
-
-    at = itertools.count(start)
-    known = [k._replace(array=next(at), ids=next(at), positions=next(at)) for k in found]
-    return known, [others[i] for i in numbers], with_arrays
 
 
 def _would_be_read(
@@ -339,6 +321,19 @@ def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
         if advice and (why.closed or not chosen) and key not in _WARNED:
             _WARNED.add(key)
             warn(f"The gradient of {planned.paths[i] or 'the parameter'} is dense: {why}. {advice}")
+
+
+def _warn_of_stacked(planned: PlannedGradient) -> None:
+    """Once for each line that reads a row of one of several tables in one array, whose ids no RowSparse can have."""
+    found = find_stacked(planned.program, {i: 1 + i for i in range(len(planned.paths))}, everywhere=True)
+    for i, shape in found.shapes.items():
+        sources = [read.source for read in planned.reads if read.node == i] or [planned.why_dense(i).source]
+        if len(shape) < 3 or i in planned.unused or sources[0] in (*_WARNED, ""):
+            continue
+        _WARNED.add(sources[0])
+        what = f"The gradient of {planned.paths[i] or 'the parameter'} {shape} has whole tables in it"
+        do = "Leave such a step to js.jit, which works on the rows that are read."
+        warn(f"{what}: it is read by table and row at {sources[0]}, and the ids of a RowSparse are of tables. {do}")
 
 
 def _check_leaf(x: Any, path: str) -> Any:

@@ -27,8 +27,8 @@ def pack(tree: Any, tables: Any = None) -> Any:
     packed state is what it saves of the unpacked one.
 
     Args:
-      tree: a pytree of parameters and the optimizer's state together, after `tx.init`: a TrainState, for one. Arrays
-        (num_rows, d, ...), or abstract ones.
+      tree: a pytree of parameters and the optimizer's state together: a TrainState, for one; or of parameters alone,
+        before `tx.init`. Arrays (num_rows, d, ...), or abstract ones.
       tables: which leaves: parts of their paths, as in `js.value_and_grad`, or a function of (path, leaf). None: all
         of at least 65,536 rows. Of these, those are packed whose rows are no multiple of 128 numbers.
 
