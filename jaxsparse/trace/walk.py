@@ -259,7 +259,8 @@ class Walk:
             return [Whole(np.int32(-1)), none]
         if v.updated and v.outside != ZERO:
             self.plan.not_by_row.setdefault(v.node, Reason("its gradient is not zero in rows that are not read", ""))
-        real = self.ids(v.node) < num_rows
+        # while planning, of no stand-ins: what is caught up is made of these rows, and refused in ids by its own name
+        real = jnp.zeros(self.stand_ins.shape, bool) if self.planning else self.ids(v.node) < num_rows
         return [Whole(jnp.sum(real, dtype=jnp.int32)), Rows(real, v.node, outside=ZERO)]
 
     def take(self, array: Any, node: int, axis: int) -> jax.Array:
