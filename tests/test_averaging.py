@@ -82,7 +82,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("inner", slow_but(["clip"], INNERS))
-@pytest.mark.parametrize("road", slow_but(["jit", "lazy"], ROADS))
+@pytest.mark.parametrize("road", slow_but(["jit"], ROADS))
 def test_the_average_is_the_dense_one(road, inner):
     tx = js.params_ema(INNERS[inner](), DECAY)
     params, opt_state = follow(made(road, tx), tx, new_params())

@@ -318,6 +318,7 @@ def test_fixed_length_data_compiles_once(n, batch_size, shuffle):
         assert count_traces(batches, 16 if shuffle else 2) == 1  # far beyond the batches that sizes are learnt from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [1, 4])
 @pytest.mark.parametrize("draw", ["poisson", "lognormal", "one long"])
 def test_ragged_data_compiles_a_few_times(draw, features):

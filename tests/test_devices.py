@@ -38,6 +38,7 @@ def cases():
     return slow_but(quick, quick + others + large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "way"), cases())
 def test_agrees_with_one_device(optimizer, way):
     """A sample of `python -m tests.devices`; two epochs, one padded batch and one with an idle device in each."""
@@ -209,7 +210,7 @@ def test_flush_of_split_rows_moves_nothing(optimizer):
     assert bytes_moved(program.as_text()) == {}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", slow_but([AxisType.Auto], [AxisType.Auto, AxisType.Explicit]))
 def test_shard_rows_under_jit_makes_no_whole_table(kind):
     mesh, num_rows = devices.mesh_of((8,), ("rows",), kind), 4 * LARGE
 

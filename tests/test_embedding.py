@@ -384,6 +384,7 @@ every_gradient = jax.jit(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(seed=SEEDS)
 def test_bag_gradients_equal_those_of_a_dense_program(seed):

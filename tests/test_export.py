@@ -93,6 +93,7 @@ def test_rows_are_copied_in_words_and_once_on_cpu_only():
     assert jnp.array_equal(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, ids)[0], x[ids])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platforms", "known"), slow_but([(("cpu",), True)], [(("cpu",), True), (("cpu", "tpu"), False)])
 )

@@ -70,7 +70,7 @@ def test_embedding_bag_module_in_bfloat16():
     assert is_row_sparse(grads) and grads.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("use_bias", slow_but([True], [True, False]))
 def test_sparse_dense_is_dense(use_bias):
     layer, reference = js.nn.SparseDense(D, use_bias), nn.Dense(D, use_bias)
 

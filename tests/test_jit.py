@@ -391,6 +391,7 @@ STEPS["averages"] = averaged, PIECES["adam, clipped"]
 IN_PIECES = [*((name, jnp.float32) for name in STEPS), ("adam, clipped", jnp.bfloat16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), slow_but([("sgd", jnp.float32)], IN_PIECES))
 def test_in_pieces(name, dtype, monkeypatch):
     """The same as at once, whatever part of the block is rows."""

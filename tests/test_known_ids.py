@@ -229,6 +229,7 @@ def test_rows_that_a_mask_leaves_out_are_left_alone():
         assert set(changed) == set(np.unique(IDS[:B:2]))
 
 
+@pytest.mark.slow
 def test_what_no_row_id_is_made_of_may_be_something_else():
     (batch, *_) = js.batches({"ids": IDS, "label": IDS[:, 0]}, batch_size=B, num_rows=V)
     batch = dataclasses.replace(batch, x={**batch.x, "label": batch.x["label"] % 2})
@@ -297,6 +298,7 @@ def test_values_in_order_are_distinct_rows_as_they_are(values, in_order):
     assert bool(_part(values, False, V, code).in_order(V)) == in_order
 
 
+@pytest.mark.slow
 def test_a_mask_of_other_data_leaves_values_in_order():
     (batch, *_) = js.batches(csr(), Y, batch_size=B)
     planned = js.jit(lambda p, b: (p - jax.grad(lambda p: js.dot(b.x, p).sum())(p), 0)).plan(TABLE, batch)

@@ -233,6 +233,7 @@ def test_against_dense_optax(name):
     assert not np.allclose(values["t"], params()["t"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", battery(INNERS))
 def test_all_rows_touched_is_dense_optax(name):
     *_, ((values, _), (want, _), touched) = steps(name, every_row, 4)
@@ -615,6 +616,7 @@ def one_update(tx, grads, state):
     return optax.apply_updates(params, updates), opt_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", slow_but([0, 257], [0, 1, 255, 256, 257, 400]))
 @pytest.mark.parametrize("name", slow_but(["clip_by_global_norm"], PIECES))
 def test_in_pieces(name, many, monkeypatch):

@@ -61,6 +61,7 @@ def test_with_all_labels_sampled_it_is_the_loss_over_all():
     np.testing.assert_allclose(grad, (scipy.special.expit(logits) - DENSE).T @ HIDDEN, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_sampled_loss_is_right_on_average_and_row_sparse():
     def sampled(table, key):
         return js.sampled_multilabel_loss(table, HIDDEN, Y, key, num_samples=3)

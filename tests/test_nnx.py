@@ -357,6 +357,7 @@ def leaf_numbers(tree):
     return {str(n): np.asarray(x) for n, x in enumerate(jax.tree.leaves(tree))}
 
 
+@pytest.mark.slow
 def test_ways_of_calling():
     """Keywords, static arguments, a decorator with options, a method, and cached_partial."""
 
@@ -459,6 +460,7 @@ def test_filters(wrt):
         assert_same(run, lambda: with_optimizer(wrt), steps=2)
 
 
+@pytest.mark.slow
 def test_model_and_optimizer():
     def step(state, batch):
         loss, grads = nnx.value_and_grad(loss_of)(state.model, batch)
@@ -690,6 +692,7 @@ def test_what_a_loss_changes_is_kept():
     assert model.seen[...] == ids.sum() and model.mode == "old" and model.calls[...] == 1
 
 
+@pytest.mark.slow
 def test_two_words():
     """Under a donated nnx.jit no table is copied; under js.nnx.jit the step as a whole is row-sparse."""
 

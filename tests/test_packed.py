@@ -161,6 +161,7 @@ def test_the_state_of_packed_params_is_the_packed_state(optimizer):
         np.testing.assert_array_equal(x, y, strict=True)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_makes_nothing_of_the_tables_size():
     _, packed = states_of(optax.adam(1e-2), params_of((16,)))
     num_packed = packed.params["t"].data.shape[0]

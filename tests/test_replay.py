@@ -214,6 +214,7 @@ def test_the_trace_that_dense_adam_gives():
     np.testing.assert_allclose(seen, [0.9, 0.832993, 0.751192], atol=5e-6)  # 1 - .999 is 2e-5 off in float32
 
 
+@pytest.mark.slow
 def test_every_row_decays_under_replay_and_only_touched_rows_under_freeze():
     p, ids = {"t": jnp.ones((4, 1)), "w": jnp.ones(1)}, np.array([[2]] * 3)  # 3 steps of rate .1 and decay 1
     three_steps = steps_of(js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids] @ p["w"]), jit=False), ids)
@@ -428,6 +429,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):
     chex.assert_trees_all_equal([state.params for state in got], [state.params for state in want])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["sgd"], "sgd momentum adam adamw_mask rmsprop_all partition".split()))
 def test_nothing_of_the_tables_size_is_made(name):
     """Neither by the step, flush in time included, nor by flush; and what is donated is written in place."""

@@ -105,6 +105,7 @@ QUICK = [("replay sgd", False)]
 EVERY = [(name, flushed) for name in CASES for flushed in (False, True)[: 1 + ("replay" in name)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "flushed"), slow_but(QUICK, EVERY))
 def test_a_table_that_grew_is_one_that_was_larger_from_the_start(name, flushed):
     tx, run = CASES[name]

@@ -159,6 +159,7 @@ def new_state(dtype=jnp.bfloat16, shapes=SHAPES):
     return params, js.stochastic_rounding(INNER).init(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], DTYPES))
 def test_a_row_sparse_step_draws_what_a_dense_one_does(dtype):
     """And all other rows keep their bits."""
@@ -188,6 +189,7 @@ def test_no_noise_for_the_whole_table(step):
         assert not large_arrays(compiled_by_default(lowered).as_text(), 50_000)
 
 
+@pytest.mark.slow
 def test_errors():
     params, state = new_state()
     with pytest.raises(TypeError, match=r"'inner' argument of js\.stochastic_rounding must be an optax transformation"):

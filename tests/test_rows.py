@@ -397,6 +397,7 @@ def test_only_scalars(factor):
             product()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
 def test_many_duplicates_of_16_bits(dtype):
     """Sums are made in float32: 256 + 1 is 256 in bfloat16, 2048 + 1 is 2048 in float16."""

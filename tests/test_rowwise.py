@@ -281,6 +281,7 @@ def test_rows_of_fixed_numbers():
     check({name: Case(of_loss(squared(read)), create(optax.adamw(0.05)), touched) for name, read in reads.items()})
 
 
+@pytest.mark.slow
 def test_reads_that_name_other_rows():
     def switch(p, ids):
         half = [lambda t: t[ids[:6]].sum(0), lambda t: t[ids].sum(0)]
@@ -419,7 +420,7 @@ TIED = {
 }
 
 
-@pytest.mark.parametrize("tied", TIED)
+@pytest.mark.parametrize("tied", slow_but(["softmax"], TIED))
 def test_a_table_that_is_used_as_a_whole_is_dense_and_announced(tied):
     def loss(p, ids, y):
         return TIED[tied](p["t"][ids].mean(1) @ p["t"].T, ids) + jnp.mean(p["b"][ids])
@@ -544,6 +545,7 @@ def test_steps(transform):
     check({name: Case(step, create(tx)) for name, (step, tx) in STEPS.items()}, transform)
 
 
+@pytest.mark.slow
 def test_two_words_do_nothing_of_their_own():
     """js.value_and_grad and js.lazy, which choose rows themselves, have nothing to do in such a step."""
     words, stock = js.jit(two_words), js.jit(STEP)
@@ -828,6 +830,7 @@ def test_nothing_of_the_tables_size(name, transform):
     assert not large_arrays(compiled_step(name, transform, 12), NUM_ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["clip, adam"], LARGE))
 def test_in_pieces_nothing_of_the_tables_size(name, monkeypatch):
     monkeypatch.setattr(pieces, "_PIECE", 0)
