@@ -2,6 +2,7 @@
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -218,3 +219,42 @@ def test_columns_of_arrow():
     assert ids(pa.array([None, None], "string").dictionary_encode(), missing="") == ids(["", ""])
     with pytest.raises(TypeError, match="float64"):
         js.hash_ids(pa.array([1.5]), 10)
+    lists = pa.array([["x", "y"], [], ["z"]])
+    of_chunks = js.hash_ids(pa.chunked_array([lists[1:], lists]), LARGEST)
+    assert [row.tolist() for row in of_chunks] == [[], ids(["z"]), ids(["x", "y"]), [], ids(["z"])]
+    none_among_values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["x", None]))
+    assert ids(none_among_values, missing="y") == ids(["x", "y", "x"])
+    with pytest.raises(ValueError, match="without missing values"):
+        js.hash_ids(none_among_values, 10)
+
+
+def test_numbers_of_numpy_in_lists_are_what_they_are_in_arrays():
+    for dtype in (np.int8, np.int32, np.int64, np.uint64):
+        assert ids([dtype(5), dtype(7)]) == ids([5, 7])
+    assert ids([np.int8(-1), 5, np.uint64(2**64 - 1)]) == ids([-1, 5, -1])
+    words = np.empty(2, object)
+    words[:] = [np.array(["x"], object), np.array(["y", "z"], object)]
+    for values in ([np.float64(1.5)], [np.float64("nan")], [np.True_], words, [bytearray(b"x")]):
+        with pytest.raises((TypeError, ValueError), match="The 'values' argument"):
+            js.hash_ids(values, 10)
+
+
+def test_what_has_several_columns_or_a_mask_is_no_column():
+    assert ids(jnp.arange(6).reshape(2, 3)) == [ids([0, 1, 2]), ids([3, 4, 5])]
+    masked = np.ma.masked_array([1, 2], [False, True])
+    for values in (masked, {"x": [1]}):
+        with pytest.raises(TypeError, match="The 'values' argument"):
+            js.hash_ids(values, 10)
+    with pytest.raises(TypeError, match="The 'columns' argument"):
+        js.cross({"x": [1, 2], "y": [3, 4]}, 10)
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"x": ["a", "b"], "y": ["c", "d"]})
+    with pytest.raises(TypeError, match="The 'columns' argument"):
+        js.cross(frame, 10)
+    with pytest.raises(TypeError, match="The 'values' argument"):
+        js.hash_ids(frame, 10)
+
+
+def test_strings_that_are_no_text_are_an_error_that_names_the_argument():
+    with pytest.raises(ValueError, match="The 'values' argument"):
+        js.hash_ids(["x", "\ud800"], 10)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) 
       Appleby, MurmurHash3 (SMHasher); Weinberger et al., "Feature hashing for large scale multitask learning"
     """
     _check_range("hash_ids", num_rows, seed)
+    if hasattr(values, "chunks") and hasattr(values, "type"):  # of Arrow
+        values = values.combine_chunks()
     if isinstance(values, (list, tuple)) and isinstance(next(iter(values), None), (list, tuple, np.ndarray)):
         for at, row in enumerate(values):
             if not isinstance(row, (list, tuple, np.ndarray)):
@@ -103,6 +105,9 @@ def cross(columns: Sequence[Any], num_rows: int, seed: int = 0, *, missing: Any 
       [296, 430, 499]
     """
     _check_range("cross", num_rows, seed)
+    if isinstance(columns, Mapping) or hasattr(columns, "columns"):  # which are iterated over by name
+        do = "Give its columns: [frame[name] for name in names]."
+        raise TypeError(message("cross", "columns", "a list of columns", type(columns).__name__, do))
     if len(columns) < 2 or isinstance(columns, (str, bytes)):
         raise ValueError(message("cross", "columns", "two columns or more", len(columns), "For one: js.hash_ids."))
     stands = missing if isinstance(missing, (list, tuple)) else [missing] * len(columns)
@@ -134,7 +139,8 @@ def _hashed(function: str, name: str, values: Any, seed: int, missing: Any) -> t
     """The 32-bit hashes of a column, flat, and its shape."""
     column = _Column(function, name, missing)
     hashes, gone = column.hashes(values, seed)
-    shape = () if np.isscalar(values) else tuple(getattr(values, "shape", (len(hashes),)))
+    is_array = hasattr(values, "shape") and hasattr(values, "dtype")  # of NumPy or JAX, or a column
+    shape = np.shape(values) if is_array or np.isscalar(values) else (len(hashes),)
     if gone is not None and gone.any():
         if missing is None:
             at = int(np.flatnonzero(gone)[0])
@@ -161,6 +167,10 @@ class _Column:
             return self.of_arrow(values, seed)
         if hasattr(values, "chunks") and hasattr(values, "type"):
             return self.of_arrow(values.combine_chunks(), seed)
+        if isinstance(values, (Mapping, np.ma.MaskedArray)) or hasattr(values, "columns"):
+            got = type(values).__name__
+            do = "Give one of its columns." if got != "MaskedArray" else "Fill it, .filled(...), with what missing is."
+            raise TypeError(message(self.function, self.name, "a column: strings, bytes or integers", got, do))
         if hasattr(values, "to_physical"):
             return self.of_polars(values, seed)
         categorical = getattr(values, "cat", values)  # a Series has it there
@@ -231,8 +241,14 @@ class _Column:
 
     def of_joined(self, separator: Any, values: list[Any], seed: int) -> np.ndarray:
         """Strings, or bytes, by way of one, in which a zero stands between any two."""
+        if separator == b"\0" and not _are(set(map(type, values)), bytes):
+            raise TypeError  # join takes whatever has memory: NumPy's numbers, and arrays of pointers
         joined = separator.join(values)
-        data = joined.encode() if isinstance(joined, str) else joined
+        try:
+            data = joined.encode() if isinstance(joined, str) else joined
+        except UnicodeEncodeError as error:  # half of a pair, as JSON may have it
+            got = repr(joined[max(error.start - 10, 0) : error.end + 10])
+            raise ValueError(message(self.function, self.name, "strings that UTF-8 can say", got)) from None
         buffer = np.frombuffer(data + bytes(4), np.uint8)
         ends = np.flatnonzero(buffer[: len(data)] == 0)
         if len(ends) != len(values) - 1:  # there are zeros in the values, too
@@ -245,12 +261,12 @@ class _Column:
         try:
             return np.array(values, np.int64)
         except OverflowError:
-            low, high = min(values), max(values)
+            low, high = min(map(int, values)), max(map(int, values))
             if low < -(2**63) or high >= 2**64:
                 bad = low if low < -(2**63) else high
                 got = f"{bad} at position {values.index(bad)}"
                 raise OverflowError(message(self.function, self.name, "integers of 64 bits", got)) from None
-            return np.array([value % 2**64 for value in values], np.uint64)
+            return np.array([int(value) % 2**64 for value in values], np.uint64)
 
     def of_categories(self, categories: Any, seed: int) -> np.ndarray:
         """Each category's hash, kept for as long as the categories are there."""
@@ -284,7 +300,10 @@ class _Column:
         kind = str(array.type)
         if hasattr(array, "dictionary"):
             codes = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-            return _taken(self.hashes(array.dictionary, seed)[0], codes, gone)
+            hashes, no_value = self.hashes(array.dictionary, seed)
+            if no_value is not None and len(no_value):
+                gone = no_value[codes] if gone is None else gone | no_value[codes]
+            return _taken(hashes, codes, gone)
         if kind in ("string", "large_string", "binary", "large_binary"):
             _, offsets, data = array.buffers()
             wide = np.int64 if kind.startswith("large") else np.int32
