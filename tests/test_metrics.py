@@ -88,14 +88,15 @@ def test_what_the_losses_refuse():
             js.multilabel_loss(LOGITS, y)
     with pytest.raises(TypeError, match="'logits'"):
         js.multilabel_loss(DENSE.astype(int), Y)
-    ask = lambda hidden=HIDDEN, y=Y, **how: js.sampled_multilabel_loss(  # noqa: E731
-        TABLE, hidden, y, jax.random.key(0), num_samples=2, **how
+    ask = lambda hidden=HIDDEN, y=Y, num_samples=2, **how: js.sampled_multilabel_loss(  # noqa: E731
+        TABLE, hidden, y, jax.random.key(0), num_samples=num_samples, **how
     )
     for run, error, match in [
         (lambda: ask(hidden=HIDDEN[:, :3]), ValueError, "'hidden'"),
         (lambda: ask(y=FEWER), ValueError, r"'y'.*\(5, 12\)"),
         (lambda: ask(y=DENSE), TypeError, "BCOO"),
         (lambda: ask(draw=all_labels), ValueError, "'log_probability'"),
+        (lambda: ask(num_samples=0), ValueError, "'num_samples'"),
     ]:
         with pytest.raises(error, match=match):
             run()
@@ -133,6 +134,14 @@ LABELS, WEIGHT = np.array([0, 0, 1, 1, 1, 0, 1]), np.array([1, 2, 0.5, 1, 3, 1, 
 OF_ALL = np.array([0.1, 0.4, 0.35, 0.8, 0.4, -1, 0.4], np.float32)
 
 
+def test_rankings_by_scores_that_are_nan_are_nan():
+    scores = np.array([[np.nan, 1, 2], [0, 1, 2], [np.nan, 1, 2]], np.float32)
+    dense = np.array([[1, 0, 0], [0, 0, 1], [0, 0, 0]], np.float32)
+    for y in (dense, js.from_scipy(scipy.sparse.csr_matrix(dense), nse=4)):
+        np.testing.assert_array_equal(js.precision_at_k(scores, y, 1), [np.nan, 1, np.nan])
+        np.testing.assert_array_equal(js.ndcg_at_k(scores, y, 1), [np.nan, 1, 0])
+
+
 def test_area_under_the_curve():
     # sklearn.metrics.roc_auc_score, without and with sample_weight
     assert float(js.auc(OF_ALL, LABELS)) == pytest.approx(0.8333333333333334)
@@ -144,6 +153,9 @@ def test_area_under_the_curve():
     for scores, labels in (([1.0, 2.0], [1, 1]), ([], []), ([np.nan, 1.0], [0, 1])):
         assert np.isnan(float(js.auc(np.array(scores, np.float32), np.array(labels))))
     assert float(js.auc(np.float32([1, 2, np.nan]), np.array([0, 1, 0]), np.float32([1, 1, 0]))) == 1
+    for labels, weight in (([0, 1, np.nan], [1, 1, 1]), ([0, 1, 1], [1, 1, np.nan])):
+        assert np.isnan(float(js.auc(np.arange(3.0), np.float32(labels), np.float32(weight))))
+    assert float(js.auc(np.arange(3.0), np.float32([0, 1, np.nan]), np.array([1, 1, 0]))) == 1
     with pytest.raises(ValueError, match=r"'labels'.*\(2,\)"):
         js.auc(jnp.zeros(2), jnp.zeros(3))
     with pytest.raises(ValueError, match="'weight'"):

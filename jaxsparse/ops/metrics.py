@@ -43,7 +43,7 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
       weight: (B,), usually `batch.weight`; 1 by default. Examples of weight 0 are left out.
 
     Returns:
-      An `Auc`. The area is NaN where there are no positive or no negative examples, or a score is NaN.
+      An `Auc`. The area is NaN where there are no positive or no negative examples, or a score, label or weight is NaN.
 
     Raises:
       ValueError: if the shapes differ.
@@ -58,6 +58,7 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
     for name, x in (("labels", labels), ("weight", weight)):
         if x.shape != scores.shape:
             raise ValueError(message("auc", name, f"of the shape of scores, {scores.shape}", x.shape))
+    weight = jnp.where(jnp.isnan(labels) & (weight != 0), jnp.nan, weight)  # neither positive nor negative
     return Auc(scores, labels > 0, weight)
 
 
@@ -65,8 +66,8 @@ def area(parts: Sequence[Auc]) -> float:
     """The area over all examples of some batches."""
     flat = [[np.asarray(x).reshape(-1) for x in (part.scores, part.labels, part.weight)] for part in parts]
     scores, labels, weight = (np.concatenate(of) for of in zip(*flat, strict=True))
-    scores, labels, weight = (x[weight > 0] for x in (scores.astype(np.float64), labels, weight.astype(np.float64)))
-    if np.isnan(scores).any():
+    scores, labels, weight = (x[~(weight <= 0)] for x in (scores.astype(np.float64), labels, weight.astype(np.float64)))
+    if np.isnan(scores).any() or np.isnan(weight).any():
         return float("nan")
     order = np.argsort(scores, kind="stable")
     scores, labels, weight = scores[order], labels[order], weight[order]

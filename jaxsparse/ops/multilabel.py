@@ -84,7 +84,7 @@ def sampled_multilabel_loss(
 
     Raises:
       TypeError: if y is no BCOO.
-      ValueError: for shapes that do not fit, or one of draw and log_probability without the other.
+      ValueError: for shapes that do not fit, num_samples below 1, or one of draw and log_probability without the other.
 
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np, scipy.sparse, jaxsparse as js
@@ -106,6 +106,8 @@ def sampled_multilabel_loss(
         raise ValueError(message(f, "y", f"of shape (B, num_labels), {(batch_size, num_labels)}", y.shape))
     if (draw is None) != (log_probability is None):
         raise ValueError(message(f, "log_probability", "given with draw, and only then", log_probability))
+    if num_samples < 1:
+        raise ValueError(message(f, "num_samples", "at least 1", num_samples))
     draw, log_probability = draw or _uniform_draw, log_probability or _uniform_log_probability
     sampled = jax.lax.stop_gradient(draw(key, num_samples, num_labels))  # (S,)
 
@@ -139,8 +141,8 @@ def precision_at_k(scores: Any, y: Any, k: int) -> jax.Array:
       k: at most num_labels.
 
     Returns:
-      A number for each example, (B,), float32; 0 where no label applies. `js.weighted_mean(precision, batch.weight)` is
-      a metric for `js.evaluate`.
+      A number for each example, (B,), float32; 0 where no label applies, NaN where a score is. A metric for
+      `js.evaluate` is `js.weighted_mean(precision, batch.weight)`.
 
     Raises:
       TypeError: if scores are not floating, or y is neither BCOO nor dense.
@@ -152,7 +154,7 @@ def precision_at_k(scores: Any, y: Any, k: int) -> jax.Array:
       [0.5]
     """
     relevant, _ = _ranked("precision_at_k", scores, y, k)
-    return jnp.mean(relevant > 0, axis=1, dtype=jnp.float32)
+    return jnp.mean(jnp.where(jnp.isnan(relevant), relevant, relevant > 0), axis=1)
 
 
 def ndcg_at_k(scores: Any, y: Any, k: int) -> jax.Array:
@@ -166,7 +168,7 @@ def ndcg_at_k(scores: Any, y: Any, k: int) -> jax.Array:
       k: at most num_labels.
 
     Returns:
-      A number for each example, (B,), float32; 0 where no label applies.
+      A number for each example, (B,), float32; 0 where no label applies, otherwise NaN where a score is.
 
     Raises:
       TypeError, ValueError: as `js.precision_at_k`.
@@ -192,9 +194,10 @@ def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(message(f, "k", f"in [1, {scores.shape[1]}], the labels that there are", k))
     top = jax.lax.top_k(scores, k)[1]  # (B, k)
+    unranked = jnp.where(jnp.isnan(scores).any(axis=1, keepdims=True), jnp.nan, jnp.float32(0))
     if not isinstance(y, BCOO):
         y = y.astype(jnp.float32)
-        return jnp.take_along_axis(y, top, axis=1), jax.lax.top_k(y, k)[0]
+        return jnp.take_along_axis(y, top, axis=1) + unranked, jax.lax.top_k(y, k)[0]
     size = scores.shape[0]
     rows, columns, values = _entries(y, jnp.float32)
     there = top.at[rows].get(mode="fill", fill_value=-1) == columns[:, None]  # (nse, k)
@@ -203,7 +206,7 @@ def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
     rows, values = rows[order], values[order]
     rank = jnp.arange(len(rows)) - jnp.searchsorted(rows, rows)  # in its row
     best = jnp.zeros((size, k), jnp.float32).at[rows, rank].set(values, mode="drop")
-    return relevant, jnp.maximum(best, 0)
+    return relevant + unranked, jnp.maximum(best, 0)
 
 
 def _of_one_shape(f: str, argument: str, logits: Any, y: Any) -> tuple[jax.Array, Any]:
