@@ -633,6 +633,7 @@ NULLABLE = Column([1.0, np.nan], "Int64", missing=[1])
     (Frame(a=np.ones(2), b=CATEGORY), "x['b']: of numbers. Got a categorical"),
     (Frame(a=SPARSE, b=SPARSE), "x['a']: dense, or a SciPy matrix. Got a sparse column"),
     (Frame(a=np.ones(2), b=NULLABLE), "x['b']: without missing values. Got Int64, missing at position 1"),
+    ({"m": np.ma.masked_array([1, 2], [0, 1])}, "x['m']: without missing values. Got int64, masked at position 1"),
     ({"f": Frame(a=IDS[0], b=objects([1], [2]))}, "x['f']['b']: of numbers that JAX has a dtype for. Got object, [1]"),
     (Frame(a=IDS[0], b=np.ones(2)),
      "x: a frame of one dtype. Got int64 in 'a' and float64 in 'b' instead. Give features by name: a dict of "),

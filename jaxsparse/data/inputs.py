@@ -30,6 +30,11 @@ def as_array(x: Any, name: str) -> np.ndarray:
     """
     if not isinstance(x, (np.ndarray, list, tuple)):
         _check_kind(x, name)
+    elif isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        at = int(np.flatnonzero(np.ma.getmaskarray(x))[0])
+        got = f"{x.dtype}, masked at {position_in(at, x.shape)}"
+        do = "Fill them, .filled(...), or leave these examples out."
+        raise TypeError(message("batches", name, "without missing values", got, do))
     try:
         return np.asarray(x)
     except ValueError:  # rows of several lengths
