@@ -524,3 +524,12 @@ def test_zipf_texts_from_files_of_csr(tmp_path):
     stream = js.stream(days, reader=lambda day: (js.open_csr(day), np.arange(50) + 50 * int(day.name)), batch_size=32)
     rows = np.concatenate([densify(batch.x) for batch in stream])[:200]
     np.testing.assert_array_equal(rows, sp.vstack(x).toarray())
+
+
+def test_a_reader_of_chunks_is_a_reader(tmp_path):
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for file, rows in zip(files, (range(3), range(3, 7)), strict=True):
+        file.write_text("y,c\n" + "".join(f"{n},{n}\n" for n in rows))
+    read = lambda file: js.read_csv(file, label="y", ids=["c"], chunk_rows=2)  # noqa: E731
+    batches = list(js.stream(files, reader=read, batch_size=3))
+    assert [batch.x["c"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]

@@ -87,7 +87,9 @@ class Source:
         name = self.files[file]
         where = "" if name is None else f" of {name!r}"
         read = self._reader(name)
-        parts = read if isinstance(read, Reader) or hasattr(read, "__next__") else [read]
+        # what can be gone through and has no length is chunks: an iterator, or a reader such as js.read_csv
+        is_chunks = hasattr(read, "__iter__") and not hasattr(read, "__len__")
+        parts = read if hasattr(read, "__next__") or is_chunks else [read]
         total = 0
         for number, part in enumerate(parts):
             try:
