@@ -272,6 +272,19 @@ def test_bad_lines_of_csv(write, tmp_path):
     fails(js.read_csv(write('a,b\n1,"2\n3,4\n'), numbers=["a"]), "line 2: unexpected end of data")
 
 
+def test_fields_of_spaces_are_empty(write):
+    for spaces in ("", "  ", '" "'):
+        path = write(f"y,a\n1,{spaces}\n0, 2 \n")
+        assert joined([x["numbers"] for x, _, _ in js.read_csv(path, numbers=["a"], fill=7)]) == [[7], [2]]
+        fails(js.read_csv(path, numbers=["a"]), "line 2: column 'a' is empty; fill=")
+        fails(js.read_csv(write(f"a,y\n1,{spaces}\n"), label="y", numbers=["a"], fill=7), "column 'y' is empty")
+
+
+def test_a_gz_file_of_no_bytes_is_damaged(write):
+    fails(js.read_svmlight(write("", "x.gz"), num_features=3), "x.gz is a damaged gzip file")
+    assert list(js.read_svmlight(write("", "x.svm"), num_features=3)) == []
+
+
 def test_columns_that_cannot_be(write):
     path = write(CSV)
     fails(js.read_csv(path, numbers=["z"]), f"{path} has no column 'z'. Its columns are 'y', 'a'")
@@ -346,6 +359,7 @@ def test_bad_lines_of_jsonl(write, tmp_path):
         '{"k": null}': "column 'k' is null, where there are strings",
         '{"t": "a"}': "column 't' is \"a\", where there are lists of strings",
         '{"t": [["a"]]}': "where there are lists of strings",
+        '{"k": "\\ud800"}': "half of a surrogate pair",
     }
     lines = []
     for line in bad:
@@ -360,6 +374,9 @@ def test_bad_lines_of_jsonl(write, tmp_path):
         chunks = list(js.read_jsonl(path, bad_lines=aside, **ASKED))
     assert [len(y) for _, y, _ in chunks] == [2] and len(aside.read_text().splitlines()) == len(bad)
     fails(js.read_jsonl(write(b'{"n": "\xff"}\n'), numbers=["n"]), "line 1: it is not in UTF-8")
+    for rows, line in (('{"t": null}\n{"t": ["a"]}', 1), ('{"t": ["a", null]}\n{"t": null}', 2)):
+        reader = js.read_jsonl(write(rows), hashed=["t"], missing="", **HASHED)
+        fails(reader, f"line {line}: column 't' is null, where there are lists of strings")
 
 
 def test_vw(write):

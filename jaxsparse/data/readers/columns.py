@@ -112,8 +112,8 @@ def convert(
       values: by name, `count` of each.
       count: the rows.
       as_numbers: (values, fill) -> float32 (n,), and as_ids, of a whole column; both raise ValueError.
-      checks: "numbers", "ids" and "hashed": () -> a function of one value that raises BadRowError if it cannot be
-        that. That of numbers returns whether it is missing.
+      checks: "numbers", "ids" and "hashed": (a column) -> a function of one of its values that raises BadRowError if it
+        cannot be that. That of numbers returns whether it is missing.
     """
     bad: dict[int, str] = {}
     for _ in range(2):
@@ -141,7 +141,7 @@ def _bad_rows(columns: Columns, values: dict[str, list[Any]], checks: Mapping[st
     roles = [("numbers", (*given, *columns.numbers)), ("ids", columns.ids), ("hashed", (*columns.hashed, *of_crosses))]
     for role, names in roles:
         for name in names:
-            check = checks[role]()
+            check = checks[role](values[name])
             for at, value in enumerate(values[name]):
                 try:
                     if check(value) and columns.fill_of(name) is None:

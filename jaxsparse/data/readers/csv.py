@@ -225,7 +225,12 @@ def _numbers(values: list[str], fill: float | None) -> np.ndarray:
     if fill is not None and "" in values:
         values = [value or str(fill) for value in values]
     _check_plain(values)
-    return finite(np.fromiter(map(float, values), np.float64, len(values)))
+    try:
+        return finite(np.fromiter(map(float, values), np.float64, len(values)))
+    except ValueError:
+        if fill is None or all(map(str.strip, values)):
+            raise
+        return _numbers([value.strip() for value in values], fill)  # fields of spaces are empty
 
 
 def _ids(values: list[str]) -> np.ndarray:
@@ -262,4 +267,4 @@ def _is_id(value: str) -> None:
         raise BadRowError(f"is {value!r}, no integer from 0 to 2**63 - 1") from None
 
 
-_CHECKS = {"numbers": lambda: _is_number, "ids": lambda: _is_id, "hashed": lambda: lambda value: None}
+_CHECKS = {"numbers": lambda _: _is_number, "ids": lambda _: _is_id, "hashed": lambda _: lambda value: None}

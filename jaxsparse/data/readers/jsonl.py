@@ -80,8 +80,9 @@ class _Jsonl(LineReader):
     def __init__(self, paths: Any, of: Columns, chunk_rows: int, bad_lines: Any) -> None:
         super().__init__("read_jsonl", paths, chunk_rows, bad_lines)
         self.of = of
-        hashed = lambda: _Hashed(of.missing is not None)  # noqa: E731
-        self.checks = {"numbers": lambda: _is_number, "ids": lambda: _Kinds(False), "hashed": hashed}
+        hashed = lambda values: _Hashed(values, of.missing is not None)  # noqa: E731
+        ids = lambda values: _Kinds(values, False)  # noqa: E731
+        self.checks = {"numbers": lambda _: _is_number, "ids": ids, "hashed": hashed}
 
     def parse(self, lines: list[bytes], bad: Callable[[int, str], None]) -> tuple[Chunk, int]:
         names = self.of.names
@@ -138,15 +139,15 @@ def _is_number(value: Any) -> bool:
 
 
 class _Kinds:
-    """One kind of values in a column, that of the first one: a list or none, of `kinds`."""
+    """One kind of values in a column, that of the first one that is not null: a list or none, of `kinds`."""
 
     kinds: tuple[type, ...] = (int,)
     must = "integers from 0 to 2**63 - 1"
     low, high = 0, 2**63
 
-    def __init__(self, may_be_missing: bool) -> None:
+    def __init__(self, values: list[Any], may_be_missing: bool) -> None:
         self.may_be_missing = may_be_missing
-        self.is_list: bool | None = None
+        self.is_list = isinstance(next((value for value in values if value is not None), None), list)
         self.kind: type | None = None
 
     def __call__(self, value: Any) -> None:
@@ -157,10 +158,11 @@ class _Kinds:
             wrong = type(one) not in self.kinds or (self.kind or type(one)) is not type(one)
             if wrong or (type(one) is int and not self.low <= one < self.high):
                 raise BadRowError(f"is {_shown(value)}, where there are {self._said()}")
+            if type(one) is str and not one.isascii():
+                _check_text(one)
             self.kind = type(one)
-        if self.is_list not in (None, is_list) and value is not None:
+        if self.is_list is not is_list:
             raise BadRowError(f"is {_shown(value)}, where there are {self._said()}")
-        self.is_list = is_list if value is not None else self.is_list
 
     def _said(self) -> str:
         of = {str: "strings", int: self.must}[self.kind] if self.kind in (str, int) else self.must
@@ -171,6 +173,13 @@ class _Hashed(_Kinds):
     kinds = (str, int)
     must = "strings, or integers of 64 bits"
     low, high = -(2**63), 2**64
+
+
+def _check_text(value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(f"is {_shown(value)}, which has half of a surrogate pair") from None
 
 
 def _shown(value: Any) -> str:

@@ -114,7 +114,7 @@ class LineReader(Reader):
 
 def in_lines(function: str, path: str, count: int) -> Iterator[list[bytes]]:
     """Lists of up to `count` lines, with their ends."""
-    with open_file(path) as file:
+    with read(function, path, lambda: open_file(path)) as file:
         lines = itertools.chain(_first(file), file)
         while part := read(function, path, lambda: list(itertools.islice(lines, count))):
             yield part
@@ -138,7 +138,10 @@ def read(function: str, path: str, reading: Callable[[], Any]) -> Any:
 def open_file(path: str) -> Any:
     """A file in bytes, unzipped if it is gzipped, whatever its name."""
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+        start = file.read(2)
+    zipped = start == b"\x1f\x8b"
+    if not start and str(path).endswith(".gz"):  # even of nothing, gzip makes 20 bytes
+        raise gzip.BadGzipFile("it has no bytes at all")
     return gzip.open(path, "rb") if zipped else open(path, "rb")
 
 
