@@ -310,6 +310,13 @@ def test_threads_share_a_computed_order(monkeypatch):
         assert all(pool.map(read, range(4)))
 
 
+def test_rows_that_do_not_fit_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxsparse.data.csr_files.MAX_ROWS", 8)
+    with pytest.raises(OverflowError, match=r"'matrix' argument.*fewer than 8 rows in all.*8 up to matrix\[1\]"):
+        js.save_csr(tmp_path / "x", [sp.eye_array(4)] * 3)
+    assert os.listdir(tmp_path) == []
+
+
 def test_grain_drives_batches():
     grain = pytest.importorskip("grain")
     batches = js.batches(random_csr(rng_of(0), 30), np.arange(30), batch_size=8, shuffle=True)

@@ -113,6 +113,8 @@ BAD_SVM = {
     "1 1_0:1": "the index is '1_0', no integer",
     "1 1.5:1": "the index is '1.5'",
     "1 1e1:1": "the index is '1e1'",
+    "1 1e0:1": "the index is '1e0'",
+    "1 2.0:1": "the index is '2.0'",
     "1 0:1": "index 0 is outside 1 to 4; if indices begin at 0, give zero_based=True",
     "1 5:1": "index 5 is outside 1 to 4",
     "1 -1:1": "index -1 is outside",

@@ -13,7 +13,6 @@ from jaxsparse._checks import message
 from jaxsparse.data.examples import Examples
 from jaxsparse.data.order import order_of
 from jaxsparse.data.ragged import Ragged, as_ragged, rows_of
-from jaxsparse.data.readers.lines import Reader
 
 
 class Chunk:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import scipy.sparse
 
-from jaxsparse._checks import message
+from jaxsparse._checks import MAX_ROWS, message
 from jaxsparse.data.csr import Csr
 from jaxsparse.data.ragged import pieces
 
@@ -82,6 +82,9 @@ def _write(folder: Path, parts: Iterable[Any]) -> None:
             for _, piece in pieces(csr.rows.starts[1:]):
                 ends.write(piece.astype(np.int64) + nnz)
             rows, nnz = rows + csr.shape[0], nnz + csr.nnz
+            if rows >= MAX_ROWS:
+                must = f"of fewer than {MAX_ROWS} rows in all"
+                raise OverflowError(message("save_csr", "matrix", must, f"{rows} up to {name}"))
     if first is None:
         raise ValueError(message("save_csr", "matrix", "at least one SciPy matrix", "none"))
     with _Npy(folder / "shape.npy") as shape:

@@ -135,6 +135,8 @@ class _Svmlight(LineReader):
             own = line.replace(b":", b" ").split()
             if len(own) != 2 * count + 1:
                 raise ValueError
+            if count and not b"".join(own[1::2]).isdigit():  # 1e1 is a number, but no index
+                raise ValueError
             fields += own
             counts.append(count)
         numbers = np.fromiter(map(float, fields), np.float64, len(fields))
