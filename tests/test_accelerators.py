@@ -8,6 +8,7 @@ Each case is one of `python -m tests.accelerators`. What fails today is marked, 
 """
 
 import math
+import warnings
 
 import pytest
 
@@ -135,6 +136,8 @@ def marked(case, reason):
 @pytest.mark.accelerators
 @pytest.mark.parametrize("case", [marked(case, reason) for case, reason in CASES.items()])
 def test_no_work_as_large_as_a_table(case):
-    found = report(case)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*on TPU, XLA copies")  # what an xfail shows
+        found = report(case)
     print(found)
     assert list(problems(case, found)) == []
