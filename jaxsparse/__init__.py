@@ -3,7 +3,8 @@
 A training step costs what the rows of its batch cost, not what its tables cost. The sub-packages, top to bottom: `data`
 (SciPy matrices and id lists to batches of static shapes), `ops` (pure functions), `trace` (a step as a program, and its
 evaluation on some rows), `optim` (any optax optimizer on row-sparse gradients), `parallel` (several devices),
-`train` (`js.jit`, and what goes around a step), and `nnx` (the same for modules that are updated in place).
+`train` (`js.jit`, and what goes around a step), `nnx` (the same for modules that are updated in place), and `command`
+(`python -m jaxsparse`).
 """
 
 from typing import TYPE_CHECKING
