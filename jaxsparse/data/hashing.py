@@ -307,8 +307,8 @@ class _Column:
         if kind in ("string", "large_string", "binary", "large_binary"):
             _, offsets, data = array.buffers()
             wide = np.int64 if kind.startswith("large") else np.int32
-            ends = np.frombuffer(offsets, wide) if offsets is not None else np.zeros(1, wide)
-            ends = ends[array.offset : array.offset + len(array) + 1].astype(np.int64)
+            given = np.frombuffer(offsets, wide) if offsets is not None else np.zeros(1, wide)
+            ends: np.ndarray = given[array.offset : array.offset + len(array) + 1].astype(np.int64)
             first, last = (int(ends[0]), int(ends[-1])) if len(array) else (0, 0)
             buffer = np.zeros(last - first + 4, np.uint8)
             if last > first:

@@ -42,7 +42,7 @@ def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed
       seed: 32 bits, or uint32 (n,).
     """
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), starts.shape)
-    words = np.ndarray((max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,))  # at every byte
+    words: np.ndarray = np.ndarray((max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,))  # at every byte
     out = np.empty(len(starts), np.uint32)
     for at in range(0, len(starts), _CHUNK):
         length = lengths[at : at + _CHUNK]
