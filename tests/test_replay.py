@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 
 import jaxsparse as js
 from jaxsparse.optim import catch_up
+from jaxsparse.trace import planning
 from jaxsparse.train.refresh import _flush_all
 from tests.hlo import compiled_by_default, large_arrays
 from tests.marks import slow_but
@@ -337,8 +338,9 @@ def test_stale_rows_are_refused(name):
 
 @pytest.mark.slow
 @small_and_large
-def test_a_table_that_another_loss_uses_as_a_whole(name):
+def test_a_table_that_another_loss_uses_as_a_whole(name, monkeypatch):
     """Its rows are brought up to date before a dense gradient is taken."""
+    monkeypatch.setattr(planning, "_ANNOUNCED", set())
 
     def whole(p, ids):
         return loss_fn(p, ids) + jnp.sum(p["t"] ** 2)
