@@ -30,6 +30,12 @@ hypothesis.settings.register_profile("jaxsparse", deadline=None, max_examples=30
 hypothesis.settings.load_profile("jaxsparse")
 
 
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("devices"):
+        if jax.device_count() < mark.args[0]:
+            pytest.skip(f"{jax.device_count()} of {mark.args[0]} devices: {jax.devices()[0].device_kind}")
+
+
 @pytest.fixture
 def explained_by_default(monkeypatch):
     """js.explain compiles a program to see what it makes, here as users get it and not with the quick flags."""

@@ -25,11 +25,12 @@ DEFAULTS = _known(importlib.metadata.version("jax"), 1)
 def xla_flags(environment, jax_version: str) -> str:
     """XLA_FLAGS for the tests: what it is, eight devices, and the quick flags.
 
-    A quick flag that XLA_FLAGS names stays as it is there, and JAXSPARSE_XLA_DEFAULTS=1 sets none. Neither is one set
+    A flag that XLA_FLAGS names stays as it is there, and JAXSPARSE_XLA_DEFAULTS=1 sets none. Neither is one set
     that this JAX is not known to know: XLA ends the process then.
     """
     given = environment.get("XLA_FLAGS", "")
-    flags = [given, "--xla_force_host_platform_device_count=8"]
+    devices = "--xla_force_host_platform_device_count"
+    flags = [given, "" if devices in given else f"{devices}=8"]
     if environment.get("JAXSPARSE_XLA_DEFAULTS", "0") in ("", "0"):
         quick = _known(jax_version, 0)
         flags += [f"--{name}={str(value).lower()}" for name, value in quick.items() if name not in given]

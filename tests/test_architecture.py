@@ -109,4 +109,6 @@ def test_the_flags_that_make_xla_quick():
     assert xla_flags({"JAXSPARSE_XLA_DEFAULTS": "1"}, "0.10.2") == xla_flags({}, "0.13.0") == eight
     mine = "--xla_backend_optimization_level=2"
     assert xla_flags({"XLA_FLAGS": mine}, "0.10.2") == f"{mine} {eight} {others}"
+    one = "--xla_force_host_platform_device_count=1"
+    assert xla_flags({"XLA_FLAGS": one}, "0.10.2") == f"{one} {level} {others}"
     assert QUICK.keys() == DEFAULTS.keys()

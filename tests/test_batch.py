@@ -414,6 +414,7 @@ def test_a_position_of_other_settings_raises(change):
 # ---- devices
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pmap_takes_stacked_shards(kind):
     n, devices = 19, 4

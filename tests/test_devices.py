@@ -108,6 +108,7 @@ def test_bytes_do_not_depend_on_num_rows(way):
     assert large_arrays(large, 2 * LARGE // (4 if "rows" in way else 1)) == []
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("skipped", ["freeze", pytest.param("replay", marks=pytest.mark.slow)])
 def test_a_device_holds_its_part_of_the_tables(skipped):
     memory = {n: compiled("rows", n, skipped).memory_analysis() for n in (LARGE, 2 * LARGE)}
@@ -210,6 +211,7 @@ def test_flush_of_split_rows_moves_nothing(optimizer):
     assert bytes_moved(program.as_text()) == {}
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", slow_but([AxisType.Auto], [AxisType.Auto, AxisType.Explicit]))
 def test_shard_rows_under_jit_makes_no_whole_table(kind):
     mesh, num_rows = devices.mesh_of((8,), ("rows",), kind), 4 * LARGE
@@ -256,6 +258,7 @@ def test_spread_ids_balances_zipf():
     assert shares.max() < 1.1 * shares.mean()
 
 
+@pytest.mark.devices(8)
 def test_refusals():
     state = devices.start("adam")
     mesh = devices.mesh_of((2,), ("rows",))
@@ -265,6 +268,7 @@ def test_refusals():
         js.shard_rows(state, mesh, tables="tabel", axis="rows")
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("check_vma", slow_but([True], [True, False]))
 def test_gradients_by_hand_under_shard_map(check_vma):
     """js.value_and_grad gives each device's own gradients, dense ones too, whatever shard_map checks; js.pmean joins

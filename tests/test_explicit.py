@@ -64,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", slow_but(["js.jit", "js.rowwise, split"], CASES))
 def test_a_step(name):
     run, kinds, sharded = CASES[name]
@@ -78,6 +79,7 @@ def test_a_step(name):
     assert all(jax.tree.leaves(is_same))
 
 
+@pytest.mark.devices(8)
 def test_a_step_on_modules():
     def train_step(model, optimizer, ids):
         loss, grads = nnx.value_and_grad(lambda model: loss_fn(model.embedding[...], ids))(model)
@@ -93,6 +95,7 @@ def test_a_step_on_modules():
     compare("js.nnx.jit", (model.embedding[...], losses[1]), (table, loss), TOL)
 
 
+@pytest.mark.devices(8)
 def test_a_program_that_names_shardings_is_refused():
     """On the rows that a step reads its arrays have other shapes than in the program."""
 
@@ -104,6 +107,7 @@ def test_a_program_that_names_shardings_is_refused():
     assert any("Leave out_sharding= and jax.sharding.reshard out of it" in note for note in error.value.__notes__)
 
 
+@pytest.mark.devices(8)
 def test_a_step_is_compiled_for_the_mesh_in_context():
     """The same arguments, with and without a mesh, are no reason for the same program."""
     run = js.jit(step)

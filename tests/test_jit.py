@@ -99,6 +99,7 @@ def test_an_epoch_of_shuffled_batches_compiles_few_programs():
     assert step._cache_size() <= 3
 
 
+@pytest.mark.devices(8)
 def test_arrays_of_every_kind():
     """NumPy's, JAX's, lists of js.batches, int64, on another CPU device: the same step."""
     wanted, _ = js.jit(STEP)(copied(create(ADAM)), *batch())

@@ -18,6 +18,7 @@ import jaxsparse as js
 from jaxsparse.ops.packed import pack_array
 from jaxsparse.ops.rows import gather_rows, scatter_rows
 from jaxsparse.train import packing
+from tests.flags import DEFAULTS
 from tests.hlo import compiled_by_default, large_arrays
 from tests.marks import slow_but
 
@@ -60,7 +61,12 @@ SHAPES = [pytest.param(x, marks=() if x in ((3,), (96,)) else pytest.mark.slow) 
     "dtype", slow_but([jnp.float32, jnp.bfloat16], [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
 )
 def test_rows_keep_their_bits(shape, dtype):
-    """Of all numbers there are: NaN, minus zero, and what is too small to be normal, beside each other."""
+    """Of all numbers there are: NaN, minus zero, and what is too small to be normal, beside each other.
+
+    Compiled as by default: with the quick flags, LLVM makes zero of bfloat16 numbers that are too small to be normal,
+    on processors with AVX512-BF16.
+    """
+    jit = functools.partial(jax.jit, compiler_options=DEFAULTS)
     size = V * int(np.prod(shape)) * jnp.dtype(dtype).itemsize
     table = RNG.integers(0, 256, size, dtype=np.uint8).view(dtype).reshape(V, *shape)
     if jnp.issubdtype(dtype, jnp.inexact):
@@ -71,14 +77,14 @@ def test_rows_keep_their_bits(shape, dtype):
     rows = table[RNG.integers(0, V, len(ids))]
     words = f"u{jnp.dtype(dtype).itemsize}"
     for order in (slice(None), np.argsort(ids)):
-        packed = pack_array(jnp.asarray(table))
-        got = np.asarray(jax.jit(gather_rows)(packed, ids[order]))
+        packed = jit(pack_array)(table)
+        got = np.asarray(jit(gather_rows)(packed, ids[order]))
         real = (ids[order] >= 0) & (ids[order] < V)
         np.testing.assert_array_equal(got[real].view(words), table[ids[order][real]].view(words))
         assert not got[~real].view(words).any()
         want = table.copy()
         want[ids[order][real]] = rows[order][real]
-        got = np.asarray(jax.jit(scatter_rows)(packed, ids[order], rows[order]))
+        got = np.asarray(jit(scatter_rows)(packed, ids[order], rows[order]))
         np.testing.assert_array_equal(got.view(words), want.view(words))
 
 
@@ -252,6 +258,7 @@ def test_what_a_step_hands_through_is_not_unpacked():
     assert f"[{V},16]" not in hlo
 
 
+@pytest.mark.devices(8)
 def test_errors():
     state = js.pack(TrainState.create(apply_fn=None, params=params_of((16,)), tx=optax.adam(1e-2)), tables=TABLE)
     for change in (

@@ -321,6 +321,7 @@ def test_split_tables_stay_split(kind):
         close(*(jax.tree.map(np.asarray, step(x, IDS[-1])[0]) for x in (got, want)))
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", slow_but([AxisType.Auto], [AxisType.Auto, AxisType.Explicit]))
 def test_no_device_holds_more_than_its_part(kind, monkeypatch):
     """A few rows at a time go to all devices; no table is gathered."""

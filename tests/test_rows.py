@@ -251,6 +251,7 @@ def test_maps_that_reach_the_ids_are_refused(name):
         MAPS[name](GRADS)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["psum", "pmean", "pmax"])
 def test_collectives_of_ids_are_refused(name):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), GRADS)
@@ -310,6 +311,7 @@ def crossings():
     }
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", crossings())
 def test_crosses(name):
     g = GRADS["t"]

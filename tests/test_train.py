@@ -409,6 +409,7 @@ def test_a_loss_that_is_nan_on_an_empty_device_does_no_harm():
     np.testing.assert_allclose(metrics["loss"], np.full(4, 14 / 3), rtol=1e-6)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("check_vma", slow_but([True], [True, False]))
 def test_shard_map(check_vma):
     """Each device's mean over its own ids, then the mean of these: a batch without weights."""
@@ -423,6 +424,7 @@ def test_shard_map(check_vma):
     assert metrics["rows_touched"] == 3
 
 
+@pytest.mark.devices(8)
 def test_traffic_does_not_depend_on_num_rows():
     """psum gathers ids and rows, and no table."""
 
@@ -435,6 +437,7 @@ def test_traffic_does_not_depend_on_num_rows():
     assert "all-gather" in text and large_arrays(text, 1000) == []
 
 
+@pytest.mark.devices(8)
 def test_psum_and_pmean():
     ids, rows = jnp.array([[1, 2], [2, 9]]), jnp.arange(8.0).reshape(2, 2, 2)
     tree = jax.vmap(lambda i, r: {"t": js.RowSparse(i, r, (4, 2)), "w": r})(ids, rows)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tensorflow", metavar="PYTHON", default=sys.executable, help="whose environment has it")
     parser.add_argument("--data", metavar="FILE", help="flights.csv.zip: see skipped_rows.py")
-    parser.add_argument("--gpu", action="store_true", help="only the bag at a GPU's size")
+    parser.add_argument("--gpu", action="store_true", help="the cases for a GPU instead")
     options = parser.parse_args()
 
     def wanted(name: str) -> bool:

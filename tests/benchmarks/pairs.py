@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.benchmarks.worker import Worker
-from tests.benchmarks.workloads import GPU_CASE, NUM_BATCHES, OURS, Case, cases, size_cases
+from tests.benchmarks.workloads import NUM_BATCHES, OURS, Case, cases, gpu_cases, size_cases
 
 
 class Entry(NamedTuple):
@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
 def groups(*, gpu: bool) -> list[tuple[Entry, list[Entry]]]:
     """A base, and those it is held against one by one."""
-    chosen, (small, *large) = [GPU_CASE] if gpu else cases(), size_cases()
+    chosen, (small, *large) = gpu_cases() if gpu else cases(), size_cases()
     alone = [(Entry(name, small), [Entry(name, case) for case in large]) for name in ("jaxsparse", "limit")]
     return [(Entry("jaxsparse", c), [Entry(peer, c) for peer in c.peers]) for c in chosen] + alone * (not gpu)
 

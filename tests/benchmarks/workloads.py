@@ -94,7 +94,16 @@ def size_cases() -> tuple[Case, Case, Case]:
     return Case("size/1e5", 10**5), first, dataclasses.replace(first, name="size/1e7-spread", spread=True)
 
 
-GPU_CASE = Case("gpu/adam", 20_000_000, dim=128, batch=65_536, peers=("torch",))
+def gpu_cases() -> list[Case]:
+    """The bag at a CPU's size and at a GPU's, and the sparse input."""
+    words = ("js.jit", "words batches", "words")
+    return [
+        Case("gpu/adam/1e6", 10**6, peers=("torch", "optax", *words)),
+        Case("gpu/adam/1e7", 10**7, peers=("torch", "optax")),
+        Case("gpu/adam/2e7", 2 * 10**7, dim=128, batch=65_536, peers=("torch", *words)),
+        Case("gpu/adam_replay/1e6", 10**6, "adam_replay", peers=("torch", "optax")),
+        Case("gpu/linear/1e6", 10**6, model="linear", batch=1024, length=100, ids="fields", peers=("torch", "optax")),
+    ]
 
 
 def initial_table(case: Case) -> np.ndarray:
