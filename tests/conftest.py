@@ -31,6 +31,9 @@ hypothesis.settings.load_profile("jaxsparse")
 
 
 def pytest_runtest_setup(item):
+    for mark in item.iter_markers("cpu"):
+        if jax.default_backend() != "cpu":
+            pytest.skip(f"on a CPU only: {mark.args[0]}")
     for mark in item.iter_markers("devices"):
         if jax.device_count() < mark.args[0]:
             pytest.skip(f"{jax.device_count()} of {mark.args[0]} devices: {jax.devices()[0].device_kind}")

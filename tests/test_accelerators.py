@@ -10,11 +10,16 @@ Each case is one of `python -m tests.accelerators`. What fails today is marked, 
 import math
 import warnings
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
+import jaxsparse as js
 from tests.accelerators.cases import Case
 from tests.accelerators.report import report
-from tests.accelerators.topologies import libtpu_version, missing
+from tests.accelerators.topologies import device, libtpu_version, missing
+from tests.hlo import large_arrays
 
 M = 10**6
 COPIED = "a row that is no multiple of 128 wide lies across the lanes, and XLA copies the table to read and write rows"
@@ -141,3 +146,26 @@ def test_no_work_as_large_as_a_table(case):
         found = report(case)
     print(found)
     assert list(problems(case, found)) == []
+
+
+@pytest.mark.accelerators
+@pytest.mark.parametrize("kind", ["v5e", "h100"])
+def test_stacked_tables(kind):
+    """As found on an H100: XLA copied them all, reading rows of one shape and writing those of the other."""
+    if missing(kind):
+        pytest.skip(missing(kind))
+    shape, tx = (3, 200_000, 128), optax.adam(0.1)
+
+    def step(state, ids):
+        table, opt_state = state
+        grads = jax.grad(lambda table: jnp.sum(table[jnp.arange(3), ids] ** 2))(table)
+        updates, opt_state = tx.update(grads, opt_state, table)
+        return optax.apply_updates(table, updates), opt_state
+
+    there = jax.sharding.SingleDeviceSharding(device(kind))
+    table = jax.ShapeDtypeStruct(shape, jnp.float32)
+    args = (table, jax.eval_shape(tx.init, table)), jax.ShapeDtypeStruct((4096, 3), jnp.int32)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
+    compiled = js.jit(step).lower(*args).compile()
+    assert not large_arrays(compiled.as_text(), math.prod(shape))
+    assert compiled.memory_analysis().temp_size_in_bytes < 64e6

@@ -670,7 +670,7 @@ def test_pandas_itself():
         ({"kind": frame["kind"]}, "x['kind']: of numbers. Got a categorical"),
         ({"ids": frame["ids"]}, "x['ids']: of numbers that JAX has a dtype for. Got object, [1] at position 0"),
         ({"s": pd.Series(["a", "b"])}, "x['s']: of numbers that JAX has a dtype for. Got object, 'a' at position 0"),
-        (sparse, "x[0]: dense, or a SciPy matrix. Got a sparse column, Sparse[float64, 0"),
+        (sparse, "x[0]: dense, or a SciPy matrix. Got a sparse column, Sparse[float64"),
         (
             {"n": pd.Series([1, None], dtype="Int64")},
             "x['n']: without missing values. Got Int64, missing at position 1",

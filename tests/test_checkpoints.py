@@ -120,6 +120,7 @@ def equal(got, want):
     chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, x.replace(apply_fn=None, tx=None)) for x in (got, want)))
 
 
+@pytest.mark.cpu("a GPU adds up in another order each time")
 @pytest.mark.parametrize("way", slow_but(["bytes", "dictionaries"], WAYS))
 @pytest.mark.parametrize("name", slow_but(["jit, replay"], CASES))
 def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
@@ -137,6 +138,7 @@ def test_a_state_goes_on_where_it_was_saved(name, way, tmp_path):
     equal(loaded, want)
 
 
+@pytest.mark.cpu("a GPU adds up in another order each time")
 @pytest.mark.parametrize("way", ["bytes", "orbax"])
 @pytest.mark.parametrize("name", slow_but(["jit, replay"], ["jit, replay", "lazy"]))
 def test_fit_that_was_interrupted_goes_on_in_another_process(name, way, tmp_path):

@@ -267,6 +267,7 @@ def test_rows_that_the_host_chooses(a, b, clip_a, clip_b):
         assert unique[place] == i if 0 <= i < num_rows else place == 99
 
 
+@pytest.mark.cpu("a GPU sorts ids in the program, for any number of distinct ones")
 @pytest.mark.parametrize("abstract", [False, True])
 def test_what_lower_compiles_is_called_like_the_step(abstract):
     """With as many rows as it was compiled for, and no more."""

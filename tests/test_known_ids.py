@@ -184,6 +184,7 @@ CUTS = {
 }
 
 
+@pytest.mark.cpu("a GPU adds up in another order each time")
 @pytest.mark.parametrize("change", slow_but(["a part"], CUTS))
 @pytest.mark.parametrize("way", slow_but(["jit"], ["rowwise", "jit", "two words"]))
 def test_a_batch_cut_in_another_way_knows_nothing(change, way):

@@ -644,6 +644,7 @@ def test_in_pieces(name, many, monkeypatch):
     assert np.array_equal(results[0][0]["t"][untouched], params["t"][untouched])
 
 
+@pytest.mark.cpu("elsewhere there are no pieces")
 def test_pieces_copy_no_table():
     """Compiled for CPU, an update in pieces makes nothing that is as large as a table."""
     params = jnp.zeros((500_000, 16))

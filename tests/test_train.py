@@ -334,6 +334,7 @@ def test_a_table_past_two_to_the_31_elements():
     assert np.count_nonzero(np.asarray(table).view(np.uint16)) == want.size
 
 
+@pytest.mark.cpu("it reads what XLA writes for a CPU")
 @pytest.mark.parametrize("name", CREATE_LARGE)
 def test_the_reader_of_hlo_sees_large_arrays(name):
     """The oracle can fail: each of these creates an array of the table's size."""

@@ -261,14 +261,13 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if clipped:
         at = clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
     adds = eqn.primitive is _jax.SCATTER_ADD
-    repeated = (
-        walk.alone  # otherwise each of the small scatters would be added up over the devices
+    adds_rows = (
+        adds
         and not walk.planning
-        and isinstance(updates, Same)
-        and adds
-        and updates.axis < at.ndim - 1
+        and walk.alone  # otherwise each of the small scatters would be added up over the devices
         and _whole_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
     )
+    repeated = adds_rows and isinstance(updates, Same) and updates.axis < at.ndim - 1
 
     in_pieces = adds and isinstance(updates, Whole) and updates.entries is not None and adds_entries(eqn)
 
@@ -282,8 +281,17 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             changes = {"mode": Mode.FILL_OR_DROP, "indices_are_sorted": False, "unique_indices": False}
             return _jax.bind(eqn, [block, where, new], **changes)[0]
 
-        def at_once() -> jax.Array:
+        def as_they_come() -> jax.Array:
             return with_new(block.astype(wide), where, array_of(updates))
+
+        def at_once() -> jax.Array:
+            if not (adds_rows and _is_crowded(place, block)):
+                return as_they_come()
+
+            def in_order() -> jax.Array:
+                return _add_in_order(block.astype(wide), place, array_of(updates))
+
+            return jax.lax.platform_dependent(cuda=in_order, default=as_they_come)
 
         def one_by_one() -> jax.Array:
             turns, row = jnp.moveaxis(place, updates.axis, 0), jnp.squeeze(updates.row, updates.axis).astype(wide)
@@ -301,6 +309,29 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, adds=adds, clipped=clipped)
+
+
+def _is_crowded(place: jax.Array, block: jax.Array) -> bool:
+    """Whether so many rows are added to so few that a GPU does it faster in the order of these."""
+    rows = max(block.shape[0], 1)
+    return place.size >= _CROWDED * rows and place.size * (block.size // rows) * block.dtype.itemsize >= _LARGE
+
+
+def _add_in_order(block: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Array:
+    """block with rows added at `place`, row by row of the block. A GPU adds what several threads add to one address one
+    after another; XLA's threads each add up what is next to each other first, if it is said to be in order."""
+    many = place.size
+    place_in_order, order = jax.lax.sort_key_val(place.reshape(many), jnp.arange(many, dtype=jnp.int32))
+    rows = rows.reshape(many, *block.shape[1:]).at[order].get(mode="promise_in_bounds", unique_indices=True)
+    return block.at[place_in_order].add(
+        rows.astype(block.dtype), mode="drop", indices_are_sorted=True, wrap_negative_indices=False
+    )
+
+
+# An H100 took 2.5 ms for a step that adds 1.3 million rows of 128 to 170,000, and 1.8 ms in order. Of 82,000 rows of 64
+# to 18,000 both took as long, to start what sorts. With as many rows in the block, XLA adds them as they come.
+_CROWDED = 4
+_LARGE = 1 << 25  # bytes
 
 
 def window_sizes(eqn: Equation) -> list[int]:

@@ -46,7 +46,12 @@ class Stacked:
 
     def flat(self, leaves: Sequence[Any]) -> list[Any]:
         """The leaves, with one axis for the tables and their rows. Leaves may be abstract."""
-        return [_reshaped(x, _merged(self.shapes[i])) if i in self.shapes else x for i, x in enumerate(leaves)]
+        flat = [_reshaped(x, _merged(self.shapes[i])) if i in self.shapes else x for i, x in enumerate(leaves)]
+        # without a barrier XLA reads rows of one shape and writes those of the other, and copies tables on a GPU
+        return [
+            jax.lax.optimization_barrier(x) if i in self.shapes and isinstance(x, jax.Array) else x
+            for i, x in enumerate(flat)
+        ]
 
     def apart(self, leaves: Sequence[Any]) -> list[Any]:
         """As they were."""
