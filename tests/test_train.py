@@ -459,6 +459,30 @@ def test_psum_and_pmean():
             np.testing.assert_allclose(got["w"][device], rows.sum(0) * scale)
 
 
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_psum_adds_device_after_device(check_vma):
+    """In float32 (1e8 + 1) + 1 - 1e8 is 0, and the other way around it is not: the order is that of the devices. Each
+    device's own ids may repeat, and be none."""
+    values = jnp.array([1e8, 1, 1, -1e8])
+    ids = jnp.stack([jnp.array([5, 2, 5, -1])] * 4)
+    rows = jnp.stack([values, values[::-1], values, jnp.ones(4)], 1)[..., None]
+
+    def of_one(ids, rows):
+        return js.psum(js.RowSparse(ids[0], rows[0], (6, 1)), "i")
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "i")
+    spec = jax.sharding.PartitionSpec
+    run = jax.shard_map(of_one, mesh=mesh, in_specs=spec("i"), out_specs=spec(), check_vma=check_vma)
+    got = jax.jit(run)(ids, rows)
+    assert got.unique and got.ids.shape == (6,)
+    assert got.ids[:2].tolist() == [2, 5] and (got.ids[2:] >= 6).all()
+    twos, fives = np.float32(0), np.float32(0)
+    for two, five in zip(np.float32(values[::-1]), np.float32(values + values), strict=True):
+        twos, fives = twos + two, fives + five
+    assert got.rows[:2, 0].tolist() == [twos, fives]
+
+
 def test_a_loss_that_prints_prints_once(capsys):
     def loss(p, ids):
         jax.debug.print("loss of {}", jnp.sum(p["t"][ids]))

@@ -27,7 +27,7 @@ import optax
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import MAX_ROWS, as_ids, check_num_rows, message
-from jaxsparse._jax import opaque_dtype
+from jaxsparse._jax import opaque_dtype, vary, varying_axes
 from jaxsparse.ops.rows import compact, gather_rows, in_range, is_first, is_narrow, running_total, scatter_rows
 
 
@@ -314,20 +314,48 @@ def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
 def coalesce(g: RowSparse) -> RowSparse:
     """Adds up the rows of repeated ids: a RowSparse with unique ids in order, of min(k, num_rows) rows.
 
-    Sums of 16-bit rows are made in float32. The result is a function of ids and rows alone, the same on every replica.
+    Sums of 16-bit rows are made in float32. A GPU adds up repeated ids in any order, unless XLA_FLAGS has
+    --xla_gpu_deterministic_ops=true.
     """
     _check_no_examples(g)
     if g.unique:
         return g
-    ids, num_rows, k = g.ids, g.num_rows, g.ids.shape[0]
-    size = min(k, num_rows)
-    if not size:  # no ids, or no rows that they could name
-        return RowSparse(ids[:0], g.rows[:0], g.shape, unique=True)
-    real = in_range(ids, num_rows)
+    if not min(g.ids.shape[0], g.num_rows):  # no ids, or no rows that they could name
+        return RowSparse(g.ids[:0], g.rows[:0], g.shape, unique=True)
+    unique, place = _ranked(g.ids, g.num_rows)
+    rows = g.rows.astype(jnp.promote_types(g.dtype, jnp.float32))
+    sums = jax.ops.segment_sum(rows, place, num_segments=unique.shape[0])
+    return RowSparse(unique, sums.astype(g.dtype), g.shape, unique=True)
+
+
+def sum_of_devices(ids: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> RowSparse:
+    """The sum of blocks of unique ids, int32 (n, k), with rows (n, k, ...): a RowSparse with unique ids in order.
+
+    One block is added after another, so that a GPU gets the same bits each time: it adds up repeated ids in any order.
+    """
+    n, k = ids.shape
+    if not min(n * k, shape[0]):
+        return RowSparse(ids[0], rows[0], shape, unique=True)
+    unique, place = _ranked(ids.reshape(n * k), shape[0])
+    size = unique.shape[0]
+    place = place.reshape(n, k)
+    place = jnp.where(place < size, place, size + jnp.arange(k, dtype=jnp.int32))
+    wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+
+    def add(i: jax.Array, sums: jax.Array) -> jax.Array:
+        return sums.at[place[i]].add(wide[i], mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    zeros = vary(jnp.zeros((size, *rows.shape[2:]), wide.dtype), varying_axes(wide))
+    sums = jax.lax.fori_loop(0, n, add, zeros)
+    return RowSparse(unique, sums.astype(rows.dtype), shape, unique=True)
+
+
+def _ranked(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """The distinct rows that ids (k,) name in order, int32 (size,) padded with num_rows, num_rows + 1, ..., and where
+    each id is among them, int32 (k,), `size` for what is no row. size is min(k, num_rows)."""
+    size, real = min(ids.shape[0], num_rows), in_range(ids, num_rows)
     order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
     ordered = jnp.where(real, ids, num_rows)[order]
     new = is_first(ordered, num_rows)
     rank = jnp.zeros_like(order, jnp.int32).at[order].set(running_total(new.astype(jnp.int32)) - 1)
-    rows = g.rows.astype(jnp.promote_types(g.dtype, jnp.float32))
-    sums = jax.ops.segment_sum(rows, jnp.where(real, rank, size), num_segments=size)
-    return RowSparse(compact(ordered, new, num_rows, size), sums.astype(g.dtype), g.shape, unique=True)
+    return compact(ordered, new, num_rows, size), jnp.where(real, rank, size)

@@ -1,8 +1,8 @@
 """Sums and means across devices of trees that hold row-sparse gradients.
 
-`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead: every
-device ends up with all ids and rows, in device order, so what it makes of them is the same everywhere, and the bytes
-moved depend on the batch, not on num_rows.
+`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead, and
+added up in device order, so that the sum has the same bits on every device, and the bytes moved depend on the batch,
+not on num_rows.
 
 jax.shard_map checks, unless told not to, over which mapped axes each array varies, and there jax.grad adds up the
 gradients of what does not vary, all devices' together. Half of our gradients cannot be added up like that. So what is
@@ -18,15 +18,15 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxsparse._jax import all_gather
-from jaxsparse.ops.row_sparse import RowSparse, is_row_sparse
+from jaxsparse.ops.row_sparse import coalesce, is_row_sparse, sum_of_devices
 
 
 def psum(tree: Any, axis_name: Any) -> Any:
     """The sum of `tree` over a mapped axis.
 
     Args:
-      tree: any pytree; a RowSparse of ids (k,) becomes one of ids (n * k,), n being the axis's size, other leaves are
-        lax.psum's.
+      tree: any pytree; a RowSparse of ids (k,) becomes one of min(n * k, num_rows) unique ids, n being the axis's size,
+        other leaves are lax.psum's.
       axis_name: of jax.pmap or shard_map.
 
     Returns:
@@ -42,8 +42,9 @@ def psum(tree: Any, axis_name: Any) -> Any:
     def one(leaf: Any) -> Any:
         if not is_row_sparse(leaf):
             return jax.lax.psum(leaf, axis_name)
-        ids, rows = all_gather(leaf.ids, axis_name), all_gather(leaf.rows, axis_name)
-        return RowSparse(ids, rows, leaf.shape)
+        block = coalesce(leaf)
+        ids, rows = all_gather(block.ids[None], axis_name), all_gather(block.rows[None], axis_name)
+        return sum_of_devices(ids, rows, leaf.shape)
 
     return jax.tree.map(one, tree, is_leaf=is_row_sparse)
 
