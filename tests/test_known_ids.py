@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.sparse
+import scipy.sparse
 from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,18 @@ def test_shards_have_one_size_and_a_batch_with_more_has_its_own():
     few, many = np.zeros((4, 8), np.int32), np.arange(32, dtype=np.int32).reshape(4, 8)
     assert [x.size for x in distinct_ids([few, few], 5, Scratch())] == [5, 5]
     assert [x.size for x in distinct_ids([few, many], 5, Scratch())] == [33, 33]
+
+
+def test_texts_of_any_length_need_three_programs():
+    """As the e-mails are: few long ones, most words of a batch distinct, more so in some batches than in most."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(4, 1, 1500).astype(int) + 1, 2000)
+    ids = np.concatenate([rng.choice(1 << 16, n, replace=False) % (1 << rng.integers(8, 17)) for n in lengths])
+    x = scipy.sparse.csr_matrix((np.ones(len(ids)), ids, np.r_[0, np.cumsum(lengths)]), (1500, 1 << 16))
+    x.sum_duplicates()
+    batches = js.batches(x, batch_size=16, shuffle=True)
+    shapes = {tuple(jax.tree.leaves(jax.tree.map(np.shape, batch))) for _ in range(3) for batch in batches}
+    assert 1 < len(shapes) <= 3
 
 
 def squared(rows, batch):

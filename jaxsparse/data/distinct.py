@@ -82,12 +82,11 @@ def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[
 
     Args:
       shards: int32 (n, ...), of one shape.
-      room: the size. If some shard has as many distinct ids or more, it is larger; and never larger than the number of
-        ids and one.
+      room: the size. If some shard has as many distinct ids or more, there is room for all ids to be distinct, and it
+        is never larger than that: any size in between is one more shape to compile for.
     """
     found = [sorted_distinct(ids.reshape(-1)) for ids in shards]
-    most = max(map(len, found))
-    return placed(found, shards, room if most < room else room_for(most), scratch)
+    return placed(found, shards, room if max(map(len, found)) < room else shards[0].size + 1, scratch)
 
 
 def placed(found: list[np.ndarray], shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:

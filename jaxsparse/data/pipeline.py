@@ -190,10 +190,11 @@ class Batches:
         are_all = len(self._looked_at()) == len(self)
         self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse, are_all) for f in features]
         self._levels = sorted(set(map(self._level, ahead)))
-        self._scratch, self._room = Scratch(), [0] * len(features)
+        self._scratch, self._rooms = Scratch(), [(0, 1)] * len(features)
         if not self.is_part:
             counts = [self._count(parts) for parts in ahead[:: max(len(ahead) // _LOOK_AT, 1)]]
-            self._room = [room_for(max(count)) for count in zip(*counts, strict=True)] or self._room
+            most = [max(found) for found in zip(*counts, strict=True)]
+            self._rooms = [(room_for(count), size) for count, size in most] or self._rooms
 
     def __len__(self) -> int:
         full, rest = divmod(self._num_examples, self._batch_size)
@@ -290,14 +291,14 @@ class Batches:
     def _level(self, parts: list[np.ndarray]) -> int:
         return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
 
-    def _count(self, parts: list[np.ndarray]) -> list[int]:
-        """Of each feature, the most distinct ids in a shard of a batch."""
+    def _count(self, parts: list[np.ndarray]) -> list[tuple[int, int]]:
+        """Of each feature, the most distinct ids in a shard of a batch, and how many ids that has."""
         length, sizes = self._batch_size // len(parts), self._fit(parts)
         shards = [self._shard(part, length, sizes, parts[0][:1]) for part in parts]
         counts = []
         for f, leaves in zip(self._features, zip(*shards, strict=True), strict=True):
             ids = [f.ids(x) for x in leaves]
-            counts.append(max(0 if x is None else len(sorted_distinct(x.reshape(-1))) for x in ids))
+            counts.append(max((0, 1) if x is None else (len(sorted_distinct(x.reshape(-1))), x.size) for x in ids))
         return counts
 
     def _fit(self, parts: list[np.ndarray]) -> list[int]:
@@ -326,7 +327,10 @@ class Batches:
         ids = [self._features[n].ids(x) for x in leaves]
         if self.is_part or ids[0] is None:
             return [None] * len(leaves)
-        return distinct_ids(ids, self._room[n], self._scratch)
+        (room, size), many = self._rooms[n], ids[0].size
+        room = max(room, -(-room * many // size))
+        # few batches would need more than two thirds of all, and each size is compiled for
+        return distinct_ids(ids, room if 3 * room < 2 * many else many + 1, self._scratch)
 
 
 _LOOK_AHEAD = 64  # batches to learn the sizes from, at least
