@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.sparse
-import scipy.sparse
 from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
