@@ -91,7 +91,8 @@ def test_an_import_starts_no_backend():
 def test_top_level():
     names = {path.name for path in ROOT.iterdir()}
     shown = {name for name in names if not name.startswith(".") and not name.endswith("egg-info")}
-    expected = {"jaxsparse", "notebooks", "tests", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    expected = {"jaxsparse", "notebooks", "tests", "docs", "pyproject.toml", "LICENSE"}
+    expected |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert shown - {"build", "dist"} <= expected
 
 

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +10,18 @@ import optax
 import pytest
 
 import jaxsparse as js
+from tests import pages
 from tests.marks import slow_but
 from tests.stepwise import compare
 
-TEXT = (pathlib.Path(__file__).parent.parent / "notebooks" / "recipes.md").read_text()
-STEPS, FUNCTIONS = (re.findall(r"```python\n(.*?)```", part, re.DOTALL) for part in TEXT.split("## Weights from"))
+PAGE = "notebooks/recipes.md"
+STEPS, FUNCTIONS = map(pages.cells, pages.text(PAGE).split("## Weights from"))
 IMPORTS, *STEPS = STEPS
 BY_NAME = dict(zip(["linen", "nnx", "init and apply", "equinox", "jax"], STEPS, strict=True))
 
 
 def run(*cells):
-    namespace: dict = {}
-    with jax.numpy_rank_promotion("allow"):  # flax's layers promote
-        for cell in (IMPORTS, *cells):
-            exec(compile(cell, "recipes.md", "exec"), namespace)
-    return namespace
+    return pages.run(PAGE, (IMPORTS, *cells))
 
 
 @pytest.mark.parametrize("name", slow_but(["linen"], BY_NAME))
