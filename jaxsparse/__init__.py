@@ -86,6 +86,96 @@ from jaxsparse.train.step import make_train_step as make_train_step
 
 __version__ = "0.1.0"
 
+# By what people come for, in the order of the API pages (docs/conf.py), whose titles are the comments.
+__all__ = [  # noqa: RUF022
+    # A train step
+    "jit",
+    "rowwise",
+    "make_train_step",
+    "explain",
+    "nnx",
+    # Loops and evaluation
+    "fit",
+    "FitEvent",
+    "evaluate",
+    "predict",
+    # Batches of arrays and streams
+    "batches",
+    "stream",
+    "from_scipy",
+    "open_csr",
+    "save_csr",
+    "Batch",
+    "Batches",
+    "Stream",
+    "DistinctIds",
+    # Files and hashing
+    "read_csv",
+    "read_jsonl",
+    "read_parquet",
+    "read_svmlight",
+    "read_vw",
+    "Chunk",
+    "hash_ids",
+    "cross",
+    # Embeddings and sparse inputs
+    "embedding_bag",
+    "embedding_lookup",
+    "dot",
+    "sum",
+    "mean",
+    "concatenate",
+    "nn",
+    # Losses and metrics
+    "weighted_mean",
+    "inverse_frequency_weights",
+    "sampled_softmax",
+    "multilabel_loss",
+    "sampled_multilabel_loss",
+    "auc",
+    "Auc",
+    "binary_metrics",
+    "ndcg_at_k",
+    "precision_at_k",
+    # Row-sparse gradients
+    "value_and_grad",
+    "grad",
+    "RowSparse",
+    "global_norm",
+    # Optimizers
+    "lazy",
+    "lazy_adam",
+    "lazy_adamw",
+    "lazy_adagrad",
+    "lazy_rowwise_adagrad",
+    "lazy_ftrl",
+    "lazy_rmsprop",
+    "lazy_sgd",
+    "params_ema",
+    "ema_params",
+    "stochastic_rounding",
+    "testing",
+    # Replay of skipped steps, and plain optax
+    "flush",
+    "refresh",
+    "from_optax_state",
+    "to_optax_state",
+    # Tables that grow
+    "grow",
+    "remap",
+    "shrink",
+    # Several devices and TPU
+    "shard_rows",
+    "padded_rows",
+    "spread_ids",
+    "global_batch",
+    "psum",
+    "pmean",
+    "pack",
+    "unpack",
+    "Packed",
+]
+
 if TYPE_CHECKING:
     from jaxsparse import nnx as nnx
 else:
