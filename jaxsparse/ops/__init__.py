@@ -1,5 +1,5 @@
 """Pure functions on arrays.
 
-On BCOO batches (`bcoo`), embedding bags (`embedding`) and the logits of many classes (`losses`); and what they stand
-on, rows of tables (`rows`) and gradients that hold some of them (`row_sparse`).
+BCOO batches (`bcoo`), embedding bags (`embedding`), losses (`losses`, `multilabel`) and metrics (`metrics`). They are
+built on rows of tables (`rows`), tables packed for TPU (`packed`) and row-sparse gradients (`row_sparse`).
 """

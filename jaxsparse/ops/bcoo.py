@@ -1,7 +1,7 @@
-"""Pure functions over BCOO: dot, sum, mean, concatenate. A dense array is welcome wherever a BCOO is.
+"""Pure functions over BCOO: dot, sum, mean, concatenate. A dense array works wherever a BCOO does.
 
 BCOO's own padding contract holds throughout: an entry whose index equals the dimension's size is padding, its data 0.
-More than that, an entry with any index out of range is padding here, whatever its data: it touches nothing.
+Here an entry with any index out of range is padding as well, whatever its data.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ bag.
     bag, offsets   ids (N,) and where each bag starts        [3, 1, 4, 0, 2], offsets [0, 2, 2]: the same three
     bag, segments  ids (N,) and which bag each id is in      [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]: likewise
 
-What is left out (padding_idx, ids of no bag) reads 0 and is never touched: its id leaves here as num_rows, which the
-gradient knows as padding. An id outside [0, num_rows) that is not padding is a mistake, and `mode`, JAX's own word for
-it, decides: "fill" (the default; "drop" is the same word in JAX) gives NaN for the whole bag and no gradient, "clip"
-the nearest row, "promise_in_bounds" leaves it to XLA. Negative ids are outside, they do not count from the end.
+Ids that are left out (padding_idx, ids of no bag) read 0 and touch no row: they are replaced by num_rows, which is
+padding in the gradient. Any other id outside [0, num_rows) is a mistake. `mode`, JAX's word, says what it does: "fill"
+(the default; JAX's "drop" does the same here) gives NaN for the whole bag and no gradient, "clip" takes the nearest
+row, "promise_in_bounds" leaves it to XLA. Negative ids are outside; they do not count from the end.
 """
 
 from __future__ import annotations
@@ -87,14 +87,15 @@ def embedding_bag(
       table: shape (num_rows, ...), floating.
       ids: integers, (B, L) padded, or (N,) with either `offsets` or `segment_ids`.
       offsets: integers (B,), not decreasing and starting with 0: bag b is ids[offsets[b]:offsets[b+1]], the last one up
-        to the end. Starting later is a mistake that `mode` decides on for every bag.
+        to the end. If they start later, `mode` says what happens to every bag.
       segment_ids: integers (N,): the bag of each id; entries outside [0, num_bags) are left out.
       num_bags: the number of bags B, a Python int; required with segment_ids, and only there.
       weights: per-sample weights, the shape of ids.
       combiner: "sum", "mean", "sqrtn" or "max".
       padding_idx: ids equal to it are left out. Any integer, inside the table or not.
       include_last_offset: offsets has B + 1 entries, the last being where the last bag ends (torch's word).
-      mode: what an id outside [0, num_rows) does to its bag: see the module's docstring.
+      mode: what an id outside [0, num_rows) does to its bag. "fill" or "drop": the bag is NaN and has no gradient.
+        "clip": the nearest row is taken. "promise_in_bounds": undefined.
 
     Returns:
       Shape (B, *table.shape[1:]), table's dtype. 16-bit tables are summed in float32.
@@ -186,8 +187,7 @@ def embedding_bag(
 def _resolve(
     function: str, ids: jax.Array, num_rows: int, padding_idx: Any, mode: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids as int32 with num_rows for whatever reads nothing; which of them are no padding; which are outside the
-    table."""
+    """(ids as int32, with num_rows for ids that read nothing; which are not padding; which are outside the table)."""
     ids = at_least_int32(ids)
     kept = jnp.ones(ids.shape, bool)
     if padding_idx is not None:

@@ -1,4 +1,4 @@
-"""What losses over padded batches, unbalanced labels and large vocabularies need."""
+"""Losses over padded batches, unbalanced labels and large vocabularies."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def sampled_softmax(
       table: (num_classes, d).
       hidden: (B, d).
       labels: integers (B,) in [0, num_classes), or (B, n) for several of each example, of which o_label is the mean.
-      key: a jax.random key for the draw: a new one for each step, as jax.random.fold_in(key, step) makes it, or every
-        step has the same others.
+      key: a jax.random key for the draw: a new one for each step, say jax.random.fold_in(key, step). With one key,
+        every step has the same negatives.
       num_samples: classes to draw, with replacement, the same for the whole batch.
       bias: (num_classes,), or None.
-      ignore_index: a label that counts nothing and touches no row. An example without another has loss 0.
+      ignore_index: a label that is left out and touches no row. An example without any other label has loss 0.
       label_smoothing: the share of the target that is spread evenly over the label and the sampled classes.
       draw: (key, num_samples, num_classes) -> classes (num_samples,); log-uniform by default, for classes in the order
         of their frequency.
@@ -170,7 +170,7 @@ def sampled_softmax(
 
 
 def _mean_where(x: jax.Array, chosen: jax.Array) -> jax.Array:
-    """The mean of each row over what is chosen, and 0 where nothing is."""
+    """The mean of the chosen elements of each row, and 0 if none is chosen."""
     count = jnp.maximum(jnp.sum(chosen, axis=1, dtype=x.dtype), 1)
     return jnp.sum(jnp.where(chosen, x, 0), axis=1) / count
 

@@ -1,4 +1,4 @@
-"""Metrics of a whole set, which are not means over its batches."""
+"""Metrics of a whole data set that are not means over its batches, such as AUC."""
 
 from __future__ import annotations
 

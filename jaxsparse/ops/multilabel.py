@@ -1,4 +1,4 @@
-"""Many labels an example, as a sparse matrix: losses and rankings that do not make it dense."""
+"""Losses and rankings for targets with many labels, given as a sparse matrix that is never made dense."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def ndcg_at_k(scores: Any, y: Any, k: int) -> jax.Array:
 
 
 def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
-    """What y is of the k labels of the highest scores, and its k largest: float32 (B, k) each."""
+    """(y at the k labels of the highest scores, the k largest values of y): float32 (B, k) each."""
     scores, y = _of_one_shape(f, "scores", scores, y)
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(message(f, "k", f"in [1, {scores.shape[1]}], the labels that there are", k))

@@ -1,8 +1,8 @@
-"""Tables of narrow rows as a TPU wants them: several rows beside each other in one row of 128 columns.
+"""Tables of narrow rows, stored for TPU: several rows side by side in one packed row of 128 columns.
 
-A TPU keeps an array in tiles of 128 columns. XLA lays out a table (num_rows, d) by columns where d is no multiple of
-that, and copies all of it to read or write some of its rows. Packed, it is read and written by packed rows, of which
-only the columns of the rows in question change. Arrays (num_rows,) need none of this.
+A TPU keeps an array in tiles of 128 columns. XLA stores a table (num_rows, d) by columns if d is no multiple of 128,
+and then copies all of it to read or write some of its rows. A packed table is read and written by packed rows; a write
+changes only the columns of the rows in question. Arrays (num_rows,) need no packing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Packed(Storage):
     """An array (num_rows, d, ...) that `js.pack` has packed. It is a pytree with one leaf, and `np.asarray` unpacks it.
 
     Attributes:
-      data: (packed rows, a multiple of 128). Row i is in packed row i // k, k rows beside each other.
+      data: (packed rows, a multiple of 128). Row i is in packed row i // k, which holds k rows side by side.
       shape, dtype, ndim, size: of the array.
     """
 
@@ -93,7 +93,7 @@ class Packed(Storage):
         return pack_array(array)
 
     def _packed_ids(self, ids: jax.Array) -> jax.Array:
-        """The packed rows in which rows are, int32, their number for what is no row."""
+        """The packed row of each id, int32; the number of packed rows for ids that name no row."""
         k, _, _ = _form(self.shape)
         return jnp.where(in_range(ids, self.shape[0]), ids // k, self.data.shape[0])
 
@@ -148,7 +148,7 @@ def unpack_array(x: Packed) -> jax.Array:
 
 
 def _grouped(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """As of `distinct_rows`, of ids that most often are in order."""
+    """What `distinct_rows` returns, for ids that are mostly sorted."""
     n = ids.shape[0]
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & in_range(ids, num_rows)
 

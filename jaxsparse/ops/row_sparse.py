@@ -1,20 +1,19 @@
-"""`RowSparse`, the row-sparse gradient, and what one does with it.
+"""`RowSparse`, the row-sparse gradient, and operations on it.
 
 A loss that reads a few rows of a table has a gradient that is zero everywhere else. `RowSparse` keeps the rows that
 were read: `rows[i]` is to be added to row `ids[i]` of an array of shape `shape`.
 
 Conventions, here and everywhere downstream:
 
-* An id outside [0, num_rows) is padding: it stands for no row, whatever `rows` holds beside it.
+* An id outside [0, num_rows) is padding: it names no row, and its entry in `rows` is ignored.
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
   num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding too.
 
-Ids are not numbers. Optimizers map over the leaves of gradients, and a map that scales, clips, averages or casts an id
-moves the gradient to another row in silence. So ids are stored under an opaque dtype which arithmetic refuses (an
-"extended" dtype of JAX, made by its own extension point for PRNG implementations: it is the public way to such a dtype,
-and jit, scan, cond, vmap, pmap and shard_map carry it). The dtype's name is the advice that the refusal prints, and so
-is the name of the type, where JAX finds it in a tree that has an array there. The one map that no dtype refuses is
-zeros_like; the words are stored inverted, so that a zeroed word is id -1, which is padding.
+Arithmetic on row ids would silently select other rows: optimizers map over the leaves of gradients, and scale, clip,
+average or cast them. So ids have an opaque dtype that arithmetic refuses. It is an "extended" dtype of JAX, made by the
+extension point for PRNG implementations; jit, scan, cond, vmap, pmap and shard_map carry it. Error messages of JAX
+print the dtype's name, or that of the type in a mismatched tree, so both names say what to do. Only zeros_like accepts
+every dtype; the ids are stored with inverted bits, so that a zeroed id is -1, which is padding.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ _OPAQUE: Any = opaque_dtype(
 
 
 def _seal(ids: jax.Array) -> jax.Array:
-    """int32 (...,) -> opaque (...,)."""
+    """Ids as opaque: int32 (...,) -> opaque (...,)."""
     return jax.random.wrap_key_data(jax.lax.bitcast_convert_type(~ids, jnp.uint32)[..., None], impl=_OPAQUE)
 
 
 def _unseal(sealed: jax.Array) -> jax.Array:
-    """opaque (...,) -> int32 (...,)."""
+    """Ids as integers: opaque (...,) -> int32 (...,)."""
     return ~jax.lax.bitcast_convert_type(jax.random.key_data(sealed)[..., 0], jnp.int32)
 
 
@@ -73,8 +72,8 @@ class RowSparse(metaclass=_Advice):
       unique: whether the ids, padding included, are known not to repeat.
 
     It can be added to a dense array of its shape, subtracted from one, and multiplied with and divided by a scalar.
-    Under jax.vmap, as in `jax.vmap(js.grad(loss), (None, 0))`, `ids` and `rows` have leading axes, one gradient for
-    each example, which `shape` is of.
+    Under jax.vmap, as in `jax.vmap(js.grad(loss), (None, 0))`, `ids` and `rows` have leading axes, with one gradient
+    for each example; `shape` is that of one gradient.
 
     Raises:
       TypeError: if `ids` are not integers.
@@ -159,7 +158,7 @@ class RowSparse(metaclass=_Advice):
         )
 
     def todense(self) -> jax.Array:
-        """The dense array, shape `shape`, behind the axes of vmap: O(num_rows) memory, for tests and for looking."""
+        """The dense array, of shape `shape` after any axes of vmap. O(num_rows) memory: for tests and for printing."""
         if self.rows.ndim > self.ndim:
             return jax.vmap(RowSparse.todense)(self)
         return jnp.zeros(self.shape, self.dtype) + self
@@ -292,7 +291,7 @@ def global_norm(tree: Any) -> jax.Array:
       >>> js.global_norm({"t": g, "w": jnp.array([4.])}).item()
       5.0
 
-    optax.tree.norm would square the ids, and raises: under jax.jit with this advice, and outside of it as "Cannot call
+    optax.tree.norm would square the ids, so it raises: under jax.jit with this advice, otherwise with "Cannot call
     abstract method real".
     """
     leaves = jax.tree.leaves(tree, is_leaf=is_row_sparse)

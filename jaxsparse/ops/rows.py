@@ -1,6 +1,6 @@
-"""Some rows of an array: which ids name them, their gathering and writing.
+"""Rows of an array: the ids that name them, reading and writing them.
 
-Conventions, here and everywhere downstream: an id outside [0, num_rows) is padding and stands for no row. Ids that do
+Conventions, here and everywhere downstream: an id outside [0, num_rows) is padding and names no row. Ids that do
 not repeat are padded with num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding
 too.
 """
@@ -20,7 +20,7 @@ from jaxsparse._jax import is_traced, vary, varying_axes
 
 
 def at_least_int32(ids: jax.Array) -> jax.Array:
-    """Ids to compare with the sizes of arrays, which int8 would wrap."""
+    """Ids in a dtype wide enough to compare with array sizes; in int8 the sizes would wrap."""
     return ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
 
 
@@ -36,7 +36,7 @@ def row_ids(ids: jax.Array, num_rows: int) -> jax.Array:
 
 
 def in_range(ids: jax.Array, num_rows: int) -> jax.Array:
-    """Which ids stand for a row: bool, the shape of ids."""
+    """Which ids name a row: bool, the shape of ids."""
     return (ids >= 0) & (ids < num_rows)
 
 
@@ -87,17 +87,17 @@ def check_arrays(function: str, tree: Any) -> None:
 
 
 def as_array(x: Any) -> Any:
-    """An array or a number as an array; as it is if it is stored in another form."""
+    """`x` as an array. A `Storage` stays one."""
     return x if is_stored(x) else jnp.asarray(x)
 
 
 def as_whole(x: Any) -> Any:
-    """The same, not stored in another form."""
+    """`x` as an array. A `Storage` is unpacked."""
     return x.whole() if isinstance(x, Storage) else jnp.asarray(x)
 
 
 def as_shape(x: Any) -> Any:
-    """An array; of one stored in another form, what it is to a program that does not know that."""
+    """An array's shape and dtype; of a `Storage`, those of the array that it stores."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Storage) else x
 
 
@@ -115,10 +115,10 @@ def gather_rows(x: Any, ids: jax.Array) -> jax.Array:
 
 
 def copy_rows(x: Any, ids: jax.Array) -> jax.Array:
-    """gather_rows as CPUs do it fast, for rows that nothing else is computed from in the same loop.
+    """gather_rows in the form that is fast on CPU when rows are only copied.
 
-    XLA's CPU backend makes a plain copy of rows 4 bytes at a time; what it has to calculate with, it loads in vectors,
-    which is two to three times as fast. So every word is or-ed with n (n + 1) % 2, which XLA does not know to be 0.
+    XLA's CPU backend copies rows 4 bytes at a time, but loads operands of arithmetic as vectors, which is two to three
+    times as fast. So every word is or-ed with n (n + 1) % 2, which is 0, but XLA does not know that.
     """
     rows = gather_rows(x, ids)
     simple = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
@@ -135,15 +135,15 @@ def gathered_once(
     always: jax.Array,
     axes: Sequence[Iterable[Any]] = (),
 ) -> list[jax.Array]:
-    """Blocks of rows, made here and in one piece; not to be differentiated.
+    """Blocks of rows, gathered once. Not differentiable.
 
-    On CPU, XLA takes a gather apart from what is done with its rows if there is more than one use of that, and does it
-    over again for each use. It cannot look through a cond.
+    On CPU, XLA fuses a gather into each use of its rows, and so repeats it for each use. A cond prevents that, because
+    XLA does not fuse across it.
 
     Args:
-      make: makes them, with what gathers rows on a platform: gather_rows or copy_rows.
+      make: makes the blocks, given the function that gathers rows on the platform: gather_rows or copy_rows.
       like: their shapes and dtypes.
-      always: a traced bool that is true; where it is not, all is zero.
+      always: a traced bool that is true. If it is false, all blocks are zero.
       axes: the mapped axes that each of them varies over, as far as shard_map checks that.
     """
     if not is_traced(always):
@@ -169,10 +169,10 @@ def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
 def zero_after(*arrays: jax.Array) -> jax.Array:
     """The integer 0, int32 (), made to depend on these arrays.
 
-    What is added to it happens after they are there, for XLA as for us. Where an array is donated, read, and then
-    written at places or with values that do not depend on what was read, XLA copies it to be safe, and it drops
-    optimization barriers before it decides that. So the order is put into the data: a 32-bit word has at most 32 ones,
-    and XLA does not know.
+    A value to which it is added is computed after these arrays. If a donated array is read, and then written at places
+    and with values that do not depend on the read, XLA copies the array to be safe. It drops optimization barriers
+    before it decides that. So the order becomes a data dependency: a 32-bit word has at most 32 ones, which XLA does
+    not know.
     """
     total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in arrays), jnp.float32(0))
     return jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
@@ -182,12 +182,12 @@ def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, 
     """The distinct rows that ids name, and where each id is among them.
 
     Args:
-      ids: int32 (k,), k > 0; outside [0, num_rows) they are no row.
-      size: how many distinct ones there is room for, all of them.
+      ids: int32 (k,), k > 0. Ids outside [0, num_rows) name no row.
+      size: room for distinct ids; there must not be more.
 
     Returns:
       int32 (size,), padded with num_rows, num_rows + 1, ...: in no order on CPU, where sorting is slow; and int32 (k,),
-      `size` for what is no row.
+      `size` for ids that name no row.
     """
 
     def by_sorting() -> tuple[jax.Array, jax.Array]:
@@ -205,9 +205,9 @@ def look_up(unique: jax.Array, ids: jax.Array, num_rows: int) -> jax.Array:
 
 
 def _distinct_by_hash(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Each id writes its place into a bucket of its own, and reads back which of equal ids was the last. Ids of
-    different rows in one bucket are told apart by reading the id there; the losers go on with another hash, until there
-    are none: two or three turns with eight buckets an id."""
+    """Each id writes its position into the bucket of its hash, and reads back which position won. If the winner is
+    another id (a collision), the loser tries again with another hash. With eight buckets an id, two or three turns
+    do."""
     k = ids.shape[0]
     bits = max((8 * k - 1).bit_length(), 4)
     place, real = jnp.arange(k, dtype=jnp.int32), in_range(ids, num_rows)
@@ -239,7 +239,7 @@ def compact(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> jax.
 
 
 def compact_with_slots(ids: jax.Array, chosen: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The chosen ids as of `compact`, and where in it each of them is."""
+    """What `compact` returns, and the position of each chosen id in it."""
     slot = running_total(chosen.astype(jnp.int32)) - 1
     padding = num_rows + jnp.arange(size, dtype=jnp.int32)
     return padding.at[jnp.where(chosen, slot, size)].set(ids, mode="drop"), slot

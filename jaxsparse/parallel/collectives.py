@@ -1,12 +1,12 @@
 """Sums and means across devices of trees that hold row-sparse gradients.
 
-`lax.psum` of two devices' ids would be a third row's id (and is refused). Row-sparse leaves are gathered instead, and
-added up in device order, so that the sum has the same bits on every device, and the bytes moved depend on the batch,
+`lax.psum` of two devices' ids would be the id of a third row (and is refused). Row-sparse leaves are gathered instead,
+and added up in device order, so that the sum has the same bits on every device. The bytes moved depend on the batch,
 not on num_rows.
 
-jax.shard_map checks, unless told not to, over which mapped axes each array varies, and there jax.grad adds up the
-gradients of what does not vary, all devices' together. Half of our gradients cannot be added up like that. So what is
-differentiated is `_jax.vary`-ed first, all gradients are each device's own, as under pmap, and are combined here.
+Unless told not to, jax.shard_map checks over which mapped axes each array varies. There, jax.grad psums the gradients
+of arrays that do not vary. RowSparse gradients cannot be psum-ed. So the differentiated arrays are made varying first
+(`_jax.vary`), each device has its own gradients, as under pmap, and they are combined here.
 """
 
 from __future__ import annotations
