@@ -1,7 +1,7 @@
 """Lazy optimizers under which a row without a gradient does not move: Adagrad, by element and by row, and FTRL.
 
-For these there is nothing to replay: what they do to the rows that a gradient touches is all that the dense optimizer
-does. The Adagrads take `skipped=`, as other optimizers do; both words mean the same.
+There is nothing to replay: the dense optimizer, too, changes only the rows that a gradient touches. The Adagrads take
+`skipped=` like other optimizers, and both values do the same.
 """
 
 from __future__ import annotations

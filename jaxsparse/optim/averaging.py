@@ -1,13 +1,13 @@
 """`params_ema(inner, decay)`: an exponential moving average of the parameters, at the cost of the rows that are read.
 
-The average moves in all its rows at each step. But a row that is not read does not change, and then k steps at once are
+The dense average moves in all rows at each step. A row that is not read does not change, and then k steps at once are
 
     e = e + (1 - decay^k) (p - e).
 
-So each row has a stamp: the number of the update up to which it has been averaged. An update brings the rows that it is
-evaluated on up to date, with the parameters that it is given: those after all updates before, as they really are. Its
-own effect is seen by the next update of the row, or by the reader. So whatever makes the new parameters, behind the
-update too, is in the average, and rounded as it is.
+So each row has a stamp: the number of the update up to which it has been averaged. An update averages the rows that it
+is evaluated on with the parameters that it is given, which are those after all earlier updates. The next update of the
+row, or `ema_params`, averages its own result. So the average includes whatever is done to the parameters after the
+update, and their rounding.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _is_state(x: object) -> bool:
 
 
 def _up_to_date(function: str, state: ParamsEmaState, params: Any) -> dict[str, jax.Array]:
-    """The averages by name, with all that params have been before the count, in the order of state.ema."""
+    """The averages by name, up to date before update number `count`, in the order of state.ema."""
     values, averages = named_leaves(params)[0], named_leaves(state.ema)[0]
     if {name: jnp.shape(p) for name, p in values.items()} != {name: jnp.shape(e) for name, e in averages.items()}:
         must, got = "those that the average is kept of", "other names or shapes"
@@ -205,6 +205,6 @@ def _up_to_date(function: str, state: ParamsEmaState, params: Any) -> dict[str, 
 
 
 def _weight(decay: float, steps: jax.Array, dtype: Any) -> jax.Array:
-    """1 - decay^steps, to its last bits for any decay and number of steps."""
+    """1 - decay^steps, exact to rounding for any decay and number of steps."""
     real = jnp.finfo(dtype).dtype
     return -jnp.expm1(steps.astype(real) * jnp.asarray(math.log(decay), real))

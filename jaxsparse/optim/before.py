@@ -1,4 +1,4 @@
-"""What `before=` of a named optimizer may be: a transformation of the gradient, and no optimizer."""
+"""Checks that `before=` of a named optimizer is a transformation of the gradient, not an optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def first(function: str, before: optax.GradientTransformation) -> optax.Gradient
 
 
 def _check_direction(function: str, before: optax.GradientTransformation, params: Any) -> None:
-    """Raises ValueError if `before` turns gradients round, as what makes steps of them does."""
+    """Raises ValueError if `before` changes the gradient's sign, as an optimizer does."""
     turned = [path for path, x in _made_of(before, params, 0.1) if (x < 0).all()]
     if turned:
         got = "one that turns them round, as an optimizer or a learning rate does"
@@ -51,8 +51,8 @@ def check_by_row(function: str, before: optax.GradientTransformation, params: An
 
 
 def _made_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:
-    """What `before` makes of a gradient of this number for a few elements of each parameter, 0.5 each, with paths. None
-    where it needs more than this: what is wrong with it shows where it is really called."""
+    """The result of `before`, with paths, for a gradient that is this number everywhere and parameters of a few
+    elements, all 0.5. None if `before` needs more than that; then the real call shows its errors."""
     try:
         with jax.ensure_compile_time_eval():
             small = jax.tree.map(

@@ -1,4 +1,4 @@
-r"""What a row missed: the sum of the zero-gradient steps since it was last up to date, without taking them.
+r"""The steps that a row missed: their sum, in closed form, without taking them.
 
 An optimizer with moments moves a row after its last gradient too. For Adam, a row that was up to date after step s and
 is wanted as it is after step t has missed the steps s + 1, ..., t, k = 1, ..., t - s of them:

@@ -1,11 +1,11 @@
 """`lazy(inner)`: any optax transformation at the cost of the rows that a gradient touches.
 
-An update is a program like a step, and is evaluated as one (`rowwise.py`): it is traced at full shapes, where a
-RowSparse gradient is an array that is zero but in its rows, and evaluated on these rows, of the state's arrays too. So
-norms, clipping, schedules, masks and weight decay inside it are right without knowing about sparsity, and what looks
-across rows is found in the program.
+An update is evaluated like a step (`rowwise.py`). It is traced at full shapes, where a RowSparse gradient stands for an
+array that is zero outside its rows, and then evaluated on these rows only, in the state's arrays too. So norms,
+clipping, schedules, masks and weight decay are right without knowing about sparsity, and the program shows what looks
+across rows.
 
-In a step under js.jit or js.rowwise, whose gradients are arrays, lazy(inner) is inner.
+In a step under js.jit or js.rowwise gradients are arrays, and lazy(inner) is inner.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
     `inner`. The state is inner's own.
 
     Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a
-    transformation that maps over gradients meets row ids and refuses.
+    transformation that maps over gradients would get row ids, and raises.
 
     Args:
       inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3), and
         those that wait for a later step (MultiSteps), raise at the first update, which reads their program.
       rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
-        are parts of the paths of parameters. All others keep their bits, and their gradients count nothing.
+        are parts of the paths of parameters. All other rows keep their bits, and norms leave their gradients out.
 
     Returns:
       A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
@@ -113,7 +113,7 @@ def _replays(state: Any) -> bool:
 
 
 def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
-    """inner.update, some of whose gradients are RowSparse with unique ids."""
+    """inner.update, where some gradients are RowSparse with unique ids."""
     by_row = {i for i, g in enumerate(grads) if is_row_sparse(g)}
     slots, slot_tree = _flatten(state)
     shapes = [jax.ShapeDtypeStruct(g.shape, g.dtype) if i in by_row else g for i, g in enumerate(grads)]
@@ -154,12 +154,12 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
 def plan_update(
     inner: Any, tree: Any, grads: Sequence[Any], state: Any, params: Any, extra_args: dict[str, Any], by_row: set[int]
 ) -> Planned:
-    """What is known of inner.update before it is evaluated. Inputs: the leaves of gradient, state and params; outputs:
-    those of updates and state. Arrays may be abstract.
+    """The plan of inner.update, before it is evaluated. Its inputs are the leaves of gradient, state and params, its
+    outputs those of updates and state. Arrays may be abstract.
 
     Args:
       tree, grads: the gradient.
-      by_row: which of its leaves are zero but in some rows.
+      by_row: which of its leaves are zero except in some rows.
 
     Raises:
       ValueError: if inner does not act on each row by itself.
@@ -202,9 +202,9 @@ def plan_update(
 
 
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
-    """{name: leaf} in the order of the leaves, a RowSparse or a `Storage` being one, and the tree's definition.
+    """({name: leaf} in the order of the leaves, the tree's definition). A RowSparse or a `Storage` is one leaf.
 
-    The boxes that flax puts around parameters (linen's Partitioned, nnx's Variable) do not count for the name: they may
+    Names leave out the boxes that flax puts around parameters (linen's Partitioned, nnx's Variable), because boxes may
     come and go between init and update.
     """
     flat, definition = _flatten_with_path(tree, is_leaf=_is_one)
@@ -221,9 +221,8 @@ def _is_one(x: Any) -> bool:
 def per_leaf(make: Any, params: Any) -> Any:
     """{name: make(leaf)}: a part of the state that has something for each parameter.
 
-    It is no tree like params, because flax would give its arrays the partitioning of params, whose rank is another.
-    What
-    has no leaves stays as it is: optax.tree_utils.tree_map_params lets init run on such a mark.
+    It is not a tree like params: flax would give its arrays the partitioning of params, which have another rank. A
+    subtree without leaves stays as it is: optax.tree_utils.tree_map_params calls init with such placeholders.
     """
     leaves, _ = named_leaves(params)
     return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params

@@ -5,7 +5,7 @@ and its moments wait, as in torch's SparseAdam and every other lazy Adam. "repla
 them, worked out when the row is needed next: see `replaying.py`.
 
 All of them take `before=`: a transformation of the coalesced gradient, run first, `optax.clip_by_global_norm(1.0)` say.
-Chaining it outside is refused, because there it would meet row ids.
+Outside, in an optax.chain, it would get row ids, and raises.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def lazy_adam(
         moves them on along their momentum. The row is brought up to date before it is next read: by
         js.make_train_step, by js.refresh in a step written by hand, and all rows by js.flush, before evaluation or
         export. A row that was not is NaN after its next update.
-      before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Chaining
-        it outside is refused: there it would meet row ids.
+      before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Outside,
+        in an optax.chain, it would get row ids, and raises.
 
     Returns:
       A transformation for dense and row-sparse gradients: `js.lazy(optax.chain(before, optax.adam(...)))`; with
-      "replay", one whose state has besides an int32 a row and about 2 MB of history.
+      "replay", its state also has an int32 for each row and about 2 MB of history.
 
     Raises:
       TypeError, ValueError: with skipped="replay", if b1, b2, eps are not Python numbers with b1 < b2, or eps_root or
@@ -258,7 +258,7 @@ def lazy_rmsprop(
 def lazy_chain(
     function: str, before: optax.GradientTransformation | None, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """`lazy(chain(before, inner))`, of what js.{function} is called with."""
+    """`lazy(chain(before, inner))` for the named optimizer js.{function}."""
     return lazy(inner if before is None else optax.chain(first(function, before), inner))
 
 

@@ -1,11 +1,11 @@
 """`skipped="replay"`: rows that a step does not touch move on as they would under the dense optimizer.
 
-A replaying optimizer is a lazy one with a stamp for each table row, the step after which the row was last brought up to
-date, and the history of what the steps since were worth (`catch_up.py`). A row must be brought up to date before the
+A replaying optimizer is a lazy one with two things more: a stamp for each table row, the step after which the row was
+last brought up to date, and a history of the steps (`catch_up.py`). A row must be brought up to date before the
 forward pass reads it: js.make_train_step does so, `refresh` does it in a step written by hand, and an update of rows
 that are not up to date makes them NaN (or raises, outside jit). `flush` brings every row up to date.
 
-All that this needs is in the optimizer's state, so that it can be found in there, however deep.
+Everything that this needs is in the optimizer's state, and is found there at any depth.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHUNK = 1 << 18  # elements that flush has in hand at a time
 def _counting(tx: optax.GradientTransformation) -> type:
     """The type of its state, where optax exports none.
 
-    Abstractly: an import must not start JAX's backends, or it is too late for jax.distributed.
+    Evaluated abstractly: an import must not start JAX's backends, because jax.distributed.initialize has to come first.
     """
     return type(jax.eval_shape(tx.init, {}))
 
@@ -54,7 +54,7 @@ _SLOT_STATES: dict[type, tuple[str, ...]] = {
 
 
 class Stamps(NamedTuple):
-    """Up to which step a parameter is up to date: each row up to the later of the two."""
+    """The step up to which a parameter is up to date: for each row the later of the two."""
 
     rows: jax.Array  # int32 (num_rows,): the step after which the row was last brought up to date
     whole: jax.Array  # int32 (): the step after which all rows last were
@@ -163,7 +163,7 @@ def replay_states(opt_state: Any) -> list[ReplayState]:
 
 
 class View:
-    """A ReplayState taken apart by parameter, to be read, changed in place and put together again."""
+    """A ReplayState by parameter: read it, change it in place, and build the state again."""
 
     def __init__(self, state: ReplayState) -> None:
         self.state = state
@@ -192,7 +192,7 @@ class View:
         return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
 
     def among(self, names: Collection[str]) -> list[str]:
-        """Its parameters that are among `names`, in an order that is the same in every process."""
+        """Its parameters whose names are in `names`, in the same order in every process."""
         return [name for name in self.stamps if name in names]
 
     def rebuilt(self) -> ReplayState:
@@ -223,10 +223,10 @@ def map_replaying(change: Callable[[View, dict[str, Any]], None], params: Any, o
 
 
 def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -> tuple[Any, Any]:
-    """Brings the parameters up to date of which `due(name, view)`, a bool that may be traced, is true.
+    """Brings those parameters up to date for which `due(name, view)`, a bool that may be traced, is true.
 
-    In chunks of rows, each gathered, brought up to date and scattered, and in a loop whose number of turns is 0 for
-    what is not due: so a table that is donated is never copied, and a step that has nothing to flush pays nothing.
+    It works in chunks of rows, each gathered, brought up to date and scattered, so a donated table is never copied. The
+    loop has no turns for a parameter that is not due, so a step without anything to flush pays nothing.
     """
 
     def change(view: View, params: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -
 
 
 def flush_in_time(params: Any, opt_state: Any, dense: Collection[str] = ()) -> tuple[Any, Any]:
-    """Brings up to date what history will not remember much longer, and the parameters `dense` in any case."""
+    """Brings rows up to date whose missed steps are about to leave the history, and always the parameters `dense`."""
 
     def due(name: str, view: View) -> Any:
         oldest = catch_up.HISTORY - view.state.rule.window - 2
@@ -289,7 +289,7 @@ def _refuse_late(g: Any, late: jax.Array) -> Any:
 
 
 def _count(state: ReplayState) -> jax.Array:
-    """The number of updates that inner's schedule counts."""
+    """The update count that inner's schedule uses."""
     kind = optax.ScaleByScheduleState
     parts = jax.tree.leaves(state.wrapped, is_leaf=lambda x: isinstance(x, kind))
     return next((part.count for part in parts if isinstance(part, kind)), state.steps)

@@ -1,11 +1,11 @@
-"""`stochastic_rounding(inner)`: any optax transformation for parameters of 16 bits, without a copy in 32.
+"""`stochastic_rounding(inner)`: any optax transformation for parameters of 16 bits, without a float32 copy of them.
 
 bfloat16 has 8 significant bits. Parameters between 1 and 2 are multiples of 2^-7 = 0.008, and an update of 0.001 is
 lost, at each step, if the sum is rounded to nearest. Rounded up or down at random, in proportion to where it lies
 between the two, it is kept on average.
 
-The noise is a hash of seed, step, leaf, row and position in the row. So it is made for the rows that a step reads, is
-the same in a dense step and in a row-sparse one, and on all devices.
+The noise is a hash of seed, step, leaf, row and position in the row. So only the rows that a step reads need it, and it
+is the same in a dense step, in a row-sparse step, and on all devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxsparse.ops.row_sparse import is_row_sparse
 
 
 class StochasticRoundingState(NamedTuple):
-    """The number of updates, and the state of what makes them."""
+    """The number of updates, and the state of the wrapped transformation."""
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
     inner_state: Any
@@ -109,7 +109,7 @@ def _is_16_bit(x: Any) -> bool:
 
 
 def _widened(tree: Any, params: Any) -> Any:
-    """A tree like params, as float32 where these have 16 bits."""
+    """A tree like params, with 16-bit leaves as float32."""
     return jax.tree.map(lambda p, x: x.astype(jnp.float32) if _is_16_bit(p) else x, params, tree)
 
 
@@ -126,7 +126,7 @@ def _rounded(x: jax.Array, noise: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Random bits, uint32, the shape of x; the rows of an array have theirs by their numbers."""
+    """Random bits, uint32, of x's shape; those of a row depend on its number, not on its place in x."""
     if not x.ndim:
         return key
     row = _mixed(_mixed(row_numbers(x).astype(jnp.uint32)) ^ key).reshape(-1, *[1] * (x.ndim - 1))
@@ -135,7 +135,7 @@ def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _mixed(h: jax.Array) -> jax.Array:
-    """Each bit of the result depends on all bits of h: the last step of MurmurHash3."""
+    """Mixes bits, so that each bit of the result depends on all bits of h: the last step of MurmurHash3."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)

@@ -1,8 +1,8 @@
-"""Bringing rows up to date in a step: where its state has a replaying optimizer, before anything is read.
+"""Brings rows up to date in a step whose state has a replaying optimizer, before anything is read.
 
-The step is traced behind a catch-up of whole tables, which is elementwise: evaluated on the rows that the step reads,
-it is a catch-up of these rows. Two things are done before the step and outside of what is evaluated on rows: tables
-that it uses as a whole are flushed, and so is what history would not remember much longer.
+A catch-up of whole tables is traced in front of the step. It is elementwise, so evaluated on the rows that the step
+reads it is a catch-up of these rows. Two things happen before, on whole tables: tables that the step uses as a whole
+are flushed, and so are rows whose missed steps are about to leave the history.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxsparse.optim.replaying import Stamps, View, flush_in_time, is_replay_sta
 
 
 class Replayed(NamedTuple):
-    """The parameters of replaying optimizers and the state that has these, among the leaves of a step's arguments."""
+    """Where the parameters and states of replaying optimizers are among the leaves of a step's arguments."""
 
     params: Any  # definition of the tree
     params_at: slice
@@ -30,7 +30,7 @@ class Replayed(NamedTuple):
 
 
 def find_replayed(tree: Any) -> list[Replayed]:
-    """Those in a pytree of arrays, each state with the parameters that stand beside it: in a TrainState, a tuple, a
+    """Finds each replaying state in a pytree of arrays, with the parameters beside it: in the same TrainState, tuple or
     dict, or among a step's arguments.
 
     Raises:
@@ -46,7 +46,8 @@ def find_replayed(tree: Any) -> list[Replayed]:
 
 
 def _find(node: Any, start: int) -> tuple[list[Replayed], list[View]]:
-    """Of a part of a tree whose first leaf has the number `start`; and the states without parameters inside of it."""
+    """(what was found in a subtree whose first leaf has the number `start`, the states whose parameters are not in
+    it)."""
     if is_replay_state(node):
         return [], [View(node)]
     if not replay_states(node):
@@ -83,7 +84,7 @@ def _has_parameters(tree: Any, views: Sequence[View]) -> bool:
 
 
 def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, all rows of whose replayed parameters are up to date where a step computes some of their rows."""
+    """The leaves, with the replayed parameters up to date in all rows. A step computes this for the rows it reads."""
 
     def change(view: View, params: dict[str, Any]) -> None:
         for name, stamps in view.stamps.items():
@@ -100,8 +101,8 @@ def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
 
 
 def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Collection[int]) -> list[Any]:
-    """The leaves, with what a step on rows cannot bring up to date itself: all but the leaves `by_row`, and what
-    history will not remember much longer."""
+    """The leaves, with those rows up to date that a step on rows cannot catch up itself: all rows of leaves that are
+    not in `by_row`, and rows whose missed steps are about to leave the history."""
 
     def change(params: Any, opt_state: Any, numbers: Any) -> tuple[Any, Any]:
         dense = {name for name, number in named_leaves(numbers)[0].items() if number not in by_row}
@@ -111,7 +112,7 @@ def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Co
 
 
 def history_of(replayed: Sequence[Replayed]) -> set[int]:
-    """The numbers of the leaves that are history: no tables, for all that steps write there."""
+    """The numbers of the leaves that are history: steps write into them by index, but they are not tables."""
     numbers = [part.opt_state.unflatten(range(part.opt_state_at.start, part.opt_state_at.stop)) for part in replayed]
     return {number for states in numbers for state in replay_states(states) for number in state.history.values()}
 
