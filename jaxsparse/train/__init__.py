@@ -1,6 +1,7 @@
-"""What is called around a step.
+"""The train step and what goes around it.
 
-`jit` and `rowwise` put it on the rows that it reads, which `host_rows` or `device_rows` choose; `grad` does so for a
-gradient alone; `explain` says what is row-sparse. `step`, `loops` and `evaluation` are a step, an epoch and a test set.
-`refresh` brings every row up to date.
+`jit` and `rowwise` evaluate a step on the rows that it reads; `host_rows` or `device_rows` choose the rows. `grad` does
+so for a gradient alone, and `explain` says what is row-sparse. `step` makes a train step, `loops` runs epochs,
+`evaluation` measures a test set. `refresh` brings rows up to date, `resize` changes the rows of tables, `packing`
+stores tables for TPU.
 """

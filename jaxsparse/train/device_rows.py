@@ -20,7 +20,7 @@ from jaxsparse.trace.walk import Space
 
 
 def reads_of(planned: Planned, c: int) -> dict[int, bool]:
-    """For a class, the numbers of its distinct arrays of ids, and whether some read of each is clipped."""
+    """For a class of rows, the numbers of its distinct id arrays, and whether some read of each is clipped."""
     found: dict[int, bool] = {}
     for read, number in planned.reads_in(c):
         found[number] = found.get(number, False) or read.clipped
@@ -28,7 +28,7 @@ def reads_of(planned: Planned, c: int) -> dict[int, bool]:
 
 
 def axes_of(planned: Planned, c: int) -> set[Any]:
-    """The mapped axes over which a class's rows are added up, and so are to be the same on all devices."""
+    """The mapped axes over which a class's rows are added up. All devices along them need the same rows."""
     return {axis for node, axes in planned.plan.axes.items() if planned.plan.find(node) == c for axis in axes}
 
 
@@ -45,7 +45,7 @@ class Ids(NamedTuple):
     wrong: jax.Array | None
 
     def checked(self, x: Any, given: Sequence[Any]) -> Any:
-        """An array that is NaN if something is wrong; as it is, if it is one of those given."""
+        """The array, with NaN if the batch's distinct ids are wrong. An array that was given is not changed."""
         wrong = self.wrong
         if wrong is None or not jnp.issubdtype(x.dtype, jnp.inexact) or any(x is y for y in given):
             return x
@@ -81,7 +81,7 @@ def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *,
     """The distinct rows of a class that the ids of all reads name.
 
     Args:
-      axes: mapped axes over which all devices have the same rows, beside those over which the step adds them up.
+      axes: further mapped axes along which all devices need the same rows, besides those the step adds up over.
       alone: as of a Walk.
     """
     num_rows, reads = planned.classes[c], planned.reads_in(c)
@@ -139,8 +139,8 @@ class _Part:
 
     Attributes:
       given: as the step makes them, int32 (m,).
-      inside: the same, moved into the table where reads are clipped.
-      code: if they are the values of coded ids.
+      inside: the same, clipped into the table where reads are clipped.
+      code: set if they are the values of coded ids.
       named: which of these some read names, bool (m,); None for all.
     """
 
@@ -150,7 +150,7 @@ class _Part:
     named: jax.Array | None
 
     def joined(self, other: _Part | None) -> _Part:
-        """With another part of the same values."""
+        """This part joined with another part of the same values."""
         if other is None:
             return self
         named = None if self.named is None or other.named is None else self.named | other.named
@@ -164,7 +164,7 @@ class _Part:
         return rows
 
     def in_order(self, num_rows: int) -> jax.Array:
-        """Whether rows are distinct because each is larger than the one before, and what is no row comes last."""
+        """Whether rows are strictly increasing, with ids that name no row at the end."""
         rows = self._rows(num_rows)
         return jnp.all((rows[1:] > rows[:-1]) | (rows[1:] == num_rows))
 
@@ -182,7 +182,7 @@ def _part(ids: jax.Array, clipped: bool, num_rows: int, code: Coded | None) -> _
 
 
 def _as_they_are(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """As of `distinct_rows`, for rows (k,) that are distinct but for num_rows; of size k + 1."""
+    """What `distinct_rows` returns, with size k + 1, for rows (k,) that are distinct except for repeats of num_rows."""
     k = rows.shape[0]
     each = jnp.arange(k + 1, dtype=jnp.int32)
     unique = jnp.where(jnp.append(rows, num_rows) < num_rows, jnp.append(rows, num_rows), num_rows + each)

@@ -23,7 +23,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
 
     Args:
       metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
-        weight. What `js.auc` returns is welcome as well, and is computed of all examples together.
+        weight. What `js.auc` returns is allowed too, and is computed over all examples together.
       state: what has the parameters, in `state.params`.
       batches: a `js.Batches` or `js.Stream`, of which it takes one whole epoch and whose position it does not move, or
         an iterable of batches.
@@ -71,7 +71,7 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
 
 
 def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """fun(params, *args), which reads rows of parameters that are stored in another form."""
+    """fun(params, *args), for parameters of which some are packed: it reads their rows."""
 
     def step(params: Any, *args: Any) -> Any:
         return params, fun(params, *args)
@@ -87,7 +87,7 @@ def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, Any]:
-    """The metrics of a batch, or of one abstractly, if they are a dict of scalars."""
+    """The metrics of a batch (or their abstract values), checked to be a dict of scalars."""
     must = "a function that returns a dict of scalars"
     if not isinstance(metrics, Mapping):
         got = f"shape {metrics.shape}" if hasattr(metrics, "shape") else type(metrics).__name__
@@ -109,7 +109,7 @@ def one_epoch(batches: Any) -> Any:
 
 
 def weight_of(batch: Any) -> Any:
-    """What a batch counts by: an array, the sum of which that is. It is not looked at here, which would be to wait."""
+    """An array whose sum is the weight of a batch. It is not summed here: reading a value waits for the device."""
     weight = getattr(batch, "weight", None)
     if isinstance(weight, jax.Array) and not weight.is_fully_addressable:  # other hosts have the rest
         return _sum(weight)
@@ -138,7 +138,7 @@ def why_none(batches: Any) -> str:
 
 
 def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches | Stream) -> np.ndarray:
-    """What a model says of every example, in the order of the data, padding dropped.
+    """A model's outputs for every example, in the order of the data, without padding.
 
     Args:
       apply_fn: apply_fn(params, x) -> an array (B, ...).

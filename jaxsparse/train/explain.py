@@ -1,8 +1,7 @@
 """`explain`: which parameters a loss or a step reads by rows, and what makes the others dense.
 
-Frameworks have fallen back to dense gradients in silence for years. Here the choice is made by looking at the program,
-and this is the look: nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA
-writes their rows.
+Other frameworks fall back to dense gradients silently. Here the choice is made from the traced program, and this shows
+it. Nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA writes their rows.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from jaxsparse.train.jit import JittedStep
 from jaxsparse.train.packing import copied_whole, megabytes
 from jaxsparse.train.rowwise import plan_of
 
-# Below this many table rows for each row read a dense step is about as fast; see the README's crossover.
+# Below this many table rows for each row read, a dense step is about as fast: python -m tests.benchmarks.crossover.
 _CROSSOVER = 0.05
 
 
@@ -137,14 +136,14 @@ def explain(
 
 
 def _donated(jitted: Any, *args: Any, **kwargs: Any) -> set[int]:
-    """The leaves of such arguments that a function of jax.jit takes over."""
+    """The leaves of these arguments that a jax.jit function donates."""
     return {i for i, x in enumerate(jax.tree.leaves(jitted.trace(*args, **kwargs).args_info)) if x.donated}
 
 
 def _explain_step(
     plan: Callable[..., PlannedStep], donated_of: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
 ) -> Explanation:
-    """`donated_of`: which leaves of such arguments are donated; None where nobody knows."""
+    """`donated_of` gives the donated leaves of such arguments, or is None if that is unknown."""
     planned, platform = plan(*args, **kwargs), _jax.platform_of(jax.tree.leaves((args, kwargs)))
     copied = set() if donated_of is None else planned.leaves.keys() - donated_of(*args, **kwargs)
     find, traced = planned.plan.find, planned.traced
@@ -176,7 +175,7 @@ def _explain_step(
 
 @functools.cache
 def _written_in_place(dtype: Any, backend: str) -> bool:
-    """Whether the program that XLA compiles to change some rows of a donated table makes no second one."""
+    """Whether XLA compiles a write of some rows of a donated table without a second table."""
     del backend  # the default one, whose answers are remembered apart
     if dtype.itemsize >= 4:
         return True
@@ -187,8 +186,8 @@ def _written_in_place(dtype: Any, backend: str) -> bool:
 
 
 def _reads_of(planned: Planned, i: int) -> list[tuple[str, int]]:
-    """The source lines that read rows of an input, each with how many ids; one that is made again for a gradient is
-    one."""
+    """The source lines that read rows of an input, each with its number of ids. A read that is repeated for the
+    gradient counts once."""
     found = zip(planned.reads, planned.ids.numbers, planned.ids.sizes, strict=True)
     reads = {(r.source, number): size for r, number, size in found if r.node == i and r.late is not None}
     return [(source, size) for (source, _), size in reads.items()]

@@ -1,7 +1,7 @@
 """`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
 
-The function and its gradient are traced once, at full shapes, and evaluated as a step is (`rowwise.py`): on the rows
-that are read. The gradient of a table is zero in all others; where it is not, the table is computed as a whole.
+The function and its gradient are traced once, at full shapes, and evaluated like a step (`rowwise.py`): on the rows
+that are read. The gradient of a table is zero in all other rows. If it is not, the table's gradient is dense.
 """
 
 from __future__ import annotations
@@ -135,12 +135,12 @@ Tables = str | Sequence[str] | Callable[[str, Any], bool] | None
 
 @dataclasses.dataclass(frozen=True)
 class PlannedGradient(Planned):
-    """What is known of a function and its gradient before they are evaluated. The program's inputs are the leaves of
-    the arguments to differentiate; its outputs the value, the gradient, and the arrays of aux.
+    """The plan of a function and its gradient, before they are evaluated. The program's inputs are the leaves of the
+    arguments to differentiate; its outputs are the value, the gradient, and the arrays of aux.
 
     Attributes:
-      leaves_of_arguments: the first inputs.
-      inputs: these, and arrays of batches that know their distinct ids.
+      leaves_of_arguments: the first inputs, from the arguments to differentiate.
+      inputs: these, and the arrays of batches that carry their distinct ids.
       paths: of these.
       unused: the leaves that `tables` names, and that are not read.
       unflatten: the gradient of its leaves.
@@ -256,8 +256,8 @@ def _numbers(argnums: int | Sequence[int], args: Any) -> list[int]:
 def _would_be_read(
     both: Callable[..., list[Any]], leaves: list[Any], args: Any, kwargs: Any, places: dict[int, int], can: set[int]
 ) -> set[int]:
-    """Of a batch that statically has no ids, the leaves that one with ids would read: a program that reads nothing says
-    nothing of that."""
+    """The leaves that would be read if the batch had ids. A batch of statically no ids makes a program without reads,
+    which does not show them."""
     others, tree = jax.tree.flatten((args, kwargs))
     if not any(hasattr(x, "dtype") and 0 in jnp.shape(x) for x in others):
         return set()
@@ -278,7 +278,7 @@ def _would_be_read(
 
 
 def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
-    """The leaves whose gradient is not that of their rows alone."""
+    """The leaves whose gradient is not zero outside the rows that are read."""
     find, plan, found = walked.plan.find, walked.plan, dict[int, Reason]()
 
     def of_class(node: int, why: Reason) -> dict[int, Reason]:
@@ -309,8 +309,8 @@ _WARNED: set[str] = set()  # lines
 
 
 def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
-    """Once for each table and line that makes its gradient dense, though it is read by rows, or might be; and for each
-    line that this library cannot open.
+    """Warns once for each line that makes a table's gradient dense though it is read by rows, or might be; and for each
+    line whose primitive this library cannot look into.
 
     Args:
       chosen: whether the caller has chosen the leaves.
@@ -324,7 +324,7 @@ def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
 
 
 def _warn_of_stacked(planned: PlannedGradient) -> None:
-    """Once for each line that reads a row of one of several tables in one array, whose ids no RowSparse can have."""
+    """Warns once for each line that reads a row of one of several tables in one array: a RowSparse has no such ids."""
     found = find_stacked(planned.program, {i: 1 + i for i in range(len(planned.paths))}, everywhere=True)
     for i, shape in found.shapes.items():
         sources = [read.source for read in planned.reads if read.node == i] or [planned.why_dense(i).source]
@@ -374,10 +374,10 @@ def _nothing(leaf: jax.Array) -> RowSparse:
 
 
 def _zero_after(results: list[Any]) -> jax.Array:
-    """0, after all of that is there.
+    """The integer 0, computed after these arrays.
 
-    An update writes rows into the donated table at these ids. Where its gradient does not depend on some read of the
-    table (a loss that is linear in the rows, a metric, another parameter's gradient), nothing else says that the read
-    comes first.
+    An update writes rows into the donated table at these ids. The gradient may not depend on some read of the table:
+    the loss is linear in the rows, or the read is for a metric or for another parameter's gradient. This makes the
+    write wait for the read.
     """
     return zero_after(*(x for x in results if x is not None and jnp.issubdtype(jnp.result_type(x), jnp.number)))

@@ -23,7 +23,7 @@ from jaxsparse.train.device_rows import reads_of
 class HostRows:
     """The distinct rows of each class, chosen on the host, and where in them each id is.
 
-    The ids come as one array for each different way in which the step makes some, `numbers`, of each class.
+    The ids come as one array for each different computation of ids in the step, numbered by `numbers`, for each class.
     """
 
     def __init__(self, planned: Planned) -> None:
@@ -47,11 +47,11 @@ class HostRows:
         self._scratch = Scratch()  # its lock is that of the sizes as well: steps may be called from several threads
 
     def sees(self, used: list[Any]) -> bool:
-        """Whether ids made of these arrays are to be looked at on the host."""
+        """Whether ids made of these arrays are sorted on the host."""
         return self._can and all(map(_jax.is_on_host, used))
 
     def wanted(self, ids: list[Any]) -> list[list[Any]]:
-        """Of the ids of all reads, each different array once, by class."""
+        """Each different id array of all reads once, by class."""
         by_number = dict(zip(self._numbers, ids, strict=True))
         return [[by_number[number] for number, _ in arrays] for _, _, arrays in self._by_class]
 
@@ -89,8 +89,8 @@ class HostRows:
         return rows, positions
 
     def _size(self, n: int, distinct: int, most: int) -> int:
-        """How many rows a block gets: so many and one of padding, few sizes in all, of which each is compiled for. From
-        the third on, each is a half more than another."""
+        """The number of rows of a block: at least this many and one of padding. There are few sizes, because each is
+        compiled for; from the third on, a size is one and a half times another."""
         sizes = self._sizes[n]
         for size in sizes:
             if distinct < size <= (1.25 if len(sizes) < 3 else 1.6) * distinct + 64:
@@ -103,7 +103,7 @@ class HostRows:
         return min(size, most + 1)
 
     def most(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
-        """Abstract results of `choose`, where all ids are distinct."""
+        """The largest results of `choose`, abstractly: all ids distinct."""
         rows = []
         for (_, num_rows, _), given in zip(self._by_class, ids, strict=True):
             size = min(sum(x.size for x in given), num_rows) + 1
@@ -112,7 +112,7 @@ class HostRows:
         return rows, [[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in of_class] for of_class in shapes]
 
     def spaces(self, rows: list[Any], positions: list[list[Any]]) -> dict[int, Space]:
-        """What `choose` returned, as the step needs it."""
+        """The results of `choose`, in the form that the step takes."""
         out = {}
         for (c, num_rows, _), ids, places, paths in zip(self._by_class, rows, positions, self._paths, strict=True):
             out[c] = Space(ids, num_rows, {path: places[i] for path, i in paths})
@@ -120,8 +120,8 @@ class HostRows:
 
 
 def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tuple[np.ndarray, bool]:
-    """The distinct rows that ids name, in order, and whether some ids name none. Where they are `clipped`, an id out of
-    range names the first or last row."""
+    """(the distinct rows that ids name, in order; whether some ids name no row). If `clipped`, an id out of range names
+    the first or last row."""
     unique = sorted_distinct(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts]))
     first, last = np.searchsorted(unique, [0, num_rows])
     outside = first > 0 or last < len(unique)
@@ -136,7 +136,7 @@ def _distinct(parts: list[np.ndarray], num_rows: int, clipped: list[bool]) -> tu
 
 
 def _look_up(scratch: np.ndarray, ids: np.ndarray, size: int, num_rows: int | None, clipped: bool) -> np.ndarray:
-    """Where ids are; `num_rows` is given if some may name no row."""
+    """The position of each id among the rows. `num_rows` is given if some ids may name no row."""
     if num_rows is None:
         return scratch.take(ids)  # twice as fast as scratch[ids]
     if clipped:

@@ -1,11 +1,11 @@
 """`jit`: the one word. jax.jit of a train step, on the rows that it reads.
 
-It is `rowwise`, compiled, and what only a compiled call can do: the row ids are looked at on the host before the step
-runs. A small program makes them of the batch (`Planned.ids`); NumPy sorts them, and knows how many are distinct and
-where in that list each id is. So the step works on as many rows as there are, rounded up to few sizes, and looks no id
-up. That needs ids that the host can see: they are made of NumPy arrays, or of arrays on the CPU. Where they are on an
-accelerator, nothing is copied to the host: they are sorted there, and the block has as many rows as there are ids. A
-batch that carries its distinct ids (`known_ids.py`) needs none of that.
+It is `rowwise`, compiled, with one thing more: the row ids are read on the host before the step runs. A small program
+makes them from the batch (`Planned.ids`). NumPy sorts them, counts the distinct ones and finds each id among them. So
+the step works on the distinct rows, their number rounded up to one of few sizes, and searches no ids. That needs ids
+that the host can read: made of NumPy arrays, or of arrays on the CPU. If they are on an accelerator, nothing is copied
+to the host: they are sorted there, and the block has as many rows as there are ids. A batch that carries its distinct
+ids (`known_ids.py`) needs none of this.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def jit(
     SparseAdam leaves them: no momentum, no decay. Otherwise the result is that of jax.jit.
 
     Norms of gradients and updates are over the rows that are read; so are those of the gradient of a penalty on a whole
-    table. Row ids are known before the step runs: what they are made of is computed twice, and if that is the state,
-    the host waits for the step before.
+    table. Row ids are computed once more before the step runs. If they are made from the state, the host waits for the
+    previous step.
 
     Within jax.set_mesh of a mesh with Explicit axes the step is traced as on one of Auto axes: arrays keep the
     shardings that they have, and the step names none (out_sharding=, jax.sharding.reshard).
@@ -68,15 +68,16 @@ def jit(
     Args:
       step: step(state, ...) -> state, or (state, ...), any pytrees.
       donate_argnums, donate_argnames: the arguments that are state, whose memory the results take over: each comes back
-        as a part of the output, in the structure that it came in. Do not use them after the call. None: the first one
-        that does, and all others that do and have arrays of its shapes, as in step(params, opt_state, batch). Two of
-        one structure are told apart by what the outputs are made of; if you name them, they come back in their order.
-        (): the state is found as of None and stays usable, for which its tables are copied at each step, with a
-        warning that says how large they are.
+        as a part of the output, in the structure that it came in. Do not use them after the call. None: the first
+        argument that comes back, and all others that come back and have arrays of its shapes, as in step(params,
+        opt_state, batch). Two of one structure are told apart by what the outputs are made of; if you name them, they
+        come back in their order.
+        (): the state is found as with None, but not donated. It stays usable, and each step copies its tables, with
+        a warning that says how large they are.
       static_argnums, static_argnames: as in jax.jit.
       rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
-        are parts of the paths of tables: `rows={"words": new_ids}`. All others keep their bits in parameter and slots,
-        and get no gradient.
+        are parts of the paths of tables: `rows={"words": new_ids}`. All other rows keep their bits in parameter and
+        slots, and get no gradient.
 
     Returns:
       A function of the step's arguments that returns what the step returns, with `lower` and `trace` as in jax.jit:
@@ -127,7 +128,7 @@ def jit(
 
 
 def sequence(x: Any) -> tuple[Any, ...]:
-    """Numbers or names of arguments, of which there may be one or none."""
+    """Numbers or names of arguments as a tuple; given one, several or None."""
     return () if x is None else (x,) if isinstance(x, int | str) else tuple(x)
 
 
@@ -187,13 +188,13 @@ class JittedStep:
         return program.trace(step, dynamic, named)
 
     def plan(self, *args: Any, **kwargs: Any) -> PlannedStep:
-        """What is known of the step for arguments of these shapes, before it runs: for `js.explain`."""
+        """The plan of the step for arguments of these shapes, before it runs: for `js.explain`."""
         _, program = self._program(args, kwargs)
         assert program is not None, "not inside of another trace"
         return program.planned
 
     def donated(self, *args: Any, **kwargs: Any) -> set[int]:
-        """The leaves of such arguments that are donated."""
+        """Which leaves of these arguments are donated."""
         return set() if self._keeps else self.plan(*args, **kwargs).traced.donated
 
     def _cache_size(self) -> int:
@@ -201,7 +202,7 @@ class JittedStep:
         return sum(program.cache_size() for program in self._programs.values())
 
     def _dynamic(self, args: Any, kwargs: Any) -> tuple[Callable[..., Any], Any, Any, tuple[int, ...] | None]:
-        """The step as a function of what is not static, these arguments, and which of them are state."""
+        """(the step as a function of the non-static arguments, those arguments, which of them are state)."""
         if not self._static and not self._static_names:
             return self._step, args, kwargs, self._donate
         fixed = {n: x for n, x in enumerate(args) if n in self._static}
@@ -217,7 +218,7 @@ class JittedStep:
         return step, tuple(args[n] for n in kept), {k: x for k, x in kwargs.items() if k not in named}, states
 
     def _dynamic_by_position(self, args: Any, kwargs: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """As `_dynamic`, what can be given by position being so; and what is static."""
+        """Like `_dynamic`, with arguments given by position where possible; and the static ones."""
         if kwargs and self._signature is not None:
             try:
                 bound = self._signature.bind(*args, **kwargs)
@@ -234,7 +235,7 @@ class JittedStep:
         return *self._dynamic(args, kwargs), static
 
     def _program(self, args: Any, kwargs: Any) -> tuple[list[Any], StepProgram | None]:
-        """The leaves of what is not static, and the program for such leaves: none inside of another trace."""
+        """(the leaves of the non-static arguments, the program for them). The program is None inside another trace."""
         step, args, kwargs, states, static = self._dynamic_by_position(args, kwargs)
         leaves, tree = _flatten((args, kwargs))
         if any(map(_jax.is_traced, leaves)):
@@ -265,7 +266,7 @@ def _signature(step: Callable[..., Any]) -> inspect.Signature | None:
 def _both_ways(
     step: Callable[..., Any], numbers: tuple[int, ...], names: tuple[str, ...]
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Arguments given by position and by name, each also the other way, as in jax.jit."""
+    """Static or donated arguments by position and by name; each is completed from the other, as in jax.jit."""
     signature = _signature(step)
     if signature is None:
         return numbers, names

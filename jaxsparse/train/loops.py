@@ -62,8 +62,8 @@ def fit(
     js.flush.
 
     Args:
-      step: of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a "loss", the
-        mean over the examples of the batch.
+      step: a step of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a
+        "loss", the mean over the examples of the batch.
       state: the state to start from. It is donated to the step: use the returned one.
       batches: a `js.Batches` or `js.Stream`, whose position it goes on from, also after a run that was interrupted or
         stopped, or any iterable of batches that can be iterated anew.
@@ -74,8 +74,8 @@ def fit(
         `state.step` before the step. A resumed run goes on with the same keys. n is 0, 1, ... for a state without step.
       validation: batches to evaluate `metrics` on after each epoch.
       metrics: metric_fn of `js.evaluate`; required with validation, and only there.
-      callback: callback(event) is called with a `js.FitEvent` after each step and after each epoch. Where it returns
-        True, the run is over. None and False go on.
+      callback: callback(event) is called with a `js.FitEvent` after each step and after each epoch. If it returns
+        True, the run ends.
       stop_on_nan: whether a NaN loss raises. Losses are looked at every ten steps and at the end of an epoch, so that
         a few more steps may have run by then.
       progress: whether to show the bar.
@@ -139,7 +139,7 @@ def fit(
 
 
 class _Run:
-    """A call of `fit`: the newest state and what is known of the epochs, also where it ends early."""
+    """One call of `fit`: the newest state and the history, also if the run ends early."""
 
     def __init__(
         self, step: Any, state: Any, args: tuple[Any, ...], rng: Any, callback: Any, stop_on_nan: bool, progress: bool
@@ -211,7 +211,7 @@ class _Run:
             raise FloatingPointError(f"js.fit: the loss of {at} is NaN. stop_on_nan=False would go on.")
 
     def _tells(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
-        """Whether the callback, being told this, stops the run."""
+        """Calls the callback with this event; True if it stops the run."""
         if self._callback is None:
             return False
         steps, history = self._losses.steps, self.history
@@ -223,7 +223,7 @@ class _Run:
         return bool(said)
 
     def add_entry(self) -> dict[str, float]:
-        """Adds the entry of an epoch that has steps and no entry yet."""
+        """Adds the history entry of an epoch that has steps and no entry yet."""
         entry = self._losses.entry()
         if self._losses.steps and not self._has_entry:
             self.history.append(entry)
@@ -234,7 +234,7 @@ class _Run:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(self.state))
 
     def hand_over(self, error: BaseException) -> None:
-        """Makes the state reachable from an exception: the caller's own was donated."""
+        """Attaches the state to an exception, because the caller's own state was donated."""
         note = f"js.fit: error.state and error.history are the state and the history {self.where}."
         if self.is_lost():
             note = f"js.fit: the state was donated to what failed {self.where}. Go on from a checkpoint."
@@ -243,7 +243,7 @@ class _Run:
 
 
 class _Losses:
-    """The losses of an epoch. They are looked at now and then, as to look is to wait for the device."""
+    """The losses of an epoch. They are read only now and then, because reading waits for the device."""
 
     def __init__(self) -> None:
         self.steps, self.last, self._start = 0, float("nan"), time.perf_counter()
@@ -276,8 +276,8 @@ _fold_in = jax.jit(jax.random.fold_in)
 
 
 class _Interrupts:
-    """Ctrl-C during a run: within `wait` it is acted on after the block, as the state is with the device only and would
-    be lost. The second one is acted on at once."""
+    """Ctrl-C during a run. Inside `wait` it takes effect after the block: the state has been donated to the step, and
+    would be lost. A second Ctrl-C takes effect at once."""
 
     def __init__(self) -> None:
         self._before, self._holds, self._came = signal.getsignal(signal.SIGINT), False, 0
@@ -312,7 +312,7 @@ class _Interrupts:
 
 
 def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any) -> None:
-    """What can be said before the first step, and not after hours."""
+    """Checks arguments before the first step, not after hours of training."""
     if (validation is None) != (metrics is None):
         raise ValueError(message("fit", "metrics", "given with validation, and only there", metrics))
     for argument, given in {"batches": batches, "validation": validation}.items():

@@ -1,4 +1,4 @@
-"""`pack`: a state whose tables of narrow rows are stored as a TPU wants them, and what says that they should be."""
+"""`pack`: stores a state's tables of narrow rows for TPU. And the warnings that a table should be packed or donated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of a step of `js.jit` runs: the compiled programs for arguments of some structure, shapes and dtypes."""
+"""The compiled programs that a `js.jit` step runs, for one structure, shapes and dtypes of its arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StepProgram:
     """A step for arguments of some structure, shapes and dtypes.
 
     Args:
-      keeps: whether the state that is given stays as it is, which is not donated then.
+      keeps: whether the given state stays usable; then it is not donated.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class StepProgram:
         return self._returned(outs)
 
     def _leaves_ids_to_device(self, leaves: list[Any], used: list[Any]) -> bool:
-        """Whether ids are neither looked at on the host nor known to be all in one place. A GPU sorts them faster than
-        the host does."""
+        """Whether the ids are left to the device: not sorted on the host, and not known from a batch. A GPU sorts them
+        faster than the host does."""
         if self._knows_all or not _jax.on_one_device(leaves):
             return not _jax.on_one_device(leaves)
         return not self._host.sees(used) or _jax.platform_of(leaves) == "gpu"
@@ -122,7 +122,7 @@ class StepProgram:
         return self._unflatten([by_place[j] for j in range(len(outs))])
 
     def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
-        """The program for these leaves, lowered, and a function of it, when it is compiled, and of leaves."""
+        """(the lowered program for these leaves, a function of the compiled program and the leaves that calls it)."""
         used = [leaves[i] for i in self._used]
         donated, kept = self._apart(leaves)
         if self._leaves_ids_to_device(leaves, used):

@@ -1,6 +1,6 @@
-"""Keeping the rows of a replaying optimizer up to date by hand, and handing them over to plain optax.
+"""Keeps the rows of a replaying optimizer up to date by hand, and converts its state to plain optax and back.
 
-`refresh` in a step that is written by hand, before the gradient is taken; `flush` before parameters are used in any
+Call `refresh` in a step written by hand, before the gradient is taken, and `flush` before parameters are used in any
 other way. js.make_train_step needs neither.
 """
 
@@ -113,8 +113,8 @@ _flush_all = jax.jit(_flush_rows, donate_argnums=(0, 1))
 
 
 def _row_shardings(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """The mesh and the specs of all leaves, if they are on several devices and each can bring its own rows up to date:
-    with a parameter's rows go those of its slots and its stamps. Otherwise (None, None)."""
+    """The mesh and the specs of all leaves, if they are on several devices and each device can bring its own rows up to
+    date: slots and stamps are split like their parameter. Otherwise (None, None)."""
     shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), (params, opt_state))
     meshes: set[Any] = {getattr(s, "mesh", None) for s in jax.tree.leaves(shardings, is_leaf=lambda s: s is None)}
     if len(meshes) != 1 or None in meshes or next(iter(meshes)).size == 1:
@@ -171,8 +171,8 @@ def to_optax_state(opt_state: Any) -> Any:
 
 
 def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
-    """The state of a lazy or replaying optimizer that goes on where plain optax's left off: of `to_optax_state` the
-    inverse.
+    """The state of a lazy or replaying optimizer that continues from plain optax's state: the inverse of
+    `to_optax_state`.
 
     Args:
       tx: the js optimizer, or a transformation with js optimizers in it.
@@ -216,7 +216,7 @@ def _is_adam(x: object) -> bool:
 
 
 def take_apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
-    """params, opt_state and how to put them together again."""
+    """(params, opt_state, a function that puts them together again)."""
     if isinstance(state, tuple) and len(state) == 2:
         return *state, lambda params, opt_state: (params, opt_state)
     if isinstance(state, dict) and state.keys() >= {"params", "opt_state"}:

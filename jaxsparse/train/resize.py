@@ -1,11 +1,11 @@
-"""Tables that change their number of rows, or their order, between two steps.
+"""Changes the number or the order of a table's rows, between two steps.
 
 What belongs to a table's rows is not guessed from shapes. An optimizer's `init` is evaluated abstractly for two heights
 of the table, and the arrays whose first axis follows are those with the table's rows; the new ones start from what
 `init` makes for them. Only the stamps of replaying optimizers start from now: a row misses no step before it exists.
 
-All these arrays are made in one program. It has a few rows in hand at a time, which are gathered from the old ones and
-scattered into the new, so that arrays that are split over a mesh stay so, as in a step.
+All these arrays are made in one program. It gathers a few rows at a time from the old arrays and scatters them into the
+new ones, as a step does, so that arrays that are split over a mesh stay split.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def grow(
       state: a TrainState, or another object with params, opt_state and replace, or a pair (params, opt_state), or a
         dictionary with these names. It is not donated, but what has nothing to do with the table is in both states:
         after a step from the new one, do not use the old one.
-      table: which parameter: a part of its path as jax.tree_util.keystr writes it, that is in no other one's. Several
-        such parts, or a function of (path, leaf), mean tables of one height whose rows go together.
+      table: which parameter: a part of its path, as jax.tree_util.keystr writes it, that no other path has. Several
+        such parts, or a function of (path, leaf), name tables of one height whose rows belong together.
       num_rows: how many rows the table has afterwards, at least as many as before. Where the rows are split over
         devices, a multiple of their number (js.padded_rows). Rows of zeros that js.shard_rows has added are old rows:
         js.remap makes new ones of them.
@@ -188,7 +188,7 @@ def remap(
 
 
 class _Part(NamedTuple):
-    """An array with the table's rows: where it is among the leaves of the state, and what it is of."""
+    """An array with the table's rows: its leaf number in the state, and which slot or table it is."""
 
     leaf: int
     slot: int | None = None  # a leaf of tx.init
@@ -197,7 +197,7 @@ class _Part(NamedTuple):
 
 
 class _Resize:
-    """A state, taken apart into its leaves, and which of them have the rows of a table.
+    """The leaves of a state, and which of them have the rows of a table.
 
     Args:
       function, argument: for messages: what is called, and which of its arguments says how many rows there will be.
@@ -320,7 +320,7 @@ class _Resize:
         return jax.eval_shape(self._tx.init, self._definition.unflatten(shapes))
 
     def _find_copies(self, new: int, copies: Any) -> list[_Part]:
-        """The tables in what else of the state has the structure and the shapes of params."""
+        """The copies of the table: in other parts of the state with the structure and shapes of params."""
         like = lambda node: _structure(node) == self._definition  # noqa: E731
         known = {*self._of_params, *jax.tree.leaves(self._opt_state)}
         shapes = [jnp.shape(self._leaves[n]) for n in self._of_params]
@@ -339,7 +339,7 @@ class _Resize:
         return [_Part(numbers[i], table=i) for _, numbers in found for i in self._tables]
 
     def _check_sharding(self, x: Any, num_rows: int) -> Any:
-        """Where an array of x's kind with so many rows goes: None for a single device."""
+        """The sharding of an array like x with this many rows; None for a single device."""
         sharding = None if is_traced(x) else getattr(x, "sharding", None)
         if sharding is None or len(sharding.device_set) == 1:
             return None

@@ -2,9 +2,9 @@
 
 1. The step is traced at full shapes (`tracing`).
 2. Walks through its program find out which arrays share which rows (`planning`).
-3. The same walks have seen the row ids of all reads. Cut down to what they need, they are a program of its own, whose
-   result, sorted and without repeats, is the rows of each table (`choose_rows`).
-4. Their blocks are gathered, the program is evaluated on them, and what stands where a table or slot stood is written
+3. The same walks have seen the row ids of all reads. The part of the program that computes the ids runs first; the ids,
+   sorted and without repeats, are the rows of each table (`choose_rows`).
+4. Blocks of these rows are gathered, the program is evaluated on them, and the new rows of tables and slots are written
    back (`evaluate`). All other rows keep their bits.
 """
 
@@ -89,7 +89,7 @@ _PLANS: weakref.WeakKeyDictionary[Any, Callable[..., PlannedStep]] = weakref.Wea
 
 
 def plan_of(fun: Callable[..., Any]) -> Callable[..., PlannedStep] | None:
-    """For `js.explain`: a function of its arguments; None unless `fun` is what `rowwise` has returned."""
+    """For `js.explain`: a function of fun's arguments that gives the plan; None unless `rowwise` has made `fun`."""
     return _PLANS.get(fun)
 
 
@@ -97,7 +97,7 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
     """The step's outputs for these leaves of its arguments.
 
     Args:
-      axes: mapped axes over which all devices have the same rows, beside those over which the step adds them up.
+      axes: further mapped axes along which all devices need the same rows, besides those the step adds up over.
       alone: as of a Walk.
     """
     return over_any_mesh(
@@ -108,7 +108,7 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
 def over_any_mesh(
     planned: PlannedStep, leaves: Sequence[Any], fun: Callable[[list[Any], Any], list[Any]], others: Any = None
 ) -> list[Any]:
-    """fun(leaves, others), the step's outputs, of which the state keeps its shardings. `others`: any pytree."""
+    """fun(leaves, others), the step's outputs, with the state's shardings kept. `others`: any pytree."""
     places = planned.traced.places
     kept = [i for i in range(len(leaves)) if i not in places]
 
@@ -126,7 +126,7 @@ def over_any_mesh(
 def evaluate_by_ids(
     prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
 ) -> list[Any]:
-    """As `evaluate`, on the rows that the ids of the reads name. `axes`, `alone`: as of `on_rows`."""
+    """`evaluate` on the rows that the ids of the reads name. `axes`, `alone`: as in `on_rows`."""
     planned, leaves = prepared.planned, list(map(as_array, leaves))
     ids = ids_of(planned, leaves, axes)
     spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
@@ -136,21 +136,21 @@ def evaluate_by_ids(
 
 
 class Prepared(NamedTuple):
-    """A step that is known before it runs, and what its state has of replaying optimizers."""
+    """A planned step, before it runs, and the replaying optimizers in its state."""
 
     planned: PlannedStep
     replayed: list[Replayed]
     trained: dict[int, TrainedRows]  # by class
 
     def only_outputs(self) -> Prepared:
-        """The step without what its outputs do not need, what it prints included; its rows are the same."""
+        """The step without computations that its outputs do not need, prints included. Its rows are the same."""
         return self._replace(planned=dataclasses.replace(self.planned, program=_jax.needed_only(self.planned.program)))
 
 
 def prepare_step(
     step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
 ) -> Prepared:
-    """Traces a step, behind a catch-up of what it replays, and plans it."""
+    """Traces a step, with a catch-up of replayed parameters in front, and plans it."""
     with _jax.auto_mesh() as is_changed:
         if is_changed:
             args, kwargs = jax.tree.map(_jax.abstract, (args, kwargs))
@@ -187,7 +187,7 @@ def _prepare(
 
 
 def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
-    """A plan in which stacked tables are read by table and row, where that can be."""
+    """A plan in which stacked tables are read by table and row, where possible."""
     leaves = list(map(as_shape, traced.leaves))
     places = {i: j for i, j in traced.places.items() if not is_stored(traced.leaves[i])}
     stacked, why = find_stacked(traced.program, places), "rows= names rows of its first axis"
@@ -214,7 +214,7 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
 
 
 def _unpacked(planned: PlannedStep, args: Any, kwargs: Any) -> list[str]:
-    """What is stored in another form, and made an array of at each step though no array in its place were dense."""
+    """The packed leaves that each step unpacks as a whole, though as plain arrays they would be row-sparse."""
     with_paths = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_stored)[0]
     places, used, said = planned.traced.places, planned.ids.used, []
     for i, (path, x) in enumerate(with_paths):

@@ -23,7 +23,7 @@ def make_train_step(
 
     Args:
       loss_fn: loss_fn(params, batch, *args) -> a scalar, or (scalar, aux) with `has_aux`. The scalar is the mean over
-        the examples of the batch that have weight: `js.weighted_mean(losses, batch.weight)`.
+        the weighted examples of the batch: `js.weighted_mean(losses, batch.weight)`.
       has_aux: whether loss_fn returns (scalar, aux). aux, say new batch statistics, comes back as metrics["aux"]; what
         it needs of the previous step goes in through *args.
       axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are combined over it, each device
@@ -39,7 +39,7 @@ def make_train_step(
       the step is one of `js.jit`; without, of `js.rowwise`.
 
     Raises:
-      ValueError: as of `js.jit`; or if, with skipped="replay", row ids are made of rows that are not up to date.
+      ValueError: as in `js.jit`; or, with skipped="replay", if row ids are made from rows that are not up to date.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -88,15 +88,15 @@ def _apply_gradients(state: Any, grads: Any, loss: jax.Array) -> Any:
 
 
 def _square(g: jax.Array) -> jax.Array:
-    """The sum of squares, as an inner product: of these XLA keeps no array of squares."""
+    """The sum of squares. vdot avoids a temporary array of squares."""
     every = tuple(range(g.ndim))
     wide = jnp.promote_types(g.dtype, jnp.float32)
     return -jax.lax.dot_general(g, -g, ((every, every), ((), ())), preferred_element_type=wide)
 
 
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
-    """The mean over all examples that have weight, of each device's mean over its own; a device without any, whose loss
-    may be 0/0, counts nothing."""
+    """The mean over all weighted examples, from each device's mean over its own. A device without weighted examples,
+    whose loss may be 0/0, is left out."""
     weight = getattr(batch, "weight", None)
     own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(own, axis_name)
