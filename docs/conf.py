@@ -24,7 +24,7 @@ html_copy_source = False
 nb_execution_mode = "off"  # tests/test_notebooks.py runs them
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # notebooks begin where they like
-default_role = "code"
+default_role, smartquotes = "code", False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Returns"]  # text, of which what stands before a colon is no type
@@ -65,14 +65,31 @@ def write_api() -> None:
         path.write_text(f"{title}\n{'=' * len(title)}\n\n.. currentmodule:: jaxsparse\n\n{entries}")
 
 
+def indent(line):
+    return len(line) - len(line.lstrip())
+
+
+def mark_equations(app, what, name, obj, options, lines):
+    """A paragraph that is indented by four stays as it is written."""
+    for i in range(len(lines) - 2, 0, -1):
+        if lines[i - 1].strip() and not lines[i].strip() and indent(lines[i + 1]) == indent(lines[i - 1]) + 4:
+            lines[i : i + 1] = ["", " " * indent(lines[i - 1]) + "::", ""]
+
+
 def escape(app, what, name, obj, options, lines):
     """Docstrings are plain text with `code`: a star or a bar in them is itself."""
+    literal = None  # how far what is marked "::" is indented
     for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
+        if line.strip() == "::":
+            literal = indent(line)
+        elif line.strip() and literal is not None and indent(line) <= literal:
+            literal = None
+        if literal is None and not line.lstrip().startswith((">>>", "...")):
             pieces = re.split(r"(`[^`]*`|\*\*[A-Z][^*]*\*\*)", line)
             lines[i] = "".join(x if k % 2 else re.sub(r"([*|])", r"\\\1", x) for k, x in enumerate(pieces))
 
 
 def setup(app):
     write_api()
-    app.connect("autodoc-process-docstring", escape)
+    app.connect("autodoc-process-docstring", mark_equations, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", escape, priority=600)
