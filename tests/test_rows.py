@@ -417,7 +417,7 @@ def per_example_loss(params, ids, y):
     return (jnp.tanh(params["t"][ids]).sum() - y) ** 2 * (1 + params["w"].sum())
 
 
-@pytest.mark.slow  # as a cell of the README, and test_rowwise.py's gradient for each example
+@pytest.mark.slow  # as a cell of notebooks/guide.md, and test_rowwise.py's gradient for each example
 def test_gradients_of_examples_are_clipped_one_by_one():
     """DP-SGD: the mean of clipped gradients, at the cost of the rows, is that of dense gradients."""
     rng = np.random.default_rng(0)

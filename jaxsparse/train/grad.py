@@ -333,7 +333,7 @@ def _warn_of_stacked(planned: PlannedGradient) -> None:
         _WARNED.add(sources[0])
         what = f"The gradient of {planned.paths[i] or 'the parameter'} {shape} has whole tables in it"
         do = "Leave such a step to js.jit, which works on the rows that are read."
-        warn(f"{what}: it is read by table and row at {sources[0]}, and the ids of a RowSparse are of tables. {do}")
+        warn(f"{what}: it is read by table and row at {sources[0]}, which no id of a RowSparse can name. {do}")
 
 
 def _check_leaf(x: Any, path: str) -> Any:

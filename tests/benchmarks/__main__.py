@@ -5,7 +5,7 @@ losses to 1e-5), then blocks of up to 16 steps are timed in turn. Reported are t
 quartiles of the ratio within a round. What disagrees is not timed, and the exit status is 1.
 
 The peers, each in the form that was fastest here, are described in `with_*.py`. Those that are not installed are
-skipped. What was used for the README, from a clone, with Python 3.11:
+skipped. What was used for README and notebooks/speed.md, from a clone, with Python 3.11:
 
     python3 -m venv bench && bench/bin/pip install -e ".[bench]"
     bench/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
