@@ -37,26 +37,30 @@ from jaxsparse.data.ragged import Ragged, pieces, rows_of
 
 
 class Sizes:
-    """A few static sizes for a run: the largest that is expected, in eighths of an octave, and three quarters and half
-    of that: levels 2, 1 and 0. One size for all levels where all needs are alike, or where it is fixed. Where the needs
-    are those of some batches only, the largest has room for others.
+    """Two static sizes for a run: level 1, the largest that is expected, and level 0, what four of five batches fit into.
+    They are one where these are alike, or where the size is fixed. Where the needs are those of some batches only, the
+    largest has room for others.
 
-    What needs more than the largest gets its own size.
+    What needs more than the largest gets two, four, ... times as much.
     """
 
     def __init__(self, needs: Sequence[int], fixed: int | None, are_all: bool) -> None:
         alike, most = fixed is not None or len(set(needs)) < 2, max(needs, default=1)
         largest = fixed if fixed is not None else round_up(most) if alike or are_all else room_for(most)
-        self.sizes = (largest,) * LEVELS if alike else (-(-largest // 2), -(-3 * largest // 4), largest)
+        usual = largest if alike else round_up(sorted(needs)[len(needs) * 4 // 5])
+        self.sizes = (usual if 4 * usual < 3 * largest else largest, largest)
 
     def level(self, need: int) -> int:
         return next((level for level, size in enumerate(self.sizes) if size >= need), LEVELS - 1)
 
     def fit(self, need: int, level: int) -> int:
-        return self.sizes[level] if need <= self.sizes[level] else round_up(need)
+        size = self.sizes[level]
+        while size < need:
+            size = max(2 * size, 1)
+        return size
 
 
-LEVELS = 3
+LEVELS = 2
 
 
 class Feature:
