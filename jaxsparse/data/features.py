@@ -37,7 +37,7 @@ from jaxsparse.data.ragged import Ragged, pieces, rows_of
 
 
 class Sizes:
-    """Two static sizes for a run: level 1, the largest that is expected, and level 0, what four of five batches fit into.
+    """Two static sizes for a run: level 1, the largest that is expected, and level 0, which fits four of five batches.
     They are one where these are alike, or where the size is fixed. Where the needs are those of some batches only, the
     largest has room for others.
 
