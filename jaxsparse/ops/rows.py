@@ -103,15 +103,26 @@ def as_shape(x: Any) -> Any:
 
 def gather_rows(x: Any, ids: jax.Array) -> jax.Array:
     """x[ids], zero where an id is padding. x (num_rows, ...), ids (k,) -> (k, ...)."""
-    if isinstance(x, Storage):
-        return x.rows(ids)
+    return x.rows(ids) if isinstance(x, Storage) else read_rows(x, ids, 0)
+
+
+def read_rows(x: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
+    """x[ids], `fill` where an id is padding. x (num_rows, ...), ids (...,) -> (..., ...)."""
     if x.shape[0] == 0:  # XLA refuses to gather from nothing
-        return jnp.zeros(ids.shape + x.shape[1:], x.dtype)
+        return jnp.full(ids.shape + x.shape[1:], fill, x.dtype)
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=tuple(range(ids.ndim, ids.ndim + x.ndim - 1)), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
     # no indexing, which has nothing to do with x where there are no ids
-    return jax.lax.gather(x, ids[..., None], numbers, (1, *x.shape[1:]), mode="fill", fill_value=0)
+    at = jax.lax.expand_dims(ids, (ids.ndim,))
+    return jax.lax.gather(x, at, numbers, (1, *x.shape[1:]), mode="fill", fill_value=fill)
+
+
+def add_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """x with rows added at ids, padding left out. x (num_rows, ...), ids (...,), rows (..., ...)."""
+    window = tuple(range(ids.ndim, ids.ndim + x.ndim - 1))
+    numbers = jax.lax.ScatterDimensionNumbers(window, inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0,))
+    return jax.lax.scatter_add(x, jax.lax.expand_dims(ids, (ids.ndim,)), rows, numbers, mode="drop")
 
 
 def copy_rows(x: Any, ids: jax.Array) -> jax.Array:
