@@ -57,6 +57,7 @@ class Plan:
     whole_scatters: dict[str, None] = dataclasses.field(default_factory=dict)  # into as many rows as a table has
     gates: list[tuple[int, Any, str]] = dataclasses.field(default_factory=list)  # node, counter, source
     read: set[int] = dataclasses.field(default_factory=set)
+    kinds: dict[Path, list[Any]] = dataclasses.field(default_factory=dict)  # of what leaves a region, without arrays
     _parent: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def find(self, node: int) -> int:

@@ -89,15 +89,18 @@ def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
         outs, reads[number], ids = _inside(walk, branches[number], operands)
         return outs, ids
 
-    found = [jax.eval_shape(lambda n=n: taken(n)) for n in range(len(branches))]  # type: ignore[misc]
-    kinds = [_common_kind(walk, outs) for outs in zip(*(outs for outs, _ in found), strict=True)]
-    if any(kind is None for kind in kinds):
-        return None
+    kinds, ids_of = _known_kinds(walk), [[] for _ in branches]  # type: ignore[var-annotated]
+    if kinds is None:
+        found = [jax.eval_shape(lambda n=n: taken(n)) for n in range(len(branches))]  # type: ignore[misc]
+        kinds = [_common_kind(walk, outs) for outs in zip(*(outs for outs, _ in found), strict=True)]
+        if any(kind is None for kind in kinds):
+            return None
+        walk.plan.kinds[walk.path], ids_of = kinds, [ids for _, ids in found]
     notes = notes_of(index)
 
     def branch(number: int) -> Any:
         outs, ids = taken(number)
-        all_ids = [[jnp.full(x.shape, NOBODY, x.dtype) for x in other] for _, other in found]
+        all_ids = [[jnp.full(x.shape, NOBODY, x.dtype) for x in other] for other in ids_of]
         all_ids[number] = ids
         return [_like(v, kind, walk) for v, kind in zip(outs, kinds, strict=True)], all_ids
 
@@ -145,18 +148,24 @@ def scan(walk: Walk, eqn: Equation, values: Values) -> Outs:
         outs, reads[:], ids = _inside(walk, found.body, [*consts, *carry, *map(Whole, x)])
         return outs[: len(carry)], (outs[len(carry) :], ids)
 
-    first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
-    kinds = _kinds_of_carry(walk, carry, lambda carry: body(carry, [jnp.zeros(x.shape, x.dtype) for x in first])[0])
-    if kinds is None:
+    def once(kinds: list[Value]) -> tuple[list[Value | None], Any]:
+        """The scan with a carry of these kinds, and which kinds come out of its body; it is right if they are these."""
+        found_kinds: list[Value | None] = []
+
+        def turn(carry: Values, x: Sequence[jax.Array]) -> Any:
+            new, (ys, ids) = body(carry, x)
+            found_kinds[:] = _kinds_after(walk, kinds, carry, new)
+            settled = _signature(found_kinds) == _signature(kinds)
+            ys = [Whole(array_of(y), y.notes) if isinstance(y, Same) else y for y in ys]
+            return [_like(v, kind, walk) for v, kind in zip(new if settled else carry, kinds, strict=True)], (ys, ids)
+
+        start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
+        return found_kinds, found.again(turn, start, arrays)
+
+    settled = _settle_carry(walk, carry, once)
+    if settled is None:
         return None
-
-    def turn(carry: Values, x: Sequence[jax.Array]) -> Any:
-        new, (ys, ids) = body(carry, x)
-        ys = [Whole(array_of(y), y.notes) if isinstance(y, Same) else y for y in ys]
-        return [_like(v, kind, walk) for v, kind in zip(new, kinds, strict=True)], (ys, ids)
-
-    start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
-    end, (ys, ids) = found.again(turn, start, arrays)
+    end, (ys, ids) = settled
     walk.reads += [(read, x.reshape(-1)) for read, x in zip(reads, ids, strict=True)]
     stacked = [Rows(y.block, y.node, y.axis + 1, y.outside, y.updated) if isinstance(y, Rows) else y for y in ys]
     return [*end, *stacked]
@@ -174,41 +183,55 @@ def while_loop(walk: Walk, eqn: Equation, values: Values) -> Outs:
         read = read or bool(reads)
         return outs
 
-    kinds = _kinds_of_carry(walk, carry, lambda carry: run(body, [*for_body, *carry]))
-    if kinds is None or read:
-        return None
-    start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
-    end = jax.lax.while_loop(
-        lambda carry: run(test, [*for_test, *carry])[0].array,
-        lambda carry: [_like(v, k, walk) for v, k in zip(run(body, [*for_body, *carry]), kinds, strict=True)],
-        start,
-    )
-    return None if read else list(end)
+    def once(kinds: list[Value]) -> tuple[list[Value | None], Any]:
+        found_kinds: list[Value | None] = []
+
+        def turn(carry: list[Value]) -> list[Value]:
+            new = run(body, [*for_body, *carry])
+            found_kinds[:] = _kinds_after(walk, kinds, carry, new)
+            settled = _signature(found_kinds) == _signature(kinds)
+            return [_like(v, kind, walk) for v, kind in zip(new if settled else carry, kinds, strict=True)]
+
+        start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
+        return found_kinds, jax.lax.while_loop(lambda carry: run(test, [*for_test, *carry])[0].array, turn, start)
+
+    end = _settle_carry(walk, carry, once)
+    return None if read or end is None else list(end)
 
 
 def _split(values: Values, first: int, second: int) -> tuple[list[Value], list[Value], list[Value]]:
     return list(values[:first]), list(values[first : first + second]), list(values[first + second :])
 
 
-def _kinds_of_carry(walk: Walk, carry: list[Value], body: Callable[[list[Value]], Values]) -> list[Value] | None:
-    """The kinds that a loop's carry settles on; None if it does not."""
-    kinds: list[Value | None] = [_kind(walk, v, v) for v in carry]
-    start = [_portable(v) for v in carry]
+def _known_kinds(walk: Walk) -> list[Value] | None:
+    """The kinds of what leaves a region, as planning has found them; None while planning."""
+    return None if walk.planning else walk.plan.kinds[walk.path]
+
+
+def _settle_carry(
+    walk: Walk, carry: list[Value], once: Callable[[list[Value]], tuple[list[Value | None], Any]]
+) -> Any | None:
+    """A loop whose carry is of kinds that its body keeps; None if there are none. Planning looks for them.
+
+    Args:
+      once: the kinds after a turn with a carry of these kinds, and the loop.
+    """
+    kinds: list[Any] = _known_kinds(walk) or [_kind(walk, v, v) for v in carry]
     for _ in range(_SETTLES):
-        before = list(kinds)
-
-        def once(start: list[Value], before: list[Value | None] = before) -> jax.Array:
-            now = [_like(v, kind, walk) for v, kind in zip(start, before, strict=True)]
-            for i, (old, new) in enumerate(zip(now, body(now), strict=True)):
-                kinds[i] = before[i] if new is old else _kind(walk, old, new)
-            return jnp.zeros(())
-
-        jax.eval_shape(once, start)
-        if any(kind is None for kind in kinds):
+        now, loop = once(kinds)
+        if any(kind is None for kind in now):
             return None
-        if _signature(kinds) == _signature(before):
-            return kinds
+        if _signature(now) == _signature(kinds):
+            walk.plan.kinds[walk.path] = kinds
+            return loop
+        kinds = now
     return None
+
+
+def _kinds_after(walk: Walk, kinds: list[Value], carry: Values, new: Values) -> list[Value | None]:
+    """The kinds that a carry of these kinds has after a turn, None where what it was and is are of no common one."""
+    pairs = zip(kinds, carry, new, strict=True)
+    return [kind if after is before else _kind(walk, before, after) for kind, before, after in pairs]
 
 
 _SETTLES = 10  # each turn of the search makes some kind less special
