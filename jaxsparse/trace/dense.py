@@ -12,8 +12,8 @@ from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
 from jaxsparse.trace.lines import UNKNOWN_SOURCE, source_line
 from jaxsparse.trace.plan import Reason
+from jaxsparse.trace.row_regions import is_closed
 from jaxsparse.trace.uses import INLINED
-from jaxsparse.trace.walk import is_closed
 
 LARGE = 1 << 16  # rows of a table that is worth a warning if no ids read it
 

@@ -245,7 +245,7 @@ class Walked:
         stand_ins = [_stand_in(x) if i in chosen else None for i, x in enumerate(leaves)]
 
         def ids_of_reads(leaves: list[Any], stand_ins: list[Any], for_ids: Any) -> list[Any]:
-            walk = Walk(plan, later=True, stand_ins=for_ids)
+            walk = Walk(plan, stand_ins=for_ids)
             values = [
                 Whole(x, _notes_of_leaf(i, x, places))
                 if s is None
@@ -278,7 +278,7 @@ def _without_arrays(v: Value) -> Value:
     if isinstance(v, Rows):
         return Rows(None, v.node, v.axis, v.outside, v.updated, None if v.whole is None else lambda walk: None)
     if isinstance(v, Same):
-        return dataclasses.replace(v, row=None)
+        return dataclasses.replace(v, made=None)
     return Whole(None, notes_of(v))
 
 

@@ -73,7 +73,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
         shape = _jax.shape(operand)
         if isinstance(v, Whole) and (shape == () or shape[like.axis] == 1 != _jax.shape(eqn.outputs[0])[like.axis]):
             outside = ZERO if is_zero(v) else UNIFORM  # a scalar, or stretched as one
-            operands.append(Rows(v.array, like.node, like.axis, outside, whole=lambda walk, v=v: v.array))  # type: ignore[misc]
+            operands.append(Rows(v.made, like.node, like.axis, outside, whole=lambda walk, v=v: v.array))  # type: ignore[misc]
             continue
         block = walk.as_rows(v, like.node, like.axis)
         if block is None:
@@ -87,7 +87,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
     whole: Callable[[Any], Any] | None = None
     if all(x.whole is not None for x in operands):
         whole = lambda walk: _jax.bind(eqn, [walk.whole(x) for x in operands])[0]  # noqa: E731
-    if eqn.primitive in _ADD and (added := _added(operands)) is not None:
+    if eqn.primitive in _ADD and (added := _added(walk, operands)) is not None:
         return [added]
     given = [v for v in values if isinstance(v, Rows)]
     origin = like.first if all(v is like for v in given) else None
@@ -104,7 +104,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
     return [Rows(out, like.node, like.axis, outside, updated, whole, origin=origin)]
 
 
-def _added(operands: Sequence[Rows]) -> Rows | None:
+def _added(walk: Walk, operands: Sequence[Rows]) -> Rows | None:
     """A sum in which one side is a scatter into zeros: scattered into the other side instead, in place."""
     a, b = operands
     if b.add_to is None:
@@ -113,7 +113,8 @@ def _added(operands: Sequence[Rows]) -> Rows | None:
         return None
     first, second = a.add_to, b.add_to
     add_to = None if first is None else lambda block: second(first(block))
-    return Rows(second(a.block), a.node, a.axis, min(a.outside, b.outside), updated=True, add_to=add_to)
+    block = walk.when_needed(a.made.shape, a.made.dtype, lambda: second(a.block), [a])
+    return Rows(block, a.node, a.axis, min(a.outside, b.outside), updated=True, add_to=add_to)
 
 
 def _outside(eqn: Equation, outside: Sequence[int]) -> int:
@@ -138,9 +139,8 @@ def barrier(walk: Walk, eqn: Equation, values: Values) -> Outs:
     """optimization_barrier: of each operand itself. Ids that pass it do not need what passes it beside them."""
     if walk.planning:
         return list(values)
-    field = {Rows: "made", Same: "row", Whole: "array"}
-    outs = _jax.bind(eqn, [v.block if isinstance(v, Rows) else getattr(v, field[type(v)]) for v in values])
-    return [dataclasses.replace(v, **{field[type(v)]: x}) for v, x in zip(values, outs, strict=True)]
+    outs = _jax.bind(eqn, [v.block if isinstance(v, Rows) else v.made for v in values])
+    return [dataclasses.replace(v, made=x) for v, x in zip(values, outs, strict=True)]
 
 
 def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
@@ -148,13 +148,17 @@ def _elementwise_same(walk: Walk, eqn: Equation, values: Values) -> Outs:
     for v, operand in zip(values, eqn.inputs, strict=True):
         if (v.axis != like.axis) if isinstance(v, Same) else _jax.shape(operand) != ():
             return None
-    (row,) = _jax.bind(eqn, [v.row if isinstance(v, Same) else array_of(v) for v in values])  # type: ignore[arg-type]
+
+    def make() -> Any:
+        return _jax.bind(eqn, [v.row if isinstance(v, Same) else array_of(v) for v in values])[0]  # type: ignore[arg-type]
+
+    row = walk.output(eqn, make, values, axis=like.axis)
     levels = [v.outside if isinstance(v, Same) else ZERO if is_zero(v) else UNIFORM for v in values]  # type: ignore[union-attr]
     return [Same(row, like.axis, like.size, _outside(eqn, levels) == ZERO, notes_out(eqn, values))]
 
 
 def _is_number(v: Value) -> bool:
-    return isinstance(v, Whole) and isinstance(v.array, np.ndarray | np.generic | int | float)
+    return isinstance(v, Whole) and isinstance(v.made, np.ndarray | np.generic | int | float)
 
 
 def is_zero(v: Value) -> bool:

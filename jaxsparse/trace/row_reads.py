@@ -54,7 +54,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     ids, mode = at[..., component], eqn.param("mode")
     place = walk.note_read(rows.node, ids, num_rows, rows.updated, mode in CLIPPED)
     if walk.planning and rows.whole is not None:  # other ids may be made of these rows
-        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows), at])]
+        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows), at])[0], []))]
     at = at.astype(jnp.int32)
     if mode in CLIPPED:
         at = clip_others(at, component, numbers.start_index_map, shape, sizes)
@@ -179,7 +179,7 @@ def dynamic_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return [Rows(block, rows.node, axis, rows.outside, rows.updated)]
     place = walk.note_read(rows.node, _from(arrays[axis], many, num_rows), num_rows, rows.updated, clipped=False)
     if walk.planning and rows.whole is not None:
-        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows), *arrays])]
+        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows), *arrays])[0], []))]
     read = jnp.take(rows.block, place, axis=axis, mode="fill")
     arrays[axis] = jnp.zeros_like(arrays[axis])
     return [Whole(x) for x in _jax.bind(eqn, [read, *arrays])]
@@ -203,7 +203,7 @@ def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     num_rows, ids = _jax.shape(eqn.inputs[0])[axis], jnp.arange(start[axis], limit[axis], strides[axis], jnp.int32)
     place = walk.note_read(rows.node, ids, num_rows, False, clipped=False, static=True)
     if walk.planning and rows.whole is not None:
-        return [Whole(x) for x in _jax.bind(eqn, [walk.whole(rows)])]
+        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows)])[0], []))]
     start[axis], limit[axis], strides[axis] = 0, len(ids), 1
     changes = {"start_indices": tuple(start), "limit_indices": tuple(limit), "strides": tuple(strides)}
 
@@ -231,7 +231,7 @@ def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
     tall = [a for a, c in enumerate(config) if shape[a] in walk.plan.heights and tuple(c) != (0, 0, 0)]
     if not tall or not isinstance(new, Whole) or not row_elementwise.is_zero(filler):
         return None
-    axis, size = tall[0], jnp.shape(new.array)[tall[0]]
+    axis, size = tall[0], new.shape[tall[0]]
     (low, high, between), config[axis] = config[axis], (0, 0, 0)
     if low < 0 or high < 0 or size > _FEW:
         return None
@@ -242,9 +242,12 @@ def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
         rows = jnp.moveaxis(rows, axis, 0)
         return jnp.moveaxis(jnp.moveaxis(block, axis, 0).at[place].add(rows, mode="drop"), 0, axis)
 
-    zero = jnp.zeros((*shape[:axis], 1, *shape[axis + 1 :]), _jax.dtype(eqn.outputs[0]))
-    zero = _jax.vary(zero, _jax.varying_axes(new.array))
-    return _changed(walk, Same(zero, axis, shape[axis], zero=True), ids, shape[axis], put, adds=True, clipped=False)
+    def zeros() -> Any:
+        zero = jnp.zeros((*shape[:axis], 1, *shape[axis + 1 :]), _jax.dtype(eqn.outputs[0]))
+        return _jax.vary(zero, _jax.varying_axes(new.array))
+
+    into = Same(walk.output(eqn, zeros, [new], axis=axis), axis, shape[axis], zero=True)
+    return _changed(walk, into, ids, shape[axis], put, [new], adds=True, clipped=False)
 
 
 def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
@@ -314,7 +317,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
         return out.astype(block.dtype)
 
-    return _changed(walk, into, ids, shape[axis], put, adds=adds, clipped=clipped)
+    return _changed(walk, into, ids, shape[axis], put, [updates], adds=adds, clipped=clipped)
 
 
 def _is_crowded(place: jax.Array, block: jax.Array) -> bool:
@@ -363,29 +366,45 @@ def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
         rows = jnp.moveaxis(array_of(update), axis, 0)
         return jnp.moveaxis(jnp.moveaxis(block, axis, 0).at[place].set(rows, mode="drop"), 0, axis)
 
-    return _changed(walk, into, ids, shape[axis], put, adds=False, clipped=False)
+    return _changed(walk, into, ids, shape[axis], put, [update], adds=False, clipped=False)
 
 
 def _changed(
-    walk: Walk, into: Rows | Same, ids: Any, num_rows: int, put: Callable[[Any, Any], Any], *, adds: bool, clipped: bool
+    walk: Walk,
+    into: Rows | Same,
+    ids: Any,
+    num_rows: int,
+    put: Callable[[Any, Any], Any],
+    new: Values,
+    *,
+    adds: bool,
+    clipped: bool,
 ) -> Outs:
-    """Rows of which those that ids name are changed by put(block, place)."""
+    """Rows of which those that ids name are changed by put(block, place), made of new values."""
     path = walk.path
     if isinstance(into, Same):
         if path in walk.plan.loose:
             return None
         node = walk.plan.scatter_at(path)
         size, outside = walk.ids(node).shape[0], into.outside
+        shape = into.shape_of(size)
+    else:
+        node, shape, outside = into.node, into.made.shape, into.outside
+
+    def before() -> Any:
+        if isinstance(into, Rows):
+            return into.block
         block = into.times(size)
         if walk.planning:  # which rows it has is not known, and no row ids can be made of what they hold
             along = [-1 if axis == into.axis else 1 for axis in range(block.ndim)]
             block = jnp.where(walk.ids(node).reshape(along) == 0, block, block)
-    else:
-        node, block, outside = into.node, into.block, into.outside
+        return block
+
     place = walk.note_read(node, ids, num_rows, late=None, clipped=clipped)
     add_to = (lambda block: put(block, place)) if adds and isinstance(into, Same) and into.zero else None
     updated = adds or isinstance(into, Same) or into.updated  # rows that are set, a padding row, are no update
-    return [Rows(put(block, place), node, into.axis, outside, updated, add_to=add_to)]
+    block = walk.when_needed(shape, into.made.dtype, lambda: put(before(), place), [into, *new])
+    return [Rows(block, node, into.axis, outside, updated, add_to=add_to)]
 
 
 def _axes_left(shape: Sequence[int], *without: Sequence[int]) -> list[int]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
+from jaxsparse.trace.uses import INLINED
 from jaxsparse.trace.values import NOBODY, Outs, Rows, Same, Value, Values, Whole, array_of, notes_of
 
 if TYPE_CHECKING:
@@ -241,3 +242,17 @@ REGIONS: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     _jax.SCAN: scan,
     **dict.fromkeys(_jax.primitives("while"), while_loop),
 }
+_OPEN = frozenset(REGIONS) | INLINED
+
+
+def is_closed(eqn: Equation) -> bool:
+    """Whether an equation of a kind that is unknown here holds a program that reads rows, or cannot be seen."""
+    held = None if eqn.primitive in _OPEN else _jax.held_programs(eqn)
+    return held is not None and (not held or any(map(_reads, held)))
+
+
+def _reads(program: Program) -> bool:
+    return any(
+        eqn.primitive in (_jax.GATHER, _jax.DYNAMIC_SLICE) or any(map(_reads, _jax.held_programs(eqn) or ()))
+        for eqn in program.equations
+    )

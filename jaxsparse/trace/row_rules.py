@@ -5,12 +5,14 @@ Rules are as in `row_elementwise`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
@@ -31,6 +33,7 @@ from jaxsparse.trace.values import (
     Values,
     Whole,
     array_of,
+    ready,
 )
 
 if TYPE_CHECKING:
@@ -92,14 +95,14 @@ def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
     changes, axis = found
     keeps_zero = eqn.primitive is not _CUMLOGSUMEXP
     if isinstance(v, Same):
-        (row,) = _jax.bind(eqn, [v.row], **changes)
+        row = walk.output(eqn, lambda: _jax.bind(eqn, [v.row], **changes)[0], values, axis=axis)
         return [Same(row, axis, v.size, v.zero and keeps_zero, v.notes)]
 
     def make(part: Part, block: Any) -> Any:
         changes, _ = moved(eqn, v.axis, block.shape[v.axis]) or ({}, 0)
         return _jax.bind(eqn, [block], **changes)[0]
 
-    block = walk.by_row(v.node, eqn.outputs[0], v.axis or axis, [v.made], make)
+    block = walk.by_row(v.node, eqn.outputs[0], axis, [v.made], make, before=v.axis)
     whole = v.whole and (lambda walk: _jax.bind(eqn, [walk.whole(v)])[0])
     outside = v.outside if keeps_zero else min(v.outside, UNIFORM)
     return [Rows(block, v.node, axis, outside, v.updated, whole, origin=v.first)]
@@ -111,7 +114,7 @@ def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if not isinstance(v, Whole):
         return one_operand(walk, eqn, values)
     shape, dims = eqn.param("shape"), [int(d) for d in eqn.param("broadcast_dimensions")]
-    given = jnp.shape(v.array)
+    given = v.shape
     new = [a for a in range(len(shape)) if a not in dims or given[dims.index(a)] == 1 != shape[a]]
     tall = [a for a in new if shape[a] in walk.plan.heights]
     new = [a for a in new if shape[a] != 1]
@@ -122,7 +125,8 @@ def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if not tall:
         return None
     axis = tall[0]
-    (row,) = _jax.bind(eqn, [v.array], shape=(*shape[:axis], 1, *shape[axis + 1 :]))
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    row = walk.output(eqn, lambda: _jax.bind(eqn, [v.array], shape=one)[0], values, axis=axis)
     return [Same(row, axis, shape[axis], is_zero(v), v.notes)]
 
 
@@ -164,24 +168,32 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
     if primitive not in _NEUTRAL:
         return None
     num_rows = _jax.shape(eqn.inputs[0])[rows.axis]
-    if rows.outside == ZERO and primitive is _jax.REDUCE_SUM:
-        return [Whole(x) for x in _jax.bind(eqn, [rows.block])]
-    is_real = walk.is_real(rows)
-    if rows.outside >= UNIFORM:  # the last row is padding, and like each of the others
-        row = jax.lax.slice_in_dim(rows.block, rows.made.shape[rows.axis] - 1, None, axis=rows.axis)
+
+    def reduced(block: Callable[[], Any]) -> Any:
+        return walk.output(eqn, lambda: _jax.bind(eqn, [block()])[0], [rows])
+
+    def with_others() -> Any:
+        """Of rows the last of which is padding, and like each of those outside of the block."""
+        is_real = walk.is_real(rows)
         num_others = num_rows - jnp.sum(is_real)
-        if primitive is _jax.REDUCE_SUM:
-            (inside,), (one,) = _jax.bind(eqn, [jnp.where(is_real, rows.block, 0)]), _jax.bind(eqn, [row])
-            return [Whole((inside + one * num_others.astype(one.dtype)).astype(_jax.dtype(out)))]
-        first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
-        return [Whole(x) for x in _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])]
+        if primitive is not _jax.REDUCE_SUM:
+            first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
+            return _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])[0]
+        row = jax.lax.slice_in_dim(rows.block, rows.made.shape[rows.axis] - 1, None, axis=rows.axis)
+        (inside,), (one,) = _jax.bind(eqn, [jnp.where(is_real, rows.block, 0)]), _jax.bind(eqn, [row])
+        return (inside + one * num_others.astype(one.dtype)).astype(_jax.dtype(out))
+
+    if rows.outside == ZERO and primitive is _jax.REDUCE_SUM:
+        return [Whole(reduced(lambda: rows.block))]
+    if rows.outside >= UNIFORM:
+        return [Whole(walk.output(eqn, with_others, [rows]))]
     if rows.updated:  # frozen rows get no update
-        neutral = jnp.asarray(_NEUTRAL[primitive](rows.made.dtype), rows.made.dtype)
+        neutral = np.asarray(_NEUTRAL[primitive](rows.made.dtype), rows.made.dtype)
         notes = _note_part_sum(walk, eqn, rows)
-        return [Whole(x, notes) for x in _jax.bind(eqn, [jnp.where(is_real, rows.block, neutral)])]
+        return [Whole(reduced(lambda: jnp.where(walk.is_real(rows), rows.block, neutral)), notes)]
     if rows.whole is not None:
         walk.note_whole_sum(rows.node, eqn)
-        return [Whole(x, frozenset({Note("whole sum", walk.source)})) for x in _jax.bind(eqn, [walk.whole(rows)])]
+        return [Whole(reduced(lambda: walk.whole(rows)), frozenset({Note("whole sum", walk.source)}))]
     return None
 
 
@@ -224,6 +236,9 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
     def bind(mine: Any, theirs: Any) -> Any:
         return _jax.bind(eqn, [mine, theirs] if side == 0 else [theirs, mine])[0]
 
+    def product(both: Sequence[Rows], with_zeros: bool) -> Any:
+        return bind(*(_with_zeros(walk, x) if with_zeros else x.block for x in both))
+
     for pairs in (contracted, batch):
         if axis not in pairs[side]:
             continue
@@ -234,22 +249,24 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if pairs is batch:
             outside = ZERO if zero else UNKNOWN
             updated = rows.updated or partner.updated
-            block = bind(*(_with_zeros(walk, x) if zero else x.block for x in (rows, partner)))
-            return [Rows(block, rows.node, batch[side].index(axis), outside, updated)]
+            both, at = (rows, partner), batch[side].index(axis)
+            block = walk.block(rows.node, eqn, at, functools.partial(product, both, zero), both)
+            return [Rows(block, rows.node, at, outside, updated)]
         of_update = rows if rows.updated else partner if partner.updated else None
         if not zero and (of_update is None or _jax.shape(eqn.outputs[0])):  # a norm is over the rows that are read
             return None
         notes = NOTHING if zero or of_update is None else _note_part_sum(walk, eqn, of_update)
-        return [Whole(bind(_with_zeros(walk, rows), _with_zeros(walk, partner)), notes)]
+        both = rows, partner
+        return [Whole(walk.output(eqn, functools.partial(product, both, True), both), notes)]
     if isinstance(other, Rows):
         return None
-    array = array_of(other)
     free = [a for a in range(rows.made.ndim) if a not in contracted[side] and a not in batch[side]]
-    before = jnp.ndim(array) - len(contracted[0]) - len(batch[0]) if side == 1 else 0
+    before = len(_jax.shape(eqn.inputs[1 - side])) - len(contracted[0]) - len(batch[0]) if side == 1 else 0
     out_axis = len(batch[0]) + before + free.index(axis)
     # without a whole: what sums this over all rows, as a tied softmax does, uses the table as a whole
     outside = ZERO if rows.outside == ZERO else UNKNOWN
-    return [Rows(bind(rows.block, array), rows.node, out_axis, outside, rows.updated)]
+    block = walk.block(rows.node, eqn, out_axis, lambda: bind(rows.block, array_of(other)), values)
+    return [Rows(block, rows.node, out_axis, outside, rows.updated)]
 
 
 def _with_zeros(walk: Walk, rows: Rows) -> Any:
@@ -263,20 +280,20 @@ def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
     """Sums over mapped axes, and casts that say over which of them a value varies."""
     axes = _jax.summed_axes(eqn)
     outs: list[Value] = []
-    for v in values:
-        if isinstance(v, Same):
-            outs += [Same(x, v.axis, v.size, v.zero, v.notes) for x in _jax.bind(eqn, [v.row])]
-            continue
-        if isinstance(v, Whole):
-            outs += [Whole(x, v.notes) for x in _jax.bind(eqn, [v.array])]
+    for v, operand in zip(values, eqn.inputs, strict=True):
+        given = (lambda v=v: v.block) if isinstance(v, Rows) else (lambda v=v: ready(v.made))  # type: ignore[misc]
+        shape = v.shape if isinstance(v, Whole) else v.made.shape
+        bound = lambda given=given: _jax.bind(eqn, [given()])[0]  # noqa: E731
+        made = walk.when_needed(shape, _jax.dtype(operand), bound, [v])
+        if not isinstance(v, Rows):
+            outs.append(Same(made, v.axis, v.size, v.zero, v.notes) if isinstance(v, Same) else Whole(made, v.notes))
             continue
         whole = None
         if axes:
             walk.plan.axes.setdefault(v.node, set()).update(axes)
         elif v.whole is not None:
             whole = lambda walk, v=v: _jax.bind(eqn, [walk.whole(v)])[0]  # noqa: E731
-        (block,) = _jax.bind(eqn, [v.block])
-        outs.append(Rows(block, v.node, v.axis, v.outside, v.updated, whole, origin=v.first))
+        outs.append(Rows(made, v.node, v.axis, v.outside, v.updated, whole, origin=v.first))
     return outs
 
 

@@ -8,7 +8,7 @@ to it: a broadcast that nobody needs yet, of which nothing table-sized is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,12 +39,44 @@ Notes = frozenset[Note]
 NOTHING: Notes = frozenset()
 
 
+class Unmade:
+    """An array that is made when something needs it, in the trace that it belongs to. While planning, few are needed:
+    those that row ids are made of.
+
+    Args:
+      needs: what it is made of, arrays and others of these, which are made before.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, make: Callable[[], Any], needs: Iterable[Any]) -> None:
+        self.shape, self.ndim, self.dtype = tuple(shape), len(shape), dtype
+        self._make: Callable[[], Any] | None = make
+        self._needs, self._array = [x for x in needs if isinstance(x, Unmade)], None
+
+    @property
+    def array(self) -> Any:
+        stack = [self]  # no recursion: a chain of them is as long as the program
+        while stack:
+            x = stack[-1]
+            if missing := [y for y in x._needs if y._make is not None]:
+                stack += missing
+                continue
+            if x._make is not None:
+                x._array, x._make, x._needs = x._make(), None, []
+            stack.pop()
+        return self._array
+
+
+def ready(x: Any) -> Any:
+    """An array, made if it is not yet."""
+    return x.array if isinstance(x, Unmade) else x
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Whole:
-    """An array, all of it."""
+    """An array, all of it: `made`, or what makes it."""
 
-    array: Any
+    made: Any
     notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
     # the equation that computed as many rows as a table has, if one did
     made_by: Any = dataclasses.field(default=None, metadata={"static": True})
@@ -52,17 +84,25 @@ class Whole:
     # how it is made in pieces (`by_entry.Entries`), if its one use may want that
     entries: Any = dataclasses.field(default=None, metadata={"static": True})
 
+    @property
+    def array(self) -> Any:
+        return ready(self.made)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.made.shape if isinstance(self.made, Unmade) else jnp.shape(self.made)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
     """Some rows of an array that has as many as a table, along `axis`.
 
-    `made` is the block, or what makes it (`pieces.Later`). `node` names these rows in the plan, where nodes with the
-    same rows are joined. `updated`: a scatter is among what it was made from, so that rows outside the block, which are
-    frozen, get nothing of it. Not known any more behind a region's end: `whole`, which computes the array itself, while
-    only state is among what it was made from; `add_to`, which adds it to another block with the same rows, where it is
-    nothing but a scatter-add into zeros; `origin`, the first of a chain of reshaped, cast and elementwise changed Rows;
-    `table`, the array itself, in which reads are made on CPU.
+    `made` is the block, or what makes it (`pieces.Later`, or an Unmade). `node` names these rows in the plan, where
+    nodes with the same rows are joined. `updated`: a scatter is among what it was made from, so that rows outside
+    the block, which are frozen, get nothing of it. Not known any more behind a region's end: `whole`, which
+    computes the array itself, while only state is among what it was made from; `add_to`, which adds it to another
+    block with the same rows, where it is nothing but a scatter-add into zeros; `origin`, the first of a chain of
+    reshaped, cast and elementwise changed Rows; `table`, the array itself, in which reads are made on CPU.
     """
 
     made: Any
@@ -78,7 +118,7 @@ class Rows:
     @property
     def block(self) -> Any:
         """The rows that were chosen."""
-        return self.made.block() if isinstance(self.made, Later) else self.made
+        return self.made.block() if isinstance(self.made, Later) else ready(self.made)
 
     def for_branch(self) -> Any:
         """The block, computed here."""
@@ -99,19 +139,32 @@ jax.tree_util.register_pytree_node(Rows, _flatten_rows, lambda aux, blocks: Rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Same:
-    """An array of which all rows along `axis` are equal: `row` has size 1 there, where the array has `size`."""
+    """An array of which all rows along `axis` are equal: `row` has size 1 there, where the array has `size`. `made` is
+    the row, or what makes it."""
 
-    row: Any
+    made: Any
     axis: int = dataclasses.field(metadata={"static": True})
     size: int = dataclasses.field(metadata={"static": True})
     zero: bool = dataclasses.field(default=False, metadata={"static": True})
     notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
 
+    @property
+    def row(self) -> Any:
+        return ready(self.made)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.shape_of(self.size)
+
+    def shape_of(self, size: int) -> tuple[int, ...]:
+        """Of the row, so many times."""
+        shape = tuple(self.made.shape)
+        return (*shape[: self.axis], size, *shape[self.axis + 1 :])
+
     def times(self, size: int) -> jax.Array:
         """The row, so many times."""
-        shape = list(jnp.shape(self.row))
-        shape[self.axis] = size
-        return jnp.broadcast_to(self.row, tuple(shape))
+        return jnp.broadcast_to(self.row, self.shape_of(size))
 
     def along(self, axis: int) -> Same:
         """Of zeros: the same, as equal rows along another axis."""

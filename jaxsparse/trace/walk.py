@@ -33,10 +33,12 @@ from jaxsparse.trace.values import (
     Rows,
     Same,
     Summed,
+    Unmade,
     Value,
     Whole,
     array_of,
     notes_of,
+    ready,
 )
 
 
@@ -118,8 +120,7 @@ class Walk:
         region = row_regions.remat if _jax.is_remat(eqn) else row_regions.REGIONS.get(primitive)
         rule = _RULES.get(primitive, _RULES.get(primitive.name))
         if region and (not all_whole or self._is_tall(eqn)):
-            values = [dataclasses.replace(v, made=v.block) if isinstance(v, Rows) else v for v in values]
-            outs = region(self, eqn, values)
+            outs = region(self, eqn, [self._made_here(v) for v in values])
         elif _jax.summed_axes(eqn) is not None and not all_whole:
             outs = row_rules.across_devices(self, eqn, values)
         elif rule is not None and not all_whole:
@@ -140,26 +141,70 @@ class Walk:
         zero = (converts or casts) and row_elementwise.is_zero(values[0])  # is still known to be 0
         if zero and converts and not values[0].zero and _jax.shape(eqn.outputs[0]) == ():
             return [Whole(np.zeros((), _jax.dtype(eqn.outputs[0])))]
-        outs, entries = _jax.evaluate(program, eqn, [array_of(v) for v in values]), None
+        outs, entries = self._evaluated(program, eqn, values), None
         if self.later and not self.planning and all(isinstance(v, Whole) for v in values):
             outs, entries = by_entry.followed(self, eqn, values, outs)
         notes = row_elementwise.notes_out(eqn, values)
-        tall = any(set(jnp.shape(x)) & self.plan.heights for x in outs)
+        tall = any(set(_jax.shape(v)) & self.plan.heights for v in eqn.outputs)
         if tall and eqn.primitive in row_reads.CHANGES and self.path not in self.plan.loose:
             self.plan.whole_scatters[f"{eqn.primitive} at {self.source}"] = None
         # XLA makes a view of given rows from those that are taken
         view = eqn.primitive in _VIEWS and isinstance(values[0], Whole) and values[0].made_by is None
         return [Whole(x, notes, eqn if tall and not view else None, zero, entries) for x in outs]
 
+    def _evaluated(self, program: Program, eqn: Equation, values: Sequence[Any]) -> list[Any]:
+        def evaluate() -> list[Any]:
+            return _jax.evaluate(program, eqn, [array_of(v) for v in values])
+
+        if not self._waits:
+            return evaluate()
+        together = self.when_needed((), None, evaluate, values)
+        return [
+            Unmade(_jax.shape(v), _jax.dtype(v), lambda i=i: together.array[i], [together])  # type: ignore[misc]
+            for i, v in enumerate(eqn.outputs)
+        ]
+
+    @property
+    def _waits(self) -> bool:
+        """Whether arrays are made when something needs them: not inside a region, which is a trace of its own."""
+        return self.planning and self.depth == 0
+
+    def when_needed(self, shape: Sequence[int], dtype: Any, make: Callable[[], Any], values: Sequence[Value]) -> Any:
+        """make(), an array that is made of these values; while planning it is made when something needs it."""
+        return Unmade(shape, dtype, make, [v.made for v in values]) if self._waits else make()
+
+    def output(self, eqn: Equation, make: Callable[[], Any], values: Sequence[Value], **of_row: Any) -> Any:
+        """As `when_needed`, an equation's output; `axis`: of which it is one row along this axis."""
+        shape, dtype = list(_jax.shape(eqn.outputs[0])), _jax.dtype(eqn.outputs[0])
+        for axis in of_row.values():
+            shape[axis] = 1
+        return self.when_needed(shape, dtype, make, values)
+
+    def block(self, node: int, eqn: Equation, axis: int, make: Callable[[], Any], values: Sequence[Value]) -> Any:
+        """As `when_needed`, the rows of a class of an equation's output, along `axis`."""
+        shape = _jax.shape(eqn.outputs[0])
+        shape = (*shape[:axis], self.ids(node).shape[0], *shape[axis + 1 :])
+        return self.when_needed(shape, _jax.dtype(eqn.outputs[0]), make, values)
+
+    def _made_here(self, v: Value) -> Value:
+        """A value that enters a region. While planning all that may be needed there is made before."""
+        if not isinstance(v, Rows):
+            return dataclasses.replace(v, made=ready(v.made))
+        if not self._waits or v.whole is None:
+            return dataclasses.replace(v, made=v.block, add_to=None if self._waits else v.add_to)
+        whole = self.whole(v)
+        return dataclasses.replace(v, made=v.block, whole=lambda walk: whole)
+
     def _not_by_row(self, eqn: Equation, values: list[Value]) -> list[Value]:
         """An equation that has no rule: what enters it is no Rows in the next walk."""
         for v in values:
             if isinstance(v, Rows):
                 where = self.plan.refused if v.updated else self.plan.not_by_row
-                where.setdefault(v.node, Reason(str(eqn.primitive), self.source, is_closed(eqn)))
+                where.setdefault(v.node, Reason(str(eqn.primitive), self.source, row_regions.is_closed(eqn)))
         if not self.planning:
             raise AssertionError(f"a rule is missing in the second walk only: {eqn.primitive} at {self.source}")
-        return [Whole(_jax.zeros_like_output(v)) for v in eqn.outputs]
+        zeros = lambda v: lambda: _jax.zeros_like_output(v)  # noqa: E731
+        return [Whole(self.when_needed(_jax.shape(v), _jax.dtype(v), zeros(v), ())) for v in eqn.outputs]
 
     def note_refused(self, node: int, cause: str) -> None:
         """Notes that an update of these rows is not done row by row."""
@@ -238,16 +283,21 @@ class Walk:
         made = rows_of(array, i, self.ids(i))
         return made if self.later else made.block()
 
-    def by_row(self, node: int, out: Any, axis: int, operands: Sequence[Any], make: Callable[..., Any]) -> Any:
+    def by_row(
+        self, node: int, out: Any, axis: int, operands: Sequence[Any], make: Callable[..., Any], before: int = 0
+    ) -> Any:
         """The block of an equation's output `out`, with rows along `axis`, each made of the same rows of the operands.
 
         Args:
           node: whose rows.
-          operands: blocks, made or not, with their rows along `axis`, or arrays without rows.
+          operands: blocks, made or not, with their rows along `axis` or along `before`, or arrays without rows.
           make: as of a Later.
         """
         ids = self.ids(node)
-        if axis or not self.later:
+        if self._waits:
+            shape = (*_jax.shape(out)[:axis], *ids.shape, *_jax.shape(out)[axis + 1 :])
+            return Unmade(shape, _jax.dtype(out), lambda: make(Part(ids), *map(ready, operands)), operands)
+        if axis or before or not self.later:
             return make(Part(ids), *(x.block() if isinstance(x, Later) else x for x in operands))
         return Later(ids, operands, make, (*ids.shape, *_jax.shape(out)[1:]), _jax.dtype(out))
 
@@ -276,14 +326,18 @@ class Walk:
             return v
         if isinstance(v, Same) and (v.axis == axis or v.zero):
             v = v.along(axis)
-            block: Any = v.times(self.ids(node).shape[0])
+            shape, dtype = v.shape_of(self.ids(node).shape[0]), v.made.dtype
             if self.later and axis == 0:
-                block = Later(self.ids(node), (), lambda part: v.times(len(part.ids)), block.shape, block.dtype)
+                block: Any = Later(self.ids(node), (), lambda part: v.times(len(part.ids)), shape, dtype)
+            else:
+                block = self.when_needed(shape, dtype, lambda: v.times(shape[axis]), [v])
             return Rows(block, node, axis, v.outside, whole=lambda walk: array_of(v))
-        array = array_of(v)
         if isinstance(v, Whole) and v.made_by is not None:
             self.plan.made_whole[node, f"{v.made_by.primitive} at {source_line((*self.within, v.made_by))}"] = None
-        return Rows(self.take(array, node, axis), node, axis, whole=lambda walk: array)
+        shape = v.shape_of(1) if isinstance(v, Same) else v.shape
+        shape = (*shape[:axis], self.ids(node).shape[0], *shape[axis + 1 :])
+        block = self.when_needed(shape, v.made.dtype, lambda: self.take(array_of(v), node, axis), [v])
+        return Rows(block, node, axis, whole=lambda walk: array_of(v))
 
     def note_read(
         self, node: int, ids: jax.Array, num_rows: int, late: bool | None, clipped: bool, static: bool = False
@@ -339,20 +393,6 @@ def _int32(ids: jax.Array, num_rows: int) -> jax.Array:
     return ids.astype(jnp.int32)
 
 
-def is_closed(eqn: Equation) -> bool:
-    """Whether an equation of a kind that is unknown here holds a program that reads rows, or cannot be seen."""
-    held = None if eqn.primitive in _OPEN else _jax.held_programs(eqn)
-    return held is not None and (not held or any(map(_reads, held)))
-
-
-def _reads(program: Program) -> bool:
-    return any(
-        eqn.primitive in (_jax.GATHER, _jax.DYNAMIC_SLICE) or any(map(_reads, _jax.held_programs(eqn) or ()))
-        for eqn in program.equations
-    )
-
-
 _VIEWS = _jax.primitives("broadcast_in_dim convert_element_type reshape squeeze transpose")
 (_PAD,) = _jax.primitives("pad")
 _RULES = row_rules.RULES | row_reads.RULES
-_OPEN = frozenset(row_regions.REGIONS) | INLINED
