@@ -65,9 +65,9 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
         along = None
 
-    def read(rows: jax.Array, place: jax.Array, at: jax.Array = at) -> jax.Array:
+    def read(rows: jax.Array, place: jax.Array, at: jax.Array = at, cpu: bool | None = None) -> jax.Array:
         if along is not None:
-            return _sum_of_rows(rows, place, along, fill)
+            return _sum_of_rows(rows, place, along, fill, cpu)
         changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill, "unique_indices": False, "indices_are_sorted": False}
         return _jax.bind(eqn, [rows, at.at[..., component].set(place)], **changes)[0]
 
@@ -75,7 +75,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         wide = at_least_int32(ids)
         inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in CLIPPED else wide, num_rows)
         out = jax.lax.platform_dependent(
-            cpu=lambda: read(rows.table, inside), default=lambda: read(rows.for_branch(), place)
+            cpu=lambda: read(rows.table, inside, cpu=True), default=lambda: read(rows.for_branch(), place, cpu=False)
         )
         walk.tables_read.append(out)
         source, places = rows.table, inside
@@ -134,8 +134,9 @@ def _summed_along(walk: Walk, eqn: Equation) -> int | None:
     return int(use.param("axes")[0])
 
 
-def _sum_of_rows(block: jax.Array, place: jax.Array, along: int, fill: Any) -> jax.Array:
-    """sum(block[place], along), NaN or `fill` being read where place is outside the block."""
+def _sum_of_rows(block: jax.Array, place: jax.Array, along: int, fill: Any, cpu: bool | None) -> jax.Array:
+    """sum(block[place], along), NaN or `fill` being read where place is outside the block. cpu: whether this is for
+    CPUs only, or never."""
     turns = jnp.moveaxis(place, along, 0)  # (L, ...)
 
     def read(i: Any) -> jax.Array:
@@ -147,7 +148,9 @@ def _sum_of_rows(block: jax.Array, place: jax.Array, along: int, fill: Any) -> j
     def at_once() -> jax.Array:
         return jnp.sum(read_rows(block, place, fill), axis=along)
 
-    return jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if len(turns) else at_once()
+    if cpu is None and len(turns):
+        return jax.lax.platform_dependent(cpu=one_by_one, default=at_once)
+    return one_by_one() if cpu and len(turns) else at_once()
 
 
 def _turn(turns: jax.Array, i: Any) -> jax.Array:
