@@ -55,9 +55,9 @@ class Later:
             self._block = self.compute()
         return self._block
 
-    def compute(self) -> Any:
-        """All of it, not kept: for branches."""
-        return self._block if self._block is not None else Part(self.ids).of([self])[0]
+    def compute(self, *, on_cpu: bool = True) -> Any:
+        """All of it, not kept: for branches. on_cpu: whether CPUs may run this one."""
+        return self._block if self._block is not None else Part(self.ids, on_cpu=on_cpu).of([self])[0]
 
 
 class Part:
@@ -67,6 +67,7 @@ class Part:
       ids: int32 (n,), whose rows they are.
       cut: cut(block), its rows here; of an array without rows, all of it.
       leaves: rows here of leaves, by number; those of others are gathered.
+      on_cpu: whether CPUs may do that.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Part:
         ids: jax.Array,
         cut: Callable[[Any], Any] = lambda block: block,
         leaves: Mapping[int, Any] | None = None,
+        *,
+        on_cpu: bool = True,
     ) -> None:
-        self.ids, self.cut, self.leaves = ids, cut, leaves or {}
+        self.ids, self.cut, self.leaves, self.on_cpu = ids, cut, leaves or {}, on_cpu
 
     def of(self, blocks: Iterable[Any]) -> list[Any]:
         """The rows of these blocks."""
@@ -99,7 +102,9 @@ def rows_of(array: jax.Array, i: int, ids: jax.Array, *, aligned: bool = False) 
     def make(part: Part) -> Any:
         if i in part.leaves:
             return part.leaves[i]
-        return array if aligned else gather_blocks([array], part.ids)[0]
+        if aligned or not part.on_cpu:
+            return array if aligned else gather_rows(array, part.ids)
+        return gather_blocks([array], part.ids)[0]
 
     return Later(ids, (), make, (*ids.shape, *array.shape[1:]), array.dtype, leaf=i, gathered=not aligned)
 

@@ -269,7 +269,7 @@ class Walked:
             self.reads = [read for read, _ in walk.reads]
             return [ids for _, ids in walk.reads]
 
-        self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins, jnp.zeros(_BLOCK, jnp.int32)))
+        self.ids = _jax.Needed(ids_of_reads, (list(leaves), stand_ins, jax.ShapeDtypeStruct((_BLOCK,), jnp.int32)))
         self.needs_rows = any(self.ids.used[len(leaves) :])
 
 
@@ -285,8 +285,9 @@ def _without_arrays(v: Value) -> Value:
 _BLOCK = 3  # rows of a stand-in
 
 
-def _stand_in(x: Any) -> jax.Array:
-    return _jax.vary(jnp.zeros((_BLOCK, *x.shape[1:]), x.dtype), _jax.varying_axes(x))
+def _stand_in(x: Any) -> Any:
+    shape, axes = (_BLOCK, *x.shape[1:]), _jax.varying_axes(x)
+    return _jax.vary(jnp.zeros(shape, x.dtype), axes) if axes else jax.ShapeDtypeStruct(shape, x.dtype)
 
 
 def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:

@@ -121,8 +121,8 @@ class Rows:
         return self.made.block() if isinstance(self.made, Later) else ready(self.made)
 
     def for_branch(self) -> Any:
-        """The block, computed here."""
-        return self.made.compute() if isinstance(self.made, Later) else self.made
+        """The block, computed here, in a branch that no CPU runs."""
+        return self.made.compute(on_cpu=False) if isinstance(self.made, Later) else self.made
 
     @property
     def first(self) -> Rows:

@@ -358,7 +358,8 @@ class Walk:
         ids = _int32(ids, num_rows)
         path = self.path if self.depth == 0 else None
         if self.spaces is None:
-            known = jnp.minimum(ids, NOBODY - 1)  # none is taken for the id of nobody
+            least = np.int32(-NOBODY - 1)
+            known = jax.lax.clamp(least, ids, np.int32(NOBODY - 1))  # none is taken for the id of nobody
             self.reads.append((Read(node, late, path, clipped, self.source), known.reshape(-1)))
             return ids
         space = self.spaces[self.plan.find(node)]
