@@ -25,6 +25,7 @@ from jaxsparse.data.readers.jsonl import read_jsonl as read_jsonl
 from jaxsparse.data.readers.lines import Chunk as Chunk
 from jaxsparse.data.readers.parquet import read_parquet as read_parquet
 from jaxsparse.data.readers.svmlight import read_svmlight as read_svmlight
+from jaxsparse.data.readers.text import read_text as read_text
 from jaxsparse.data.readers.vw import read_vw as read_vw
 from jaxsparse.data.stream import Stream as Stream
 from jaxsparse.data.stream import stream as stream

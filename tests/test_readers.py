@@ -7,8 +7,11 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import jaxsparse as js
+from jaxsparse.data.readers.digits import integers
 
 HASHED = {"num_rows": 2**20}
 TSV_NAMES = ["y", "a", "b", "c", "d"]
@@ -362,11 +365,12 @@ def test_bad_lines_of_jsonl(write, tmp_path):
         '{"t": "a"}': "column 't' is \"a\", where there are lists of strings",
         '{"t": [["a"]]}': "where there are lists of strings",
         '{"k": "\\ud800"}': "half of a surrogate pair",
+        '{"y": 1, "k": "a", "k": "b"}': "it has the key 'k' twice",
     }
     lines = []
     for line in bad:
         parsed = json.loads(line) if line != "{" else 0
-        full = isinstance(parsed, dict) and line != '{"n": 1}'
+        full = isinstance(parsed, dict) and line != '{"n": 1}' and line.count('"k"') < 2
         lines.append(json.dumps(ROWS[0] | parsed) if full else line)
     for line, what in zip(lines, bad.values(), strict=True):
         path = write(f"{json.dumps(ROWS[0])}\n{line}\n")
@@ -421,14 +425,87 @@ def test_bad_lines_of_vw(write, tmp_path):
         "1 |a x:abc": "the value of 'x' is 'abc'",
         "1 |a x:nan": "no finite number",
         "1 |a:b x": "the scale of 'a' is 'b'",
+        "1 |a x\r-1 |a y": "a carriage return in it",
     }
     for line, what in bad.items():
         fails(js.read_vw(path := write(f"1 |a x\n\n{line}\n"), num_rows=8), f"{path}, line 3: ", what)
     reader = js.read_vw(write("1 |a x\n" + "\n".join(bad)), num_rows=8, bad_lines=tmp_path / "bad")
-    with pytest.warns(UserWarning, match="11 bad lines"):
+    with pytest.warns(UserWarning, match="12 bad lines"):
         assert [len(y) for _, y, _ in reader] == [1]
     with pytest.raises(ValueError, match="'num_rows'"):
         js.read_vw(reader.paths, num_rows=0)
+
+
+def test_vw_with_windows_ends(write):
+    ((x, y, _),) = js.read_vw(write("1 |a x\r\n-1 |a y\r\n\r\n"), num_rows=2**20)
+    assert x.indices.tolist() == [579720, 829279] and y.tolist() == [1, -1]
+
+
+def test_text(write):
+    path = write("ham\tThe cat, the CAT sat\r\n\nspam\t\nham\tGrüße\tan alle\n")
+    rows = [["the", "cat", "sat"], [], ["grüße", "an", "alle"]]
+    want = np.zeros((3, 2**16), np.float32)
+    for row, words in zip(want, rows, strict=True):
+        row[js.hash_ids(words, 2**16, 3)] = 1 / np.sqrt(np.float64(len(words) or 1))
+    for chunk_rows in (1, 100):
+        x, y, weight = whole(js.read_text(path, num_rows=2**16, seed=3, labels=["ham", "spam"], chunk_rows=chunk_rows))
+        np.testing.assert_array_equal(np.array(x, np.float32), want)
+        assert y == [0, 1, 0] and weight is None
+    x, y, _ = whole(js.read_text(write("-1.5\ta b\n2\tb\n"), num_rows=100))
+    assert y == [-1.5, 2]
+    texts = write("spam\ta b\nb c\nb\tc\n")  # labels are read over where there are some
+    x, y, _ = whole(js.read_text(texts, num_rows=100, labels=["ham", "spam"], labeled=False))
+    assert y is None and [np.count_nonzero(row) for row in x] == [2, 2, 2]
+
+
+def test_bad_lines_of_text(write, tmp_path):
+    bad = {
+        b"a b": "no tab between label and text",
+        b"eggs\ta b": "'eggs' is no label: those are 'ham', 'spam'",
+        b"ham\ta\rham\tb": "a carriage return in it",
+        b"ham\t\xff": "it is not in UTF-8",
+    }
+    given = {"num_rows": 9, "labels": ["ham", "spam"]}
+    for line, what in bad.items():
+        fails(js.read_text(path := write(b"ham\ta\n" + line + b"\n"), **given), f"{path}, line 2: ", what)
+    reader = js.read_text(write(b"ham\ta\n" + b"\n".join(bad)), bad_lines=tmp_path / "bad", **given)
+    with pytest.warns(UserWarning, match="4 bad lines"):
+        assert [len(y) for _, y, _ in reader] == [1]
+    fails(js.read_text(write("nan\ta\n"), num_rows=9), "'nan' is no number")
+    with pytest.raises(ValueError, match="'num_rows'"):
+        js.read_text(reader.paths, num_rows=0)
+    with pytest.raises(TypeError, match="'labels'.*a list of names"):
+        js.read_text(reader.paths, num_rows=9, labels="ham")
+
+
+DIGITS = st.one_of(
+    st.integers(-(10**9), 10**9).map(str),
+    st.sampled_from(
+        ["", "-0", "007", "-", "--1", "+1", "1.", "1.5", " 1", "1e2", "1_0", "0/", "1:", "a", "٣", "-99999999"]
+    ),
+)
+
+
+@given(st.lists(DIGITS, min_size=1, max_size=9), st.sampled_from([None, 7.0]))
+def test_digits_are_what_float_makes_of_them(fields, fill):
+    plain = [re.fullmatch("-?[0-9]{1,8}", field) or (field == "" and fill is not None) for field in fields]
+    encoded = [field.encode() for field in fields]
+    lengths = np.array(list(map(len, encoded)))
+    buffer = np.frombuffer(b"\t".join(encoded) + bytes(8), np.uint8)
+    got = integers(buffer, np.cumsum(lengths + 1) - lengths - 1, lengths, fill)
+    assert (got is None) == (not all(plain))
+    if got is not None:
+        want = np.array([float(field or fill) for field in fields])
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
+
+
+def test_columns_of_integers_decimals_and_holes(write):
+    """The numbers that are parsed as digits, and those beside them that are not."""
+    rows = [("3", "-1.5", "", "-7"), ("-0", "1e-3", "12", "123456789"), ("12345678", "2", "-12345678", "0")]
+    text = "a\tb\tc\td\n" + "\n".join(map("\t".join, rows))
+    (x,) = [x["numbers"] for x, _, _ in js.read_csv(write(text, "a.tsv"), numbers=list("abcd"), fill=0.5)]
+    np.testing.assert_array_equal(x, np.array([[float(v or 0.5) for v in row] for row in rows], np.float32))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import collections
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -103,6 +105,25 @@ class Source:
         if self._counts is not None and total != self._counts[file]:
             must = f"the numbers of examples of the files, {total} for {name!r}"
             raise ValueError(message("stream", "examples", must, self._counts[file]))
+
+
+T = TypeVar("T")
+
+
+def ahead(items: Generator[T], count: int) -> Iterator[T]:
+    """The same items in the same order, `count` of them made ahead in a thread. What they raise comes in its place.
+
+    The thread has one item to make at a time, and waits for none that is taken, so that it ends whenever the loop does.
+    """
+    pool = ThreadPoolExecutor(1, "js.stream")
+    try:
+        made = collections.deque(pool.submit(next, items, None) for _ in range(count))
+        while (item := made.popleft().result()) is not None:
+            made.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)  # waits for the item that is being made
+        items.close()  # and its files
 
 
 def files_of(source: Any, reader: Any) -> tuple[list[Any], Callable[[Any], Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse._checks import message
 from jaxsparse.data.batch import Batch, put_together, weights
-from jaxsparse.data.chunks import Chunk, Source, Window, files_of, joined, split
+from jaxsparse.data.chunks import Chunk, Source, Window, ahead, files_of, joined, split
 from jaxsparse.data.distinct import Scratch
 from jaxsparse.data.examples import Examples, check_integers, check_names, check_sizes, is_int
 from jaxsparse.data.features import Lists, Sparse
@@ -36,6 +36,7 @@ def stream(
     devices: int | None = None,
     shard: tuple[int, int] | None = None,
     examples: Sequence[int] | None = None,
+    prefetch: int = 0,
     check_finite: bool = False,
 ) -> Stream:
     """Batches with static shapes of chunks that are read one after the other.
@@ -53,7 +54,7 @@ def stream(
         those of consecutive chunks that have at least `buffer` examples together.
       buffer: see shuffle.
       seed: of the orders.
-      drop_remainder: leave out the last batch where it is not full.
+      drop_remainder: leave out the last batch where it is not full; with shard, that of each host.
       num_rows, padding_idx, check_finite: as in js.batches.
       nse, length, distinct: entries of a batch's matrix, length of its id lists, and room for its distinct ids, which
         are fewer: ints or by feature name. What is left out is learnt from the first chunks. A batch that needs more
@@ -61,9 +62,13 @@ def stream(
       devices: as in js.batches.
       shard: if given, (index, count): this host has every count-th file of an epoch, and without files every count-th
         chunk, and makes batches of batch_size / count examples. All hosts make the same number of them: those that have
-        fewer examples add batches of weight 0, which repeat an example. As all hosts need the same shapes, a batch that
-        does not fit raises. Such batches do not carry their distinct ids.
+        fewer examples add batches of weight 0, which repeat an example. With drop_remainder a host's batches are full or
+        of weight 0: it leaves out its own last examples, also where other hosts go on. As all hosts need the same
+        shapes, a batch that does not fit raises. Such batches do not carry their distinct ids.
       examples: how many examples each file has, so that hosts know of each other: needed for files with shard.
+      prefetch: how many batches a thread reads and makes ahead, while the step runs. They are the same batches, and
+        `state` is that of the batch that came last, not of those that wait. The thread ends with the epoch, or where it
+        is left; errors come in their place.
 
     Returns:
       A `Stream`: each iteration over it is one epoch of `Batch`.
@@ -82,8 +87,9 @@ def stream(
       [[[3, 0], [1, 2]], [[0, 0], [2, 2]]]
     """
     index, count = check_sizes("stream", batch_size, devices, shard, seed)
-    if not is_int(buffer) or buffer < 1:
-        raise ValueError(message("stream", "buffer", "an integer of at least 1", buffer))
+    for argument, value, least in (("buffer", buffer, 1), ("prefetch", prefetch, 0)):
+        if not is_int(value) or value < least:
+            raise ValueError(message("stream", argument, f"an integer of at least {least}", value))
     ids, sizes = (
         {"num_rows": num_rows, "padding_idx": padding_idx},
         {"nse": nse, "length": length, "distinct": distinct},
@@ -109,7 +115,7 @@ def stream(
         "shard_index": index,
         "shard_count": count,
     }
-    return Stream(files, read, examples, settings, ids, sizes, devices, check_finite)
+    return Stream(files, read, examples, settings, ids, sizes, devices, prefetch, check_finite)
 
 
 class _Place(NamedTuple):
@@ -145,9 +151,10 @@ class Stream:
         ids: dict[str, Any],
         sizes: dict[str, Any],
         devices: int | None,
+        prefetch: int,
         check_finite: bool,
     ) -> None:
-        self._settings, self._devices, self._counts = settings, devices, counts
+        self._settings, self._devices, self._counts, self._prefetch = settings, devices, counts, prefetch
         self._index, self._hosts = settings["shard_index"], settings["shard_count"]
         self._size = settings["batch_size"] // self._hosts
         self._source = Source(files, reader, counts, self._checked)
@@ -261,6 +268,10 @@ class Stream:
 
     def _batches(self, epoch: int, place: _Place) -> Iterator[tuple[Batch, int, _Place | None]]:
         """From a place on, each batch, how many examples it has, and the place after it: None after the last one."""
+        made = self._made(epoch, place)
+        return ahead(made, self._prefetch) if self._prefetch else made
+
+    def _made(self, epoch: int, place: _Place) -> Generator[tuple[Batch, int, _Place | None]]:
         items = self._items(epoch, place)
         item = next(items, None)
         while item is not None:

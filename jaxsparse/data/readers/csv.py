@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jaxsparse._checks import message
 from jaxsparse.data.hashing import Fields
 from jaxsparse.data.readers.columns import Columns, check_finite, convert, finite
+from jaxsparse.data.readers.digits import integers
 from jaxsparse.data.readers.lines import BadRowError, Chunk, Reader, in_lines
 
 
@@ -145,20 +147,28 @@ class _Csv(Reader):
         quoted = self.quote is not None and self.quote.encode() in joined
         if quoted or b"\r" in joined or b"\n\n" in joined or joined[:1] == b"\n" or not delimiter.isascii():
             return None
-        buffer = np.frombuffer(joined + bytes(4), np.uint8)
+        buffer = np.frombuffer(joined + bytes(8), np.uint8)
         ends = np.flatnonzero((buffer == ord(delimiter)) | (buffer == ord("\n")))
         if len(ends) != len(block) * width or (buffer[ends[width - 1 :: width]] != ord("\n")).any():
             return None  # as many ends of lines as lines: none is elsewhere
         starts = np.concatenate([[0], ends[:-1] + 1])
         lengths = ends - starts
+        values = {name: Fields(buffer, starts[n::width], lengths[n::width]) for name, n in at.items()}
+
+        @functools.cache
+        def fields() -> list[str]:
+            return joined[:-1].decode().replace("\n", delimiter).split(delimiter)
+
+        def number(name: str) -> np.ndarray:
+            column, fill = values[name], self.of.fill_of(name)
+            found = integers(buffer, column.starts, column.lengths, fill)
+            return _numbers(fields()[at[name] :: width], fill) if found is None else found.astype(np.float32)
+
         try:
-            fields = joined[:-1].decode().replace("\n", delimiter).split(delimiter)
-            values = {name: Fields(buffer, starts[n::width], lengths[n::width]) for name, n in at.items()}
-            ids = {name: _ids(fields[at[name] :: width]) for name in self.of.ids}
-            return self.of.chunk(
-                lambda name: ids.get(name, values[name]),
-                lambda name: _numbers(fields[at[name] :: width], self.of.fill_of(name)),
-            )
+            if not joined.isascii():
+                joined.decode()  # raises a ValueError unless it is UTF-8
+            ids = {name: _ids(fields()[at[name] :: width]) for name in self.of.ids}
+            return self.of.chunk(lambda name: ids.get(name, values[name]), number)
         except (ValueError, OverflowError):
             return None
 

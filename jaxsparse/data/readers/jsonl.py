@@ -50,7 +50,7 @@ def read_jsonl(
         and weight are float32 (n,), or None without `label` or `weight`.
 
     Raises:
-      FileNotFoundError, TypeError, ValueError: as `js.read_csv`.
+      FileNotFoundError, TypeError, ValueError: as `js.read_csv`. A key that an object has twice is a bad line, too.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -91,11 +91,13 @@ class _Jsonl(LineReader):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _DECODER.decode(line.decode())
                 rows.append([row[name] for name in names])
                 at.append(n)
             except UnicodeDecodeError:
                 wrong[n] = "it is not in UTF-8"
+            except BadRowError as error:
+                wrong[n] = str(error)
             except (ValueError, RecursionError) as error:
                 wrong[n] = f"it is no JSON, {error}"
             except (KeyError, TypeError, IndexError):
@@ -108,6 +110,18 @@ class _Jsonl(LineReader):
         for n in sorted(wrong):
             bad(n, wrong[n])
         return chunk, count
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRowError(f"it has the key {twice!r} twice")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _numbers(values: list[Any], fill: float | None) -> np.ndarray:

@@ -41,7 +41,7 @@ def read_vw(
     Raises:
       FileNotFoundError: if a file is not there.
       ValueError: for a bad line, with file and line: no simple label, an initial prediction, a feature without a name,
-        a value that is no finite number. And for damaged gzip files.
+        a value that is no finite number, a carriage return that is not at its end. And for damaged gzip files.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -74,6 +74,8 @@ class _Vw(LineReader):
             if not line.strip():
                 continue
             try:
+                if b"\r" in line.rstrip(b"\r\n"):
+                    raise BadRowError("it has a carriage return in it: lines end with a line feed")
                 head, *spaces = line.split(b"|")
                 if not spaces:
                     raise BadRowError("there is no | before its features")
