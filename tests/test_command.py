@@ -3,11 +3,23 @@
 import gzip
 import importlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tracemalloc
+import warnings
+from pathlib import Path
 
+import flax.serialization
+import jax
 import numpy as np
 import pytest
 
 from jaxsparse.__main__ import main
+from jaxsparse.command.examples import Examples
+from jaxsparse.command.files import format_of, look_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")
 QUICK = ["--rows", "64", "--batch-size", "64", "--learning-rate", "0.05"]
@@ -26,6 +38,33 @@ def csv_of(labels, users, ages):
 
 def svm_of(labels, users, ages):
     return "".join(f"{2 * y - 1} {u + 1}:1 7:{a / 30}\n" for y, u, a in zip(labels, users, ages, strict=True))
+
+
+def vw_of(labels, users, ages):
+    rows = zip(labels, users, ages, strict=True)
+    return "".join(f"{2 * y - 1} {1 + n % 2} |u u{u} |n age:{a / 30}\n" for n, (y, u, a) in enumerate(rows))
+
+
+def jsonl_of(labels, users, ages):
+    rows = zip(labels.tolist(), users.tolist(), ages.tolist(), strict=True)
+    return "".join(json.dumps({"y": y, "user": f"u{u}", "age": a, "t": ["u"] * (u % 3)}) + "\n" for y, u, a in rows)
+
+
+def text_of(labels, users, ages):
+    rows = zip(labels, users, ages, strict=True)
+    return "".join(f"{['ham', 'spam'][y]}\tUser u{u} is {a}, user!\n" for y, u, a in rows)
+
+
+FORMATS = {"a.csv": csv_of, "a.svm": svm_of, "a.vw": vw_of, "a.jsonl": jsonl_of, "a.txt": text_of}
+
+
+def examples_of(path, held_out=0.1, seed=0, batch_size=8, bad_lines=None):
+    settings = {"format": format_of(path), "rows": 64, "zero_based": False}
+    settings |= {"seed": seed, "held_out": held_out, "batch_size": batch_size}
+    settings |= look_at(path, settings["format"], True, None, [], 64)
+    examples = Examples(path, settings, bad_lines)
+    examples.scan()
+    return examples
 
 
 @pytest.fixture
@@ -47,9 +86,12 @@ def test_training_and_predictions(run, tmp_path, capsys):
     (tmp_path / "new.csv").write_text(
         "\n".join(line.split(",", 1)[1] for line in csv_of(labels, users, ages).split("\n")[:-1])
     )
-    said = run("predict model new.csv")
+    run("predict model new.csv")
+    shown = capsys.readouterr().out
+    said = np.array(list(map(float, shown.split())))
     assert ((said > 0.5) == (users % 2 == 0)).all() and said.min() > 0 and said.max() < 1
-    assert capsys.readouterr().out == "".join(f"{value:.6g}\n" for value in said)
+    run("predict model new.csv --out said")
+    assert (tmp_path / "said").read_text() == shown and not (tmp_path / "said.part").exists()
 
 
 @pytest.mark.slow
@@ -62,9 +104,169 @@ def test_a_resumed_run_is_the_run(run, tmp_path, model):
     got = run(f"{whole} --out two --epochs 4 --resume")
     drop = lambda history: [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]  # noqa: E731
     assert drop(got) == drop(want) and len(got) == 4
-    one, two = (run(f"predict {name} a.svm --out {name}.txt") for name in ("one", "two"))
-    np.testing.assert_array_equal(one, two)
-    assert (tmp_path / "one.txt").read_text() == "".join(f"{value:.6g}\n" for value in one)
+    for name in ("one", "two"):
+        run(f"predict {name} a.svm --out {name}.txt")
+    assert (tmp_path / "one.txt").read_text() == (tmp_path / "two.txt").read_text() and parts_equal("one", "two")
+
+
+def parts_equal(one, two):
+    """Whether two checkpoints are the same in every bit but for the seconds."""
+    loaded = []
+    for folder in (one, two):
+        tree = flax.serialization.msgpack_restore(Path(folder, "checkpoint.msgpack").read_bytes())
+        rest = json.loads(tree["rest"])
+        del rest["running"]["seconds"]
+        for entry in rest["history"]:
+            del entry["seconds"]
+        loaded.append((rest, tree["state"]))
+    assert loaded[0][0] == loaded[1][0]
+    jax.tree.map(np.testing.assert_array_equal, loaded[0][1], loaded[1][1])
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_training_that_is_stopped_goes_on_at_the_batch(tmp_path, how):
+    """In the middle of an epoch, again and again: kill -9 goes on from what is saved every so often, Ctrl-C from where
+    it came. The end is that of a run that was left alone, in every bit."""
+    (tmp_path / "a.csv").write_text(csv_of(*table(12_000)))
+    options = f"train a.csv --model fm --dim 4 --epochs 3 --buffer 1000 {' '.join(QUICK)}"
+    every = "--save-every 1e-9" if how == signal.SIGKILL else ""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(arguments):
+        command = [sys.executable, "-u", "-m", "jaxsparse", *arguments.split()]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def ends(process):
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 0, said
+
+    ends(start(f"{options} --out straight"))
+    stops = []
+    for _ in range(3):
+        resume = "--resume" if (tmp_path / "stopped" / "checkpoint.msgpack").exists() else ""
+        process = start(f"{options} --out stopped {every} {resume}")
+        wait_for_steps(process, 20)
+        process.send_signal(how)
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), said
+        tree = flax.serialization.msgpack_restore((tmp_path / "stopped" / "checkpoint.msgpack").read_bytes())
+        rest = json.loads(tree["rest"])
+        stops.append((len(rest["history"]) + 1, rest["running"]["steps"]))
+        assert how == signal.SIGKILL or "goes on from step {1} of epoch {0}.".format(*stops[-1]) in said
+    assert stops == sorted(set(stops)) and any(step for _, step in stops), stops
+    ends(start(f"{options} --out stopped {every} --resume"))
+    assert parts_equal(tmp_path / "straight", tmp_path / "stopped")
+
+
+def wait_for_steps(process, count):
+    """Reads the progress bar until it is there."""
+    shown = ""
+    while not (steps := re.findall(r"(\d+)step", shown)) or int(steps[-1]) < count:
+        character = process.stderr.read(1)
+        assert character, shown
+        shown += character
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.vw", "a.jsonl", "a.txt.gz"])
+def test_other_formats(run, tmp_path, capsys, name):
+    content = FORMATS[name.removesuffix(".gz")](*table()).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    extra = "--hashed user" if name == "a.jsonl" else ""
+    history = run(f"train {name} --out model --epochs 12 {extra} {' '.join(QUICK)} --rows 1024")
+    assert "360 examples to train, 40 held out" in capsys.readouterr().out and history[-1]["held out auc"] > 0.85
+    run(f"predict model {name}")
+    said = np.array(list(map(float, capsys.readouterr().out.split())))
+    assert len(said) == 400 and np.mean((said > 0.5) == table()[0]) > 0.85
+
+
+# ---- what is read, without a training
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_held_out_part_and_the_rest_are_the_file(tmp_path, name):
+    (tmp_path / name).write_text(FORMATS[name](*table()))
+    examples = examples_of(str(tmp_path / name))
+    whole = list(examples.chunks())
+    parts = [list(examples.part(held_out)) for held_out in (False, True)]
+    counts = [sum(len(part[1]) for part in of) for of in parts]
+    assert counts == [360, 40] and examples.num_held_out == 40 and examples.settings["binary"]
+    first = {seed: examples_of(str(tmp_path / name), seed=seed) for seed in (0, 1)}
+    again = [np.concatenate([part[0].toarray() for part in of.part(True)]) for of in first.values()]
+    held_out = np.concatenate([part[0].toarray() for part in parts[1]])
+    np.testing.assert_array_equal(again[0], held_out)  # in every pass and every process
+    assert not np.array_equal(again[1], held_out)
+    rows = lambda x, y, *weight: [(*row, label > 0, *w) for row, label, *w in zip(x.toarray().tolist(), y, *weight)]  # noqa: B905, E731
+    got = sorted(row for of in parts for part in of for row in rows(*part))
+    assert got == sorted(row for x, y, weight in whole for row in rows(x, y, *([] if weight is None else [weight])))
+    assert (whole[0][2] is not None) == (name == "a.vw")
+
+
+def test_a_stream_of_a_file_has_three_shapes_at_most(tmp_path):
+    """However long its longest rows are, which come behind the first: more than eight times what was learnt."""
+    short, long = "1 1:1 2:1\n", "0 " + " ".join(f"{i}:1" for i in range(1, 900)) + "\n"
+    (tmp_path / "a.svm").write_text(short * 3000 + long * 40 + short * 60)
+    examples = examples_of(str(tmp_path / "a.svm"), batch_size=8)
+    for options in {}, {"shuffle": True, "buffer": 500}:
+        stream = examples.stream(lambda: examples.part(False), **options)
+        batches = list(stream)
+        assert len(stream.rungs) == 3 and sum(stream.rungs) == len(batches)  # and no warning of a fourth
+        assert len({(batch.x.nse, batch.distinct.size) for batch in batches}) <= 3
+        entries = sum(x.nnz for x, _ in examples.part(False))
+        assert sum(int((np.asarray(batch.x.data) != 0).sum()) for batch in batches) == entries
+
+
+def test_a_file_that_changes_is_found_out(tmp_path):
+    (tmp_path / "a.csv").write_text(csv_of(*table()))
+    examples = examples_of(str(tmp_path / "a.csv"))
+    for other in (399, 401):
+        (tmp_path / "a.csv").write_text(csv_of(*table(other)))
+        with pytest.raises(OSError, match=r"a\.csv has changed: it had 400 examples"):
+            list(examples.part(False))
+
+
+@pytest.mark.filterwarnings("ignore:js.read_csv")
+def test_bad_lines_are_told_once(tmp_path):
+    (tmp_path / "a.csv").write_text(csv_of(*table(50)) + "oh\n")
+    with pytest.warns(UserWarning, match="1 bad lines"):
+        examples = examples_of(str(tmp_path / "a.csv"), bad_lines=str(tmp_path / "bad"))
+    before = (tmp_path / "bad").stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sum(len(y) for _, y in examples.part(False)) == 45
+    assert (tmp_path / "bad").stat().st_mtime_ns == before and "line 52" in (tmp_path / "bad").read_text()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    peaks = []
+    for copies in (1, 4):
+        (tmp_path / "a.csv").write_text(csv_of(*(np.tile(of, 200 * copies) for of in table())))
+        examples = examples_of(str(tmp_path / "a.csv"), batch_size=256)
+        stream = examples.stream(lambda of=examples: of.part(False), shuffle=True, buffer=1000)
+        tracemalloc.start()
+        assert sum(1 for _ in stream) == -(-72_000 * copies // 256)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    order, examples_in_memory = 8 * 240_000, 24 * 240_000  # bytes; the order, of up to 2**20 examples, is kept
+    assert peaks[1] - peaks[0] < order + 1e6 < examples_in_memory, peaks
+
+
+def test_which_format_a_name_says(tmp_path):
+    texts = {
+        "ham\tsee you": "text",
+        "1\t2:3": "svmlight",
+        "1 2:3": "svmlight",
+        "\n2\tqid:3 1:1": "svmlight",
+        "": "svmlight",
+    }
+    for content, kind in texts.items():
+        (tmp_path / "a.txt").write_text(content)
+        assert format_of(str(tmp_path / "a.txt")) == kind
+    names = {"a.SVM.gz": "svmlight", "a.tsv": "csv", "b.ndjson": "jsonl", "c.vw.gz": "vw", "d.arrow": "parquet"}
+    assert {name: format_of(name) for name in names} == names
 
 
 @pytest.mark.slow
@@ -102,6 +304,13 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "line.csv": "y,x\n" + "1,2\n" * 1100 + "1,a\n",
         "odd": "1",
         "cr.csv": "y,x\n1,\r2\n",
+        "one.csv": "y\n1\n",
+        "bad.vw": "1 |a x\n1 a\n",
+        "bad.jsonl": '{"y": 1, "x": 2}\n{"y": 1, "x": 2, "x": 3}\n',
+        "no.jsonl": "[1]\n",
+        "three.txt": "a\tx\nb\tx\nc\tx\n",
+        "bad.txt": "a\tx\nb\tx\nc x\n",
+        "numbers.txt": "1\tx y\na\tx\n",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode())
@@ -127,6 +336,17 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "train cr.csv --out o": "cr.csv is damaged, or no CSV file",
         "train bad.svm --out o": "bad.svm, line 2: '2' is not index:value",
         "train line.csv --out o": "line.csv, line 1102: column 'x' is 'a', no number",
+        "train one.csv --out o": "one.csv has no column but 'y', the label",
+        "train bad.vw --out o": "bad.vw, line 2: there is no | before its features",
+        "train bad.jsonl --out o": "bad.jsonl, line 2: it has the key 'x' twice",
+        "train no.jsonl --out o": "no.jsonl has no JSON objects in its first 1000 lines",
+        "train three.txt --out o": "has the labels 'a', 'b', 'c', where there must be numbers, or two names",
+        "train bad.txt --out o": "bad.txt, line 3: there is no tab between label and text",
+        "train numbers.txt --out o": "numbers.txt, line 2: 'a' is no number",
+        "train bad.svm --out o --label y": "--label is for csv and jsonl and parquet, and bad.svm is read as svmlight",
+        "train a.csv --out o --zero-based": "--zero-based is for svmlight, and a.csv is read as csv",
+        "train a.csv --out o --save-every 0": "--save-every: it must be a number above 0",
+        "train a.csv --out o --buffer 0": "--buffer: it must be an integer above 0",
         "train a.csv --out o --label who": "a.csv has no column 'who'. Its columns are 'click', 'user', 'age'",
         "train a.csv --out o --resume": "o has no checkpoint",
         "train a.csv --out trained": "trained has a checkpoint: go on with --resume",

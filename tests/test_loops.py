@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax.training.train_state import TrainState
+from tqdm import tqdm
 
 import jaxsparse as js
+from jaxsparse.train import loops
 
 N, V = 21, 10
 IDS = np.random.default_rng(0).integers(0, V, (N, 3))
@@ -284,6 +286,31 @@ def interrupted(state, batch):
     if int(out[0].step) == 5:
         os.kill(os.getpid(), signal.SIGINT)
     return out
+
+
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_batch_that_came_before_an_interrupt_is_not_lost(monkeypatch, after):
+    """Ctrl-C between the batch and its step: the position is that of the state."""
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for batch in super().__iter__():
+                came.append(batch)
+                if len(came) == after:
+                    raise KeyboardInterrupt
+                yield batch
+
+    for new in (lambda: js.batches(IDS, Y, batch_size=8)), (lambda: js.stream(lambda: [(IDS, Y)], batch_size=8)):
+        came, batches = [], new()
+        with monkeypatch.context() as patched, pytest.warns(UserWarning, match="interrupted"):
+            patched.setattr(loops, "tqdm", Bar)
+            state, _ = js.fit(STEP, new_state(), batches, epochs=2, progress=False)
+        assert int(state.step) == after - 1
+        assert (batches.state["epoch"], batches.state["step"]) == divmod(after - 1, 3)
+        got = js.fit(STEP, state, batches, epochs=2 - batches.state["epoch"], progress=False)[0]
+        want = js.fit(STEP, new_state(), new(), epochs=2, progress=False)[0]
+        assert int(got.step) == 6
+        np.testing.assert_array_equal(got.params["t"], want.params["t"])
 
 
 def test_an_interrupt_gives_the_state_back_after_its_step():

@@ -474,7 +474,7 @@ def test_bad_lines_of_text(write, tmp_path):
     fails(js.read_text(write("nan\ta\n"), num_rows=9), "'nan' is no number")
     with pytest.raises(ValueError, match="'num_rows'"):
         js.read_text(reader.paths, num_rows=0)
-    with pytest.raises(TypeError, match="'labels'.*a list of names"):
+    with pytest.raises(TypeError, match=r"'labels'.*a list of names"):
         js.read_text(reader.paths, num_rows=9, labels="ham")
 
 

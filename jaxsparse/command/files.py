@@ -1,29 +1,28 @@
-"""A user's file as one matrix and its labels."""
+"""Which format a user's file has, and which columns."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import itertools
+import json
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import scipy.sparse
-
-from jaxsparse.data.readers.csv import read_csv
 from jaxsparse.data.readers.lines import open_file
-from jaxsparse.data.readers.parquet import read_parquet
-from jaxsparse.data.readers.svmlight import read_svmlight
+from jaxsparse.data.readers.text import label_number
 
 FORMATS = {"svmlight": (".svm", ".svmlight", ".libsvm", ".txt"), "csv": (".csv", ".tsv", ".tab")}
-FORMATS |= {"parquet": (".parquet", ".pq", ".arrow", ".feather")}
-_LOOK_AT = 1000  # rows of a CSV file that say which columns are numbers
+FORMATS |= {"parquet": (".parquet", ".pq", ".arrow", ".feather"), "vw": (".vw",), "jsonl": (".jsonl", ".ndjson")}
+FORMATS |= {"text": (".text",)}
+_LOOK_AT = 1000  # rows that say which columns are numbers
+_WITH_COLUMNS = ("csv", "parquet", "jsonl")
 
 
 def format_of(path: str) -> str:
-    """By the end of the name, but for .gz.
+    """By the end of the name, but for .gz. A .txt file is svmlight, or text if a word stands behind its first tab.
 
     Raises:
       ValueError: if that says nothing.
@@ -31,27 +30,93 @@ def format_of(path: str) -> str:
     name = path.lower().removesuffix(".gz")
     for kind, ends in FORMATS.items():
         if name.endswith(ends):
-            return kind
+            return "text" if name.endswith(".txt") and _is_text(path) else kind
     known = ", ".join(end for ends in FORMATS.values() for end in ends)
     raise ValueError(f"{path}: which format is it? Its name ends in none of {known}; give --format.")
 
 
-def look_at(path: str, kind: str, header: bool, label: str | None, hashed: list[str]) -> dict[str, Any]:
-    """Which columns a file has, and as what: the label is the first one by default, what is all numbers in the first
-    rows is numbers, and all else is hashed."""
+def look_at(path: str, kind: str, header: bool, label: str | None, hashed: list[str], rows: int) -> dict[str, Any]:
+    """What the settings say of a file: which columns it has, and as what. The label is the first one by default, what
+    is all numbers in the first rows is numbers, and all else is hashed. Of text, the names of the labels."""
     if not os.path.isfile(path):
         raise ValueError(f"{path} is {'no file' if os.path.exists(path) else 'not there'}.")
     if kind == "svmlight":
         return {}
-    names, is_number = _csv_columns(path, header) if kind == "csv" else _parquet_columns(path)
+    if kind == "text":
+        return {"num_columns": rows, "labels": _text_labels(path)}
+    if kind == "vw":
+        return {"num_columns": rows}
+    find = {"parquet": _parquet_columns, "jsonl": _json_columns}
+    names, is_number = _csv_columns(path, header) if kind == "csv" else find[kind](path)
     label = names[0] if label is None else label
     for name in (label, *hashed):
         if name not in names:
             raise ValueError(f"{path} has no column {name!r}. Its columns are {', '.join(map(repr, names[:50]))}.")
     features = [name for name in names if name != label]
+    if not features:
+        raise ValueError(f"{path} has no column but {label!r}, the label.")
     numbers = [name for name in features if is_number[name] and name not in hashed]
     others = [name for name in features if name not in numbers]
-    return {"names": None if header or kind != "csv" else names, "label": label, "numbers": numbers, "hashed": others}
+    columns = {"names": None if header or kind != "csv" else names, "label": label, "numbers": numbers}
+    return columns | {"hashed": others, "num_columns": rows + len(numbers)}
+
+
+def check_options(path: str, kind: str, given: dict[str, Any]) -> None:
+    """Raises ValueError for an option that this format has not."""
+    kinds = {"--label": _WITH_COLUMNS, "--hashed": _WITH_COLUMNS, "--no-header": ("csv",)}
+    kinds |= {"--zero-based": ("svmlight",), "--bad-lines": tuple(set(FORMATS) - {"parquet"})}
+    for option, of in kinds.items():
+        if given[option] and kind not in of:
+            raise ValueError(f"{option} is for {' and '.join(sorted(of))}, and {path} is read as {kind}.")
+
+
+def _lines(path: str, what: str) -> Iterator[bytes]:
+    try:
+        with open_file(path) as file:
+            yield from file
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no {what} file: {error}") from error
+
+
+def _is_text(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    first = next((line for line in _lines(path, "text") if line.strip()), b"")
+    behind = first.partition(b"\t")[2].split()
+    return bool(behind) and not behind[0].split(b":")[0].isdigit() and not behind[0].startswith((b"qid:", b"#"))
+
+
+def _text_labels(path: str) -> list[str] | None:
+    """The names of the two classes in a text file, in order; None if its labels are numbers."""
+    names: set[str] = set()
+    for raw in _lines(path, "text"):
+        label, tab, _ = raw.removeprefix(b"\xef\xbb\xbf").partition(b"\t")
+        name = label.decode(errors="replace").strip()
+        if tab and label_number(name) is not None:
+            return None
+        if tab:
+            names.add(name)
+        if len(names) > 2:
+            break
+    if len(names) not in (0, 2):
+        shown = ", ".join(repr(name[:40]) for name in sorted(names))
+        raise ValueError(f"{path} has the labels {shown}, where there must be numbers, or two names.")
+    return sorted(names) or None
+
+
+def _json_columns(path: str) -> tuple[list[str], dict[str, bool]]:
+    rows = []
+    for line in itertools.islice(_lines(path, "JSON lines"), _LOOK_AT):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # which is said when it is read
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} has no JSON objects in its first {_LOOK_AT} lines.")
+    kinds = (int, float, bool, type(None))
+    return list(rows[0]), {name: all(type(row.get(name)) in kinds for row in rows) for name in rows[0]}
 
 
 def _csv_columns(path: str, header: bool) -> tuple[list[str], dict[str, bool]]:
@@ -94,61 +159,3 @@ def _parquet_columns(path: str) -> tuple[list[str], dict[str, bool]]:
         raise ValueError(f"{path}: {error}") from error
     kinds = ("int", "uint", "float", "double", "half", "decimal", "bool")
     return schema.names, {field.name: str(field.type).startswith(kinds) for field in schema}
-
-
-def load(
-    path: str, settings: dict[str, Any], *, labeled: bool, bad_lines: str | None = None
-) -> tuple[Any, np.ndarray | None]:
-    """All of a file: CSR (n, settings["num_columns"]), and the labels (n,).
-
-    Hashed columns share the first settings["rows"] columns, each with a seed of its own. Numbers have a column each
-    behind them, as sign(v) log(1 + |v|); an empty one is 0.
-    """
-    reader: Any
-    if settings["format"] == "svmlight":
-        reader = read_svmlight(
-            path, num_features=settings.get("num_columns"), zero_based=settings["zero_based"], bad_lines=bad_lines
-        )
-        settings["num_columns"] = reader.num_features
-        chunks = [(chunk.x, chunk.y) for chunk in reader]
-    else:
-        settings["num_columns"] = settings["rows"] + len(settings["numbers"])
-        shared: dict[str, Any] = {
-            "label": settings["label"] if labeled else None,
-            "numbers": settings["numbers"],
-            "hashed": settings["hashed"],
-            "num_rows": settings["rows"],
-            "seed": {name: n for n, name in enumerate(settings["hashed"])},
-            "fill": 0.0,
-        }
-        if settings["format"] == "csv":
-            reader = read_csv(path, columns=settings["names"], bad_lines=bad_lines, **shared)
-        else:
-            reader = read_parquet(path, missing="", **shared)
-        chunks = [(_matrix(chunk.x, len(_first(chunk.x)), settings), chunk.y) for chunk in reader]
-    if not chunks:
-        raise ValueError(f"{path} has no examples.")
-    xs, ys = zip(*chunks, strict=True)
-    return scipy.sparse.vstack(xs, format="csr"), np.concatenate(ys) if labeled else None
-
-
-def _first(x: dict[str, Any]) -> Any:
-    return next(iter(x.values()))
-
-
-def _matrix(x: dict[str, Any], n: int, settings: dict[str, Any]) -> Any:
-    rows, columns, values = [], [], []
-    for name in settings["hashed"]:
-        ids = x[name]
-        lengths = np.array([len(row) for row in ids]) if isinstance(ids, list) else np.ones(n, int)
-        columns.append(np.concatenate(ids) if isinstance(ids, list) else ids)
-        rows.append(np.repeat(np.arange(n), lengths))
-        values.append(np.ones(len(columns[-1]), np.float32))
-    if settings["numbers"]:
-        numbers = np.sign(x["numbers"]) * np.log1p(np.abs(x["numbers"]))
-        at = np.nonzero(numbers)
-        rows.append(at[0])
-        columns.append(at[1] + settings["rows"])
-        values.append(numbers[at])
-    where = np.concatenate(rows), np.concatenate(columns)
-    return scipy.sparse.csr_matrix((np.concatenate(values), where), shape=(n, settings["num_columns"]))

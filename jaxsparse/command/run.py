@@ -9,23 +9,24 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
 from jaxsparse.command import files, models
-from jaxsparse.data.pipeline import Batches, batches
+from jaxsparse.command.checkpoints import Run, load_checkpoint, replaced
+from jaxsparse.command.examples import Examples
 from jaxsparse.ops.losses import weighted_mean
 from jaxsparse.ops.metrics import binary_metrics
 from jaxsparse.optim.optimizers import lazy_adam
-from jaxsparse.train.evaluation import predict as predictions
-from jaxsparse.train.loops import FitEvent, fit
+from jaxsparse.train.evaluation import evaluate
+from jaxsparse.train.loops import fit
 from jaxsparse.train.step import make_train_step
 
 SETTINGS, CHECKPOINT, CURVES = "settings.json", "checkpoint.msgpack", "curves.png"
@@ -56,8 +57,8 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
 
 
 def parser_of_train() -> Parser:
-    parser = Parser(prog="python -m jaxsparse train", description="A model of a svmlight, CSV or Parquet file.")
-    parser.add_argument("file", help="the examples; .gz is welcome for text")
+    parser = Parser(prog="python -m jaxsparse train", description="A model of a file of examples, of any size.")
+    parser.add_argument("file", help="svmlight, CSV, TSV, Parquet, VW, JSON lines, or label<tab>text; .gz")
     parser.add_argument("--out", required=True, metavar="DIR", help="where model, figures and checkpoints go")
     parser.add_argument("--model", choices=["linear", "fm", "mlp"], default="linear", help="default: linear")
     parser.add_argument("--format", choices=list(files.FORMATS), help="by default from the file's name")
@@ -72,7 +73,9 @@ def parser_of_train() -> Parser:
     parser.add_argument("--learning-rate", type=number(float, 0), default=1e-2, help="of Adam (0.01)")
     parser.add_argument("--held-out", type=number(float, 0, 0.9), default=0.1, help="share to measure on (0.1)")
     parser.add_argument("--seed", type=number(int, -1), default=0)
-    parser.add_argument("--bad-lines", metavar="FILE", help="of text: where bad lines go; by default they are errors")
+    parser.add_argument("--bad-lines", metavar="FILE", help="where bad lines go; by default they are errors")
+    parser.add_argument("--buffer", type=number(int, 0), default=2**16, help="examples shuffled together (2^16)")
+    parser.add_argument("--save-every", type=number(float, 0), default=10, metavar="MINUTES", help="and an epoch (10)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR")
     return parser
 
@@ -91,12 +94,21 @@ def command(argv: list[str]) -> Any:
     options = parser.parse_args(argv[1:])
     try:
         return train(options) if argv[0] == "train" else predict(options)
+    except BrokenPipeError:  # of head, say: what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
     except (UserError, OSError) as error:
         parser.error(str(error))
+    except (Interrupted, KeyboardInterrupt) as error:
+        parser.exit(130, f"{parser.prog}: {error or 'interrupted.'}\n")
 
 
 class UserError(Exception):
     """What is wrong with a file or an option."""
+
+
+class Interrupted(Exception):  # noqa: N818
+    """By Ctrl-C; the checkpoint is saved."""
 
 
 @contextlib.contextmanager
@@ -110,20 +122,19 @@ def _said() -> Iterator[None]:
 
 def train(options: argparse.Namespace) -> list[dict[str, float]]:
     out = Path(options.out)
-    kept = ("model", "rows", "dim", "batch_size", "learning_rate", "held_out", "seed", "zero_based")
+    kept = ("model", "rows", "dim", "batch_size", "learning_rate", "held_out", "seed", "zero_based", "buffer")
     with _said():
         kind = options.format or files.format_of(options.file)
-        if kind == "parquet" and options.bad_lines:
-            raise UserError("--bad-lines is for files of text.")
-        settings = {"format": kind} | {name: getattr(options, name) for name in kept}
+        given = vars(options)
+        files.check_options(options.file, kind, {f"--{name.replace('_', '-')}": given[name] for name in given})
         hashed = [name for name in options.hashed.split(",") if name]
-        settings |= files.look_at(options.file, kind, not options.no_header, options.label, hashed)
-        x, y = files.load(options.file, settings, labeled=True, bad_lines=options.bad_lines)
-    assert y is not None
-    settings["binary"] = set(np.unique(y[:]).tolist()) in ({0, 1}, {-1, 1})
-    held_out = np.random.default_rng(options.seed).permutation(len(y)) < options.held_out * len(y)
-    if held_out.all() or not held_out.any():
-        raise UserError(f"{options.file} has {len(y)} examples, too few to hold some of them out.")
+        settings: dict[str, Any] = {"format": kind} | {name: getattr(options, name) for name in kept}
+        settings |= files.look_at(options.file, kind, not options.no_header, options.label, hashed, options.rows)
+        examples = Examples(options.file, settings, options.bad_lines)
+        examples.scan()
+    count, num_held_out = settings["num_examples"], examples.num_held_out
+    if num_held_out >= count:
+        raise UserError(f"{options.file} has {count} examples, too few to hold some of them out.")
     saved = out / SETTINGS
     if options.resume:
         if not saved.exists() or not (out / CHECKPOINT).exists():
@@ -135,15 +146,11 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         raise UserError(f"--out: {out} has a checkpoint: go on with --resume, or give another directory.")
     out.mkdir(parents=True, exist_ok=True)
     saved.write_text(json.dumps(settings, indent=1))
-
-    y = (y > 0).astype(np.float32) if settings["binary"] else y
-    train_set = batches(x[~held_out], y[~held_out], batch_size=options.batch_size, shuffle=True, seed=options.seed)
-    test_set = batches(x[held_out], y[held_out], batch_size=options.batch_size)
     print(
-        f"{options.file}: {train_set.num_examples:,} examples to train, {test_set.num_examples:,} held out, "
-        f"{x.shape[1]:,} columns, {'two classes' if settings['binary'] else 'numbers to predict'}"
+        f"{options.file}: {count - num_held_out:,} examples to train, {num_held_out:,} held out, "
+        f"{settings['num_columns']:,} columns, {'two classes' if settings['binary'] else 'numbers to predict'}"
     )
-    history = _run(settings, train_set, test_set, out, options)
+    history = _run(examples, out, options)
     for epoch, entry in enumerate(history, 1):
         shown = "  ".join(f"{k} {v:.4f}" for k, v in entry.items() if k not in ("steps", "seconds"))
         print(f"epoch {epoch}  {shown}")
@@ -151,7 +158,9 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
     return history
 
 
-def _run(settings: dict[str, Any], train_set: Batches, test_set: Batches, out: Path, options: Any) -> Any:
+def _run(examples: Examples, out: Path, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Trains for the epochs that are left, and saves on the way."""
+    settings = examples.settings
     model, binary = settings["model"], settings["binary"]
 
     def losses(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -166,37 +175,33 @@ def _run(settings: dict[str, Any], train_set: Batches, test_set: Batches, out: P
             return {"held out mse": weighted_mean((said - batch.y) ** 2, batch.weight)}
         return {f"held out {k}": v for k, v in binary_metrics(said, batch.y, batch.weight).items()}
 
-    state = new_state(settings)
-    history: list[dict[str, float]] = []
+    row_sparse_step = make_train_step(loss_fn)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        state, metrics = row_sparse_step(state, batch)
+        run.add(metrics["loss"], batch.weight)
+        return state, metrics
+
+    train_set = examples.stream(lambda: examples.part(False), shuffle=True, buffer=options.buffer, seed=options.seed)
+    test_set = examples.stream(lambda: examples.part(True))
+    run = Run(new_state(settings), train_set, out / CHECKPOINT, 60 * options.save_every)
     if options.resume:
-        state, history, position = load_checkpoint(state, out)
-        with _said():  # other examples than before
-            train_set.state = position
-    done = len(history)
-
-    def save(event_state: Any, entries: list[dict[str, float]]) -> None:
-        tree = {"state": event_state, "history": json.dumps(entries), "position": json.dumps(train_set.state)}
-        part = out / f"{CHECKPOINT}.part"
-        part.write_bytes(flax.serialization.to_bytes(tree))
-        os.replace(part, out / CHECKPOINT)
-
-    def callback(event: FitEvent) -> None:
-        if event.end_of_epoch:
-            save(event.state, history[:done] + event.history)
-
-    if options.epochs > done:
-        step = make_train_step(loss_fn)
-        _, entries = fit(
-            step,
-            state,
-            train_set,
-            epochs=options.epochs - done,
-            validation=test_set,
-            metrics=metric_fn,
-            callback=callback,
-        )
-        history = history + entries
-    return history
+        with _said():
+            run.load()
+    if len(run.history) < run.epochs_begun:  # it was stopped between an epoch and its validation
+        run.end_epoch(evaluate(metric_fn, run.state, test_set))
+        run.save(run.state)
+    epochs = options.epochs - len(run.history)
+    if epochs > 0:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "js.fit was interrupted")  # and is_over says so
+            run.state, _ = fit(
+                step, run.state, train_set, epochs=epochs, validation=test_set, metrics=metric_fn, callback=run.callback
+            )
+        if len(run.history) < options.epochs:
+            run.save(run.state)
+            raise Interrupted(f"interrupted; --resume goes on from step {run.steps:,} of epoch {len(run.history) + 1}.")
+    return run.history
 
 
 def new_state(settings: dict[str, Any]) -> TrainState:
@@ -204,33 +209,21 @@ def new_state(settings: dict[str, Any]) -> TrainState:
     return TrainState.create(apply_fn=None, params=params, tx=lazy_adam(settings["learning_rate"]))
 
 
-def load_checkpoint(state: TrainState, out: Path) -> tuple[TrainState, list[dict[str, float]], dict[str, int]]:
-    try:
-        tree = flax.serialization.from_bytes(
-            {"state": state, "history": "", "position": ""}, (out / CHECKPOINT).read_bytes()
-        )
-        return tree["state"], json.loads(tree["history"]), json.loads(tree["position"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / CHECKPOINT} is damaged: {error}") from error
-
-
-def predict(options: argparse.Namespace) -> np.ndarray:
+def predict(options: argparse.Namespace) -> None:
     folder = Path(options.dir)
     if not (folder / SETTINGS).exists() or not (folder / CHECKPOINT).exists():
         raise UserError(f"{folder} has no trained model: it is --out of python -m jaxsparse train.")
     with _said():
         settings = json.loads((folder / SETTINGS).read_text())
-        x, _ = files.load(options.file, settings, labeled=settings["format"] == "svmlight")
-    state, _, _ = load_checkpoint(new_state(settings), folder)
-    examples = batches(x, batch_size=settings["batch_size"])
-    said = predictions(lambda params, x: models.apply(settings["model"], params, x), state, examples)
-    said = 1 / (1 + np.exp(-said.astype(np.float64))) if settings["binary"] else said
-    lines = "".join(f"{value:.6g}\n" for value in said)
-    if options.out:
-        Path(options.out).write_text(lines)
-    else:
-        sys.stdout.write(lines)
-    return said
+        examples = Examples(options.file, settings)
+        stream = examples.stream(lambda: ((x,) for x, _, _ in examples.chunks(labeled=False)))
+        state, _ = load_checkpoint(new_state(settings), folder / CHECKPOINT)
+        apply = jax.jit(lambda params, x: models.apply(settings["model"], params, x))
+        with replaced(Path(options.out)) if options.out else contextlib.nullcontext(sys.stdout) as file:
+            for batch, count in stream.counted_epoch():
+                said = np.asarray(apply(state.params, batch.x))[:count].astype(np.float64)
+                said = 1 / (1 + np.exp(-said)) if settings["binary"] else said
+                file.writelines(f"{value:.6g}\n" for value in said)
 
 
 def _plot(history: list[dict[str, float]], path: Path) -> str:

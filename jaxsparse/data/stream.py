@@ -62,8 +62,8 @@ def stream(
       devices: as in js.batches.
       shard: if given, (index, count): this host has every count-th file of an epoch, and without files every count-th
         chunk, and makes batches of batch_size / count examples. All hosts make the same number of them: those that have
-        fewer examples add batches of weight 0, which repeat an example. With drop_remainder a host's batches are full or
-        of weight 0: it leaves out its own last examples, also where other hosts go on. As all hosts need the same
+        fewer examples add batches of weight 0, which repeat an example. With drop_remainder a host leaves out its own
+        last examples, also where others go on, so that its batches are full or of weight 0. As all hosts need the same
         shapes, a batch that does not fit raises. Such batches do not carry their distinct ids.
       examples: how many examples each file has, so that hosts know of each other: needed for files with shard.
       prefetch: how many batches a thread reads and makes ahead, while the step runs. They are the same batches, and

@@ -120,6 +120,8 @@ def fit(
       >>> state, _ = js.fit(step, flax.serialization.from_bytes(new(), saved["state"]), batches, progress=False)
     """
     run = _Run(step, state, tuple(args), rng, callback, stop_on_nan, progress)
+    is_ours = isinstance(batches, (Batches, Stream))
+    run.position = batches.state if is_ours else None
     try:
         _check(batches, epochs, state, validation, metrics)
         with run.interrupts:
@@ -133,7 +135,9 @@ def fit(
             raise
         said = f"js.fit was interrupted {run.where}. It returns the state and the history so far."
         warnings.warn(said, stacklevel=2)
-    if isinstance(batches, (Batches, Stream)):
+        if is_ours:
+            batches.state = run.position  # a batch may have come whose step did not
+    if is_ours:
         batches.state = batches.state  # left early, an epoch would start again
     return run.state, run.history
 
@@ -146,6 +150,7 @@ class _Run:
     ) -> None:
         self.state, self.where = state, "before the first step"
         self.history: list[dict[str, float]] = []
+        self.position: Any = None  # behind the last step, in the data of a js.batches or js.stream
         self.interrupts = _Interrupts()
         self._step, self._args, self._rng, self._callback = step, args, rng, callback
         self._stop_on_nan, self._progress = stop_on_nan, progress
@@ -161,6 +166,7 @@ class _Run:
                 args = self._next_args()
                 with self.interrupts.wait():
                     reported = self._train(batch, args)
+                    self.position = None if self.position is None else batches.state
                     self.where = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
                 # early numbers, then few: each waits
                 if (self._progress and losses.steps in (1, 3)) or losses.steps % 10 == 0:

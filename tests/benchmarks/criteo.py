@@ -177,7 +177,11 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     print(f"loss of the first 50 steps {figures['loss_first']:.4f}, of the last 50 {figures['loss_last']:.4f}")
     figures["shapes"], figures["megabytes"] = step._cache_size() if hasattr(step, "_cache_size") else None, job.memory
     quarters = [float(np.mean(part)) for part in np.array_split(job.memory, 4)]
-    print("memory by quarters of the run: " + ", ".join(f"{of:,.0f}" for of in quarters) + f" MB; most {max(job.memory):,.0f}")
+    print(
+        "memory by quarters of the run: "
+        + ", ".join(f"{of:,.0f}" for of in quarters)
+        + f" MB; most {max(job.memory):,.0f}"
+    )
     return figures
 
 

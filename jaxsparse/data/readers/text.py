@@ -26,8 +26,9 @@ def read_text(
 ) -> Reader:
     """Chunks of lines of a label, a tab and a text, as bags of words.
 
-    A word is a run of letters, digits and underscores (`\\w+`), in lower case. Its column is js.hash_ids(word, num_rows,
-    seed), and the entry of each of the k columns of a text is 1 / sqrt(k), so that the length of a row is 1.
+    A word is a run of letters, digits and underscores (`\\w+`), in lower case. Its column is
+    js.hash_ids(word, num_rows, seed), and the entry of each of the k columns of a text is 1 / sqrt(k), so that rows are
+    of length 1.
 
     Args:
       paths: a file, or a list of files, gzipped or not, in UTF-8.

@@ -1,0 +1,147 @@
+"""The examples of a user's file, chunk by chunk: never more of it in memory than the readers and streams hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+
+from jaxsparse._checks import MAX_ROWS
+from jaxsparse.data.order import order_of
+from jaxsparse.data.readers.csv import read_csv
+from jaxsparse.data.readers.jsonl import read_jsonl
+from jaxsparse.data.readers.parquet import read_parquet
+from jaxsparse.data.readers.svmlight import read_svmlight
+from jaxsparse.data.readers.text import read_text
+from jaxsparse.data.readers.vw import read_vw
+from jaxsparse.data.stream import Stream, stream
+
+
+class Examples:
+    """A file, and what its settings say of it: format, columns and model.
+
+    Args:
+      path: the file.
+      settings: of `files.look_at`, with "format", "rows", "seed", "batch_size" and "held_out". `scan` adds to them.
+      bad_lines: a file for the bad lines; by default they raise ValueError.
+    """
+
+    def __init__(self, path: str, settings: dict[str, Any], bad_lines: str | None = None) -> None:
+        self.path, self.settings, self._bad_lines = path, settings, bad_lines
+        self._are_bad_told = bad_lines is None
+
+    def chunks(self, labeled: bool = True) -> Iterator[tuple[Any, Any, Any]]:
+        """Some examples at a time: a CSR matrix (n, num_columns), y (n,) or None, and the weights (n,) or None.
+
+        Hashed columns share the first settings["rows"] columns, each with a seed of its own. Numbers have a column each
+        behind them, as sign(v) log(1 + |v|); an empty one is 0.
+        """
+        reader, is_empty = self._reader(labeled), True
+        for x, y, weight in reader:
+            is_empty = False
+            yield self._matrix(x) if isinstance(x, dict) else x, y, weight
+        self._are_bad_told = True
+        if is_empty:
+            raise ValueError(f"{self.path} has no examples.")
+
+    def scan(self) -> None:
+        """Goes through the file once, so that what is bad in it is known before training, and adds to the settings how
+        many examples and columns there are, the entries that a batch may have, and whether labels are two classes."""
+        columns = count = longest = 0
+        labels: set[float] = set()
+        for x, y, _ in self.chunks():
+            count += len(y)
+            columns = max(columns, int(x.indices.max(initial=-1)) + 1)
+            longest = max(longest, int(np.diff(x.indptr).max()))
+            if len(labels) < 3:
+                labels.update(np.unique(y).tolist())
+        if self.settings["format"] == "svmlight":
+            self.settings["num_columns"] = max(columns, 1)
+        self.settings["num_examples"], self.settings["longest"] = count, longest
+        self.settings["binary"] = labels in ({0, 1}, {-1, 1})
+
+    @property
+    def num_held_out(self) -> int:
+        return math.ceil(self.settings["held_out"] * self.settings["num_examples"])
+
+    def part(self, held_out: bool) -> Iterator[tuple[Any, ...]]:
+        """The chunks of the examples that are held out, or of the others: by their number in the file, so that neither
+        is copied. An order of all of them, drawn with the seed, says which: those that come first in it.
+
+        Raises:
+          OSError: if the file has another number of examples than in `scan`.
+        """
+        count, at = self.settings["num_examples"], 0
+        order = order_of(count, [self.settings["seed"]])
+        for x, y, weight in self.chunks():
+            if at + len(y) > count:
+                break
+            own = np.flatnonzero((order[at : at + len(y)] < self.num_held_out) == held_out)
+            at += len(y)
+            target = (y > 0).astype(np.float32) if self.settings["binary"] else y
+            yield (x[own], target[own], *([] if weight is None else [weight[own]]))
+        if at != count:
+            raise OSError(f"{self.path} has changed: it had {count:,} examples.")
+
+    def stream(self, chunks: Callable[[], Iterator[Any]], **options: Any) -> Stream:
+        """Of these chunks, in at most three shapes: the largest has room for the longest rows that the file has."""
+
+        def make(**sizes: Any) -> Stream:
+            return stream(chunks, batch_size=self.settings["batch_size"], prefetch=2, **sizes, **options)
+
+        made = make()
+        most = {"nse": self.settings["batch_size"] * max(self.settings.get("longest", 0), 1)}
+        most["distinct"] = min(most["nse"], self.settings["num_columns"]) + 1
+        sizes = {name: max(size, -(-most[name] // 8)) for name, size in made.sizes.items()}
+        return made if sizes == made.sizes else make(**sizes)
+
+    def _reader(self, labeled: bool) -> Any:
+        path, of, rows = self.path, self.settings, self.settings["rows"]
+        aside: dict[str, Any] = (
+            {} if self._are_bad_told or of["format"] == "parquet" else {"bad_lines": self._bad_lines}
+        )
+        reader: Any
+        if of["format"] == "svmlight":
+            columns = of.get("num_columns", MAX_ROWS - 1)
+            reader = read_svmlight(path, num_features=columns, zero_based=of["zero_based"], **aside)
+        elif of["format"] == "vw":
+            reader = read_vw(path, num_rows=rows, labeled=labeled, **aside)
+        elif of["format"] == "text":
+            reader = read_text(path, num_rows=rows, labels=of["labels"], labeled=labeled, **aside)
+        else:
+            asked: dict[str, Any] = {
+                "label": of["label"] if labeled else None,
+                "numbers": of["numbers"],
+                "hashed": of["hashed"],
+                "num_rows": rows,
+                "seed": {name: n for n, name in enumerate(of["hashed"])},
+                "fill": 0.0,
+            }
+            if of["format"] == "csv":
+                reader = read_csv(path, columns=of["names"], **aside, **asked)
+            else:
+                read = read_jsonl if of["format"] == "jsonl" else read_parquet
+                reader = read(path, missing="", **aside, **asked)
+        reader.quiet = self._are_bad_told and self._bad_lines is not None
+        return reader
+
+    def _matrix(self, x: dict[str, Any]) -> Any:
+        n = len(next(iter(x.values())))
+        rows, columns, values = [], [], []
+        for name in self.settings["hashed"]:
+            ids = x[name]
+            lengths = np.array([len(row) for row in ids]) if isinstance(ids, list) else np.ones(n, int)
+            columns.append(np.concatenate(ids) if isinstance(ids, list) else ids)
+            rows.append(np.repeat(np.arange(n), lengths))
+            values.append(np.ones(len(columns[-1]), np.float32))
+        if self.settings["numbers"]:
+            numbers = np.sign(x["numbers"]) * np.log1p(np.abs(x["numbers"]))
+            at = np.nonzero(numbers)
+            rows.append(at[0])
+            columns.append(at[1] + self.settings["rows"])
+            values.append(numbers[at])
+        where = np.concatenate(rows), np.concatenate(columns)
+        return scipy.sparse.csr_matrix((np.concatenate(values), where), shape=(n, self.settings["num_columns"]))
