@@ -3,8 +3,8 @@
 A training step costs what the rows of its batch cost, not what its tables cost. The sub-packages, top to bottom: `data`
 (SciPy matrices and id lists to batches of static shapes), `ops` (pure functions), `trace` (a step as a program, and its
 evaluation on some rows), `optim` (any optax optimizer on row-sparse gradients), `parallel` (several devices),
-`train` (`js.jit`, and what goes around a step), `nnx` (the same for modules that are updated in place), and `command`
-(`python -m jaxsparse`).
+`train` (`js.jit`, and what goes around a step), `export` (a model as NumPy source), `nnx` (the same for modules that
+are updated in place), and `command` (`python -m jaxsparse`).
 """
 
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from jaxsparse.data.readers.text import read_text as read_text
 from jaxsparse.data.readers.vw import read_vw as read_vw
 from jaxsparse.data.stream import Stream as Stream
 from jaxsparse.data.stream import stream as stream
+from jaxsparse.export.scoring import export_numpy as export_numpy
 from jaxsparse.ops.bcoo import concatenate as concatenate
 from jaxsparse.ops.bcoo import dot as dot
 from jaxsparse.ops.bcoo import mean as mean

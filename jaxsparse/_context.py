@@ -30,6 +30,23 @@ def is_tracing() -> bool:
     return _TRACING.get()
 
 
+@contextlib.contextmanager
+def bags_at_once() -> Iterator[None]:
+    """Around the tracing of what is written down for a reader: a bag is one read and one sum, however long it is."""
+    token = _AT_ONCE.set(True)
+    try:
+        yield
+    finally:
+        _AT_ONCE.reset(token)
+
+
+_AT_ONCE: contextvars.ContextVar[bool] = contextvars.ContextVar("at_once", default=False)
+
+
+def is_at_once() -> bool:
+    return _AT_ONCE.get()
+
+
 ROWS_OF = "jaxsparse_rows_of"  # the name under which a walk knows rows_of
 
 

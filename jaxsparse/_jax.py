@@ -16,7 +16,9 @@ What this room leans on:
   `body_nconsts`; scatter, broadcast_in_dim, reshape, slice, pad, transpose, squeeze, rev, dot_general, concatenate,
   sort, split, stack and top_k what they are called with in jax.lax; psum, pmax, pmin and psum_invariant `axes`. Of any
   other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
-* Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack.
+* Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack. And
+  `jaxsparse/export`, which writes equations down in NumPy, knows all of them by their names and parameters, and refuses
+  those that it does not know. custom_jvp_call and custom_vjp_call have a `call_jaxpr`.
 * jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it;
   `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters;
   `replace` of an equation gives it another `source_info`.
@@ -90,6 +92,7 @@ COND, CONCATENATE, CONVERT, DYNAMIC_SLICE, GATHER, REDUCE_SUM, SCAN, SCATTER_ADD
     "stop_gradient".split(),
 )
 _REMAT = _primitive("remat")
+_WITH_DERIVATIVES = primitives("custom_jvp_call custom_vjp_call")
 _NEW_REMAT = "RematTraced"
 
 
@@ -187,6 +190,21 @@ def called_name(eqn: Equation) -> str | None:
 def branches(eqn: Equation) -> list[Program]:
     """Of a COND."""
     return [_program(branch) for branch in eqn.param("branches")]
+
+
+def inlined(eqn: Equation) -> Program | None:
+    """What an equation calls once, with its inputs as they are: of calls, and of functions with derivatives of their
+    own or under jax.checkpoint. None of any other."""
+    if is_remat(eqn):
+        return remat_of(eqn).body
+    if eqn.primitive in CALLS or eqn.primitive in _WITH_DERIVATIVES:
+        return called(eqn)
+    return None
+
+
+def name_of(eqn: Equation) -> str:
+    """The name of what an equation does, as it is printed."""
+    return eqn.primitive.name
 
 
 class Scan(NamedTuple):

@@ -19,7 +19,7 @@ FLOORS = [
     "trace",
     "optim",
     "parallel",
-    "train testing nn",
+    "train testing nn export",
     "nnx command",
     "__main__",
 ]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse._context import is_tracing
+from jaxsparse._context import is_at_once, is_tracing
 from jaxsparse.ops.rows import at_least_int32, gather_rows, in_range, row_ids
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
@@ -246,7 +246,7 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
     """
     wide, length = _wide(table), ids.shape[1]
     # where a step or gradient is traced, one read: it is made into L of them there, and without weights only
-    if not 0 < length <= _UNROLL or (is_tracing() and weights is None):
+    if not 0 < length <= _UNROLL or (is_tracing() and weights is None) or is_at_once():
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)
         return jnp.sum(rows if weights is None else rows * _spread(weights, rows), axis=1)
     out = jnp.zeros((ids.shape[0], *table.shape[1:]), wide)

@@ -20,14 +20,25 @@ def _users_frame(eqn: Equation) -> tuple[str, int, str] | None:
     return next((frame for frame in _jax.source_frames(eqn) if not is_library(frame[0])), None)
 
 
+def source_frame(eqns: Sequence[Equation]) -> tuple[str, int, str] | None:
+    """(file, line, function) where the user's program made the last of these equations, each of which is inside the one
+    before: the innermost frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one,
+    end at that jit."""
+    return next((frame for eqn in reversed(eqns) if (frame := _users_frame(eqn)) is not None), None)
+
+
 def source_line(eqns: Sequence[Equation]) -> str:
-    """Where the user's program made the last of these equations, each of which is inside the one before: the innermost
-    frame outside the libraries. The frames of an equation in a nested jit, jnp.take's for one, end at that jit."""
-    for eqn in reversed(eqns):
-        if (frame := _users_frame(eqn)) is not None:
-            file, line, function = frame
-            return f"{'cell' if _CELL.search(file) else file}:{line} ({function})"
-    return UNKNOWN_SOURCE
+    """`source_frame` in words."""
+    frame = source_frame(eqns)
+    if frame is None:
+        return UNKNOWN_SOURCE
+    file, line, function = frame
+    return f"{file_name(file)}:{line} ({function})"
+
+
+def file_name(file: str) -> str:
+    """A file, or that it is a notebook's cell."""
+    return "cell" if _CELL.search(file) else file
 
 
 def in_place_of(eqns: Sequence[Equation], fun: Callable[..., Any], *args: Any) -> Any:

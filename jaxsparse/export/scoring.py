@@ -1,0 +1,185 @@
+"""`export_numpy`: a model as a folder that NumPy alone runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _jax
+from jaxsparse._checks import message
+from jaxsparse._context import bags_at_once
+from jaxsparse.data.batch import Batch
+from jaxsparse.export import elementwise, indexing, products, reductions, shapes
+from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
+from jaxsparse.export.inputs import Inputs
+from jaxsparse.export.source import CONSTANT, needed_head, source_text, stored_arrays, taken, tree_text
+from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in
+from jaxsparse.ops.rows import is_stored
+
+RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | indexing.RULES
+
+
+def export_numpy(
+    apply_fn: Callable[..., Any], params: Any, example: Any, path: str | os.PathLike[str], batch: Any = "b"
+) -> Path:
+    """Writes a model down as NumPy source: a folder that scores without JAX and without this library.
+
+    `model.py` has predict(x), a line or less for each equation of the traced model, with its parameters' names. They
+    are .npy files beside it, which are memory-mapped: only rows that are read come into memory. Python and NumPy 2 is
+    all it needs.
+
+    predict takes what the example is: an array for an array, a dict for a dict. A sparse input (BCOO) is given as CSR:
+    a SciPy matrix, a tuple (data, indices, indptr), or a dict of these three. 64-bit numbers are taken in place of
+    32-bit ones if they fit. The result is float32 where the model's is, equal to JAX's but for rounding. Where the
+    model computes in bfloat16, which NumPy has not, it computes in float32; a bfloat16 table that is read by rows stays
+    16 bits in its file. An id that is outside of a table is what it is in JAX where that says something (NaN, 0, the
+    nearest row); where table[ids] promises that there is none, it is an IndexError.
+
+    Both branches of a jax.lax.cond are computed. Loops (jax.lax.scan, while_loop), random numbers, convolutions and
+    other equations for which there is no rule are refused.
+
+    Args:
+      apply_fn: apply_fn(params, x) -> an array, or tuples, lists and dicts of arrays.
+      params: a pytree of arrays; tables that `js.pack` packed are unpacked. Only what the result needs is written.
+      example: x for a batch, or the `Batch` that has it. Only shapes and dtypes count.
+      path: the folder, which must not be there yet.
+      batch: the name of the size that may be another one in predict: the first of all inputs. Where there are several
+        such sizes, shapes with names for them, in the structure of the example or a part of it: {"ids": "b, l"} for
+        arrays (b, l), "b, ..." where the rest is as in the example. The number of entries of a sparse input is free.
+
+    Returns:
+      The folder's path.
+
+    Raises:
+      FileExistsError: if there is something at `path`.
+      TypeError: for an equation that cannot be written in NumPy, with its line; or where these are other equations at
+        other sizes.
+      ValueError: if `batch` does not fit the example.
+
+    Example:
+      >>> import runpy, tempfile, jax.numpy as jnp, jaxsparse as js
+      >>> params = {"table": jnp.arange(8.).reshape(4, 2), "head": jnp.array([1., 10.])}
+      >>> apply_fn = lambda params, ids: params["table"][ids].mean(1) @ params["head"]
+      >>> folder = js.export_numpy(apply_fn, params, jnp.zeros((2, 3), int), tempfile.mkdtemp() + "/model")
+      >>> runpy.run_path(str(folder / "model.py"))["predict"]([[0, 1, 2], [3, 3, 3], [0, 0, 0], [1, 1, 1]]).tolist()
+      [32.0, 76.0, 10.0, 32.0]
+    """
+    folder = Path(path)
+    if folder.exists():
+        do = "Remove it, or write beside it."
+        raise FileExistsError(message("export_numpy", "path", "a new folder", f"{folder}, which exists,", do))
+    source, arrays = written(apply_fn, params, example, batch)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        for name, x in arrays.items():
+            np.save(partial / f"{name}.npy", x)
+        (partial / "model.py").write_text(source, encoding="utf-8")
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any) -> tuple[str, dict[str, np.ndarray]]:
+    """The source, and the arrays that it loads, by name."""
+    inputs = Inputs(example.x if isinstance(example, Batch) else example, batch)
+    with_paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_stored)
+    leaves = [_jax_array(x) for _, x in with_paths]
+    flat, outputs = _traced(apply_fn, leaves, tree, inputs)
+    flat.constants |= dict(enumerate(leaves))
+    flat = folded(without_repeats(flat))
+
+    writer = Writer(flat)
+    names = _names([path for path, _ in with_paths])
+    stored: dict[str, int] = {}  # numbers of constants, by name
+    for number in flat.constants:
+        name = writer.new_name(names[number] if number < len(names) else CONSTANT)
+        stored[name] = number
+        value = Value(name, ATOM, flat.shapes[number], flat.dtypes[number], flat.shapes[number])
+        value.is_stored = True
+        value.rows_as = "bfloat16" if _is_read_as_bits(flat, number) else None
+        writer.known(number, value)
+    head = taken(writer, inputs, len(leaves))
+    for op in flat.operations:
+        rule = RULES.get(op.name)
+        try:
+            if rule is None:
+                raise UnknownError(op.name)
+            writer.write(op, rule)
+        except UnknownError as unknown:
+            do = "Compute it before or after, outside of the function that is exported."
+            got = f"one with {unknown.args[0]} at {op.line}"
+            raise TypeError(message("export_numpy", "apply_fn", "a function that NumPy can compute", got, do)) from None
+    values = [writer.full(writer.value(x)) for x in flat.outputs]
+    text = tree_text(jax.tree.unflatten(outputs, [value.text for value in values]))
+    lines = writer.needed_lines(text)
+    needed = set().union(names_in(text), *(names_in(expression) for _, expression, _ in lines))
+    arrays, loads = stored_arrays(writer, {name: number for name, number in stored.items() if name in needed})
+    return source_text(writer, inputs, [*needed_head(head, needed), *lines], text, values, loads), arrays
+
+
+def _jax_array(x: Any) -> Any:
+    """An array, not packed, of a dtype that JAX computes in; a Python number as it is."""
+    if is_stored(x):
+        return np.asarray(x)
+    if not _jax.is_array_or_number(x):
+        raise TypeError(message("export_numpy", "params", "a tree of arrays", f"one with a {type(x).__name__} in it"))
+    return x
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) if hasattr(x, "dtype") else x
+
+
+def _traced(apply_fn: Callable[..., Any], leaves: list[Any], tree: Any, inputs: Inputs) -> tuple[Flat, Any]:
+    """The program, whose inputs are parameters and then what `inputs` says, and the structure of its output."""
+    flats, out_trees = [], []
+    for sizes in inputs.points.all:
+
+        def flat_fn(*arrays: Any, sizes: Sequence[int] = sizes) -> list[Any]:
+            own = jax.tree.unflatten(tree, arrays[: len(leaves)])
+            with bags_at_once():
+                out = apply_fn(own, inputs.tree_of(arrays[len(leaves) :], sizes))
+            outs, structure = jax.tree.flatten(out)
+            out_trees.append(structure)
+            return outs
+
+        flats.append(flatten(_jax.trace(flat_fn, *map(_abstract, leaves), *inputs.arrays_at(sizes))))
+    try:
+        return merged(flats, inputs.points), out_trees[0]
+    except DiffersError as differs:
+        what, where = differs.args
+        got = f"one in which {what} ({where})"
+        do = "Give sizes that may not change as numbers in `batch`."
+        must = f"the same for every {' and '.join(inputs.names)}"
+        raise TypeError(message("export_numpy", "apply_fn", must, got, do)) from None
+
+
+def _names(paths: Sequence[Any]) -> list[str]:
+    """Of parameters: their paths, without what says nothing."""
+    keys = [
+        [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path] for path in paths
+    ]
+    keys = [parts[1:] if parts[:1] == ["params"] and len(parts) > 1 else parts for parts in keys]
+    keys = [parts[:-1] if parts[-1:] == ["value"] and len(parts) > 1 else parts for parts in keys]
+    return ["_".join(parts) or "params" for parts in keys]
+
+
+def _is_read_as_bits(flat: Flat, number: int) -> bool:
+    """Whether a bfloat16 array is read by rows only, converted or not."""
+    if flat.dtypes[number] != jnp.bfloat16 or number in flat.outputs:
+        return False
+    users = [op for op in flat.operations if number in op.inputs]
+    converted = [op.outputs[0] for op in users if op.name == "convert_element_type"]
+    rest = dataclasses.replace(flat, operations=[op for op in flat.operations if op.name != "convert_element_type"])
+    return rest.is_read_by_rows(number) and all(map(flat.is_read_by_rows, converted))
