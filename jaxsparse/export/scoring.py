@@ -21,7 +21,7 @@ from jaxsparse.export import elementwise, indexing, products, reductions, shapes
 from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
 from jaxsparse.export.inputs import Inputs
 from jaxsparse.export.source import CONSTANT, needed_head, source_text, stored_arrays, taken, tree_text
-from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in
+from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in, renumbered
 from jaxsparse.ops.rows import is_stored
 
 RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | indexing.RULES
@@ -122,7 +122,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
             raise TypeError(message("export_numpy", "apply_fn", "a function that NumPy can compute", got, do)) from None
     values = [writer.full(writer.value(x)) for x in flat.outputs]
     text = tree_text(jax.tree.unflatten(outputs, [value.text for value in values]))
-    lines = writer.needed_lines(text)
+    lines, text = renumbered(writer.needed_lines(text), text)
     needed = set().union(names_in(text), *(names_in(expression) for _, expression, _ in lines))
     arrays, loads = stored_arrays(writer, {name: number for name, number in stored.items() if name in needed})
     return source_text(writer, inputs, [*needed_head(head, needed), *lines], text, values, loads), arrays

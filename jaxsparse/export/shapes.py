@@ -55,14 +55,14 @@ def _reshape(w: Writer, op: Operation) -> Value:
 
 def _only_ones_added(before: Shape, after: Shape) -> list[int] | None:
     """Where the axes of a shape are in another one, which has more axes, of one number each."""
-    places, at = [], 0
-    for i, size in enumerate(after):
-        if at < len(before) and before[at] == size:
+    places, left = [], list(before)
+    for i in reversed(range(len(after))):
+        if left and left[-1] == after[i]:
             places.append(i)
-            at += 1
-        elif size != 1:
+            left.pop()
+        elif after[i] != 1:
             return None
-    return places if at == len(before) else None
+    return None if left else places[::-1]
 
 
 def _squeeze(w: Writer, op: Operation) -> Value:

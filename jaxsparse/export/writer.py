@@ -256,8 +256,29 @@ class Writer:
         return kept[::-1]
 
 
+def renumbered(lines: list[Line], result: str) -> tuple[list[Line], str]:
+    """Lines, and what is returned, in which names are numbered without gaps."""
+    new: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for name, _, _ in lines:
+        base = re.sub(r"_\d+$", "", name)
+        counts[base] = counts.get(base, 0) + 1
+        new[name] = base if counts[base] == 1 else f"{base}_{counts[base]}"
+    others = set().union(names_in(result), *(names_in(text) for _, text, _ in lines)) - new.keys()
+    if others & set(new.values()):
+        return lines, result
+
+    def renamed(text: str) -> str:
+        return re.sub(_NAME, lambda found: new.get(found[0], found[0]), text)
+
+    return [(new[name], renamed(text), frame) for name, text, frame in lines], renamed(result)
+
+
+_NAME = r"(?<![\w.])[A-Za-z_]\w*"
+
+
 def names_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", text))
+    return set(re.findall(_NAME, text))
 
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:

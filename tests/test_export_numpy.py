@@ -1,0 +1,494 @@
+"""A written model is the model, and needs nothing but NumPy."""
+
+import dataclasses
+import json
+import runpy
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import nnx
+from jax.experimental.sparse import BCOO
+
+import jaxsparse as js
+from tests.marks import slow_but
+
+RNG = np.random.default_rng(0)
+
+
+def numbers(*shape):
+    return np.random.default_rng(len(shape) + sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def ids_below(n, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, n, shape).astype(np.int32)
+
+
+def export(tmp_path, apply_fn, params, example, batch="b"):
+    folder = js.export_numpy(apply_fn, params, example, tmp_path / f"model_{len(list(tmp_path.iterdir()))}", batch)
+    source = (folder / "model.py").read_text()
+    return runpy.run_path(str(folder / "model.py"))["predict"], source, folder
+
+
+def check(tmp_path, apply_fn, params, example, *xs, batch="b", tolerance=1e-5):
+    """The written model gives what JAX gives, in its structure, shapes and dtypes. An x is one for both, or a pair."""
+    predict, source, _ = export(tmp_path, apply_fn, params, example, batch)
+    for x in xs or (example,):
+        for_jax, for_numpy = x if isinstance(x, Pair) else (x, x)
+        want, got = jax.jit(apply_fn)(params, for_jax), predict(for_numpy)
+        assert jax.tree.structure(want) == jax.tree.structure(got)
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            a = np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+    return source
+
+
+@dataclasses.dataclass
+class Pair:
+    for_jax: object
+    for_numpy: object
+
+    def __iter__(self):
+        return iter((self.for_jax, self.for_numpy))
+
+
+def first(n, tree):
+    return jax.tree.map(lambda x: x[:n], tree)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the models of the notebooks, smaller
+
+
+V, D = 500, 8
+
+
+class BagClassifier(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        table = self.param("table", nn.initializers.normal(0.1), (V, D))
+        return nn.Dense(1, bias_init=nn.initializers.ones)(js.dot(x, table))[:, 0]
+
+
+def mails(n):
+    return scipy.sparse.random(n, V, 0.02, "csr", np.float32, rng=np.random.default_rng(n))
+
+
+def test_quickstart(tmp_path):
+    model, batch = BagClassifier(), next(iter(js.batches(mails(64), batch_size=64)))
+    params = model.init(jax.random.key(0), batch.x)
+    some, parts = mails(5), mails(9)
+    none = scipy.sparse.csr_matrix((2, V), dtype=np.float32)
+    xs = [Pair(js.from_scipy(x), x) for x in (some, none)]
+    xs += [Pair(js.from_scipy(parts), (parts.data, parts.indices, parts.indptr))]
+    xs += [Pair(js.from_scipy(parts), {name: getattr(parts, name).tolist() for name in ("data", "indices", "indptr")})]
+    source = check(tmp_path, model.apply, params, batch, *xs)
+    assert "sum_by(x_rows, table[x_columns] * x_values[:, None], b) @ Dense_0_kernel + Dense_0_bias)[:, 0]" in source
+    assert len(source.split("def predict")[1].splitlines()) <= 5
+    predict = export(tmp_path, model.apply, params, batch)[0]
+    with pytest.raises(ValueError, match=r"x.indices must be in \[0, 500\). Got 0 to 600 instead"):
+        predict(([1.0, 1.0], [0, 600], [0, 2]))
+    with pytest.raises(TypeError, match=r"x must be a CSR matrix. Got csc instead: call .tocsr\(\)"):
+        predict(some.tocsc())
+    with pytest.raises(ValueError, match="x.indptr must start with 0"):
+        predict(([1.0, 1.0], [0, 6], [0, 3]))
+
+
+def bag_model(params, ids):
+    bag = js.embedding_bag(params["table"], ids, combiner="mean", padding_idx=params["table"].shape[0])
+    return bag @ params["head"] + params["bias"]
+
+
+def test_large_embeddings_and_many_devices(tmp_path):
+    params = {"table": numbers(V, D), "head": numbers(D), "bias": np.float32(0.5)}
+    ids = ids_below(V + 1, 6, 20)
+    outside, all_padding = ids.copy(), np.full((2, 20), V, np.int32)
+    outside[0, 3], outside[1, 2] = -1, V + 7
+    source = check(tmp_path, bag_model, params, ids, ids, ids[:1], ids[:0], outside, all_padding, ids.astype(np.int64))
+    assert "bags(table, " in source and "# test_export_numpy.py:" in source
+    check(tmp_path, bag_model, params, ids, ids, ids_below(V, 3, 70), ids[:, :1], batch="b, l")
+
+
+class WideAndDeep(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        wide = nn.Embed(900, 1, name="crosses")(x["crosses"]).sum((1, 2))
+        wide += nn.Embed(V, 1, name="singles")(x["ids"]).sum((1, 2))
+        factors = nn.Embed(V, D, name="factors")(x["ids"])
+        machine = 0.5 * jnp.sum(factors.sum(1) ** 2 - (factors**2).sum(1), axis=1)
+        deep = jnp.concatenate([factors.reshape(len(factors), -1), x["numbers"]], axis=1)
+        deep = nn.relu(nn.Dense(64, name="hidden")(deep))
+        return wide + machine + nn.Dense(1, name="out")(deep)[:, 0]
+
+
+def test_click_through(tmp_path):
+    x = {"ids": ids_below(V, 10, 4), "crosses": ids_below(900, 10, 6), "numbers": numbers(10, 5)}
+    params = WideAndDeep().init(jax.random.key(0), x)
+    outside = x | {"ids": np.where(np.arange(4) == 1, -3, x["ids"]).astype(np.int32)}
+    source = check(tmp_path, WideAndDeep().apply, params, x, x, first(1, x), outside)
+    assert "out_kernel" in source and "factors_embedding" in source and 'x["crosses"]' in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention, norms, nnx
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        h = nn.Embed(100, 16)(ids) + nn.Embed(12, 16, name="places")(jnp.arange(ids.shape[1]))
+        h += nn.SelfAttention(num_heads=2)(nn.LayerNorm()(h), nn.make_causal_mask(ids))
+        h += nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.RMSNorm()(h)), approximate=False))
+        h = nn.BatchNorm(use_running_average=True)(h)
+        return {"next": nn.Embed(100, 16, name="out").attend(h[:, -1]), "max": nn.log_softmax(h.max(1))}
+
+
+@pytest.mark.parametrize("batch", slow_but(["b"], ["b", "b, l"]))
+def test_attention(tmp_path, batch):
+    ids = ids_below(100, 6, 12)
+    params = Attention().init(jax.random.key(0), ids)
+    xs = (ids, ids[:1]) + ((ids[:2, :5],) if batch == "b, l" else ())
+    check(tmp_path, Attention().apply, params, ids, *xs, batch=batch)
+
+
+@pytest.mark.slow
+def test_nnx(tmp_path):
+    class Tower(nnx.Module):
+        def __init__(self, rngs):
+            self.embed, self.norm = nnx.Embed(100, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.dropout, self.head = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.head(self.dropout(self.norm(self.embed(ids).mean(1))))[:, 0]
+
+    tower, ids = Tower(nnx.Rngs(0)), ids_below(100, 6, 12)
+    tower.eval()
+    graph, state = nnx.split(tower)
+    source = check(tmp_path, lambda state, ids: nnx.merge(graph, state)(ids), state, ids)
+    assert "embed_embedding" in source and "head_kernel" in source and "rng" not in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bags in all layouts, sparse inputs
+
+
+LAYOUTS = {
+    "padded sum": lambda p, x: js.embedding_bag(p, x["ids"], combiner="sum", padding_idx=0),
+    "padded weights": lambda p, x: js.embedding_bag(p, x["ids"], weights=x["w"], padding_idx=3),
+    "padded sqrtn": lambda p, x: js.embedding_bag(p, x["ids"], weights=x["w"], combiner="sqrtn"),
+    "padded max": lambda p, x: js.embedding_bag(p, x["ids"], combiner="max", padding_idx=0),
+    "clip": lambda p, x: js.embedding_bag(p, x["ids"] * 2 - 3, mode="clip"),
+    "lookup": lambda p, x: js.embedding_lookup(p, x["ids"], padding_idx=7),
+    "offsets": lambda p, x: js.embedding_bag(p, x["flat"], offsets=x["offsets"], weights=x["fw"], combiner="mean"),
+    "offsets max": lambda p, x: js.embedding_bag(p, x["flat"], offsets=x["offsets"], combiner="max", padding_idx=0),
+    "segments": lambda p, x: js.embedding_bag(p, x["flat"], segment_ids=x["bags"], num_bags=4, combiner="sqrtn"),
+    "take": lambda p, x: jnp.take(p, x["ids"], axis=0, mode="clip"),
+    "by name": lambda p, x: p[x["ids"], x["ids"] % 8],
+    "columns": lambda p, x: p[:, x["flat"][:3] % 8][:2],
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["padded weights", "offsets"], LAYOUTS))
+def test_layouts(tmp_path, name):
+    flat, offsets = ids_below(30, 14), np.array([0, 3, 3, 10], np.int32)
+    x = {"ids": ids_below(30, 4, 5), "w": numbers(4, 5), "flat": flat, "fw": numbers(14) ** 2, "offsets": offsets}
+    x["bags"] = np.array([0, 0, 3, 2, 1, 1, 1, 9, 3, 2, 0, 0, 3, 3], np.int32)
+    fewer = x | {"flat": flat[:11], "fw": x["fw"][:11], "bags": x["bags"][:11], "offsets": offsets[:3]}
+    fewer |= {"ids": x["ids"][:2], "w": x["w"][:2]}
+    names = {"ids": "b, l", "w": "b, l", "flat": "n", "fw": "n", "bags": "n", "offsets": "b"}
+    check(tmp_path, LAYOUTS[name], numbers(30, 8), x, x, fewer, batch=names)
+
+
+def test_parts_of_sparse_inputs(tmp_path):
+    x = {"a": mails(6), "b": mails(6) * 2, "n": numbers(6, 3)}
+
+    def apply_fn(w, x):
+        both = js.concatenate([x["a"], x["b"]], axis=1)
+        return (
+            js.dot(both, w) + js.sum(x["a"], axis=1)[:, None],
+            js.mean(x["b"], axis=1),
+            x["n"].sum(1),
+            js.dot(x["n"], w[:3]),
+        )
+
+    def for_jax(x):
+        return {name: js.from_scipy(part) if scipy.sparse.issparse(part) else part for name, part in x.items()}
+
+    fewer = {"a": x["a"][2:4], "b": x["b"][:2], "n": x["n"][:2]}
+    check(tmp_path, apply_fn, numbers(2 * V, 4), for_jax(x), *(Pair(for_jax(part), part) for part in (x, fewer)))
+    predict = export(tmp_path, apply_fn, numbers(2 * V, 4), for_jax(x))[0]
+    with pytest.raises(ValueError, match="b must have 6 rows. Got 2 instead"):
+        predict(x | {"b": fewer["b"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# equations one by one
+
+
+def silent(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+F, I, B = "floats", "ints", "bools"
+EQUATIONS = {
+    "activations": lambda x: [f(x[F]) for f in (nn.relu, nn.gelu, nn.tanh, nn.sigmoid, nn.softplus, nn.silu, nn.elu)],
+    "more activations": lambda x: [nn.leaky_relu(x[F]), nn.hard_swish(x[F]), nn.softmax(x[F]), nn.logsumexp(x[F], 1)],
+    "erf": lambda x: [jax.lax.erf(x[F] * 3), jax.scipy.special.erfc(x[F] * 2), jax.scipy.stats.norm.cdf(x[F])],
+    "roots": lambda x: [jnp.sqrt(abs(x[F])), jax.lax.rsqrt(abs(x[F]) + 1), jnp.cbrt(x[F]), x[F] ** 3, x[F] ** -2],
+    "logs": lambda x: [jnp.log(abs(x[F])), jnp.log1p(x[F] ** 2), jnp.expm1(x[F]), jnp.exp2(x[F]), jnp.logaddexp(x[F], 1)],
+    "angles": lambda x: [jnp.sin(x[F]), jnp.cos(x[F]), jnp.tan(x[F]), jnp.arctan2(x[F], 2.0), jnp.sinh(x[F])],
+    "rounding": lambda x: [jnp.round(x[F] * 4), jnp.floor(x[F]), jnp.ceil(x[F]), jnp.sign(x[F]), jax.lax.round(x[F])],
+    "powers": lambda x: [jnp.abs(x[F]) ** x[F], jnp.square(x[F]), x[F] ** 4, x[F] ** 5, 2.0 ** x[F], 1 / x[F]],
+    "integers": lambda x: [x[I] // 3, x[I] % 3, x[I] / 3, jax.lax.div(x[I], 3), jax.lax.rem(x[I], 3), -x[I], x[I] << 2],
+    "bits": lambda x: [x[I] & 3, x[I] | 4, x[I] ^ 5, ~x[I], x[I] >> 1, x[B] & ~x[B], x[B] | x[B], x[B] ^ True],
+    "comparisons": lambda x: [x[F] > 0, x[I] == 2, x[F] != x[F], x[I] <= 1, x[F] >= 0.5, jnp.isnan(x[F]), jnp.isfinite(x[F])],
+    "choices": lambda x: [jnp.where(x[B], x[F], 0), jnp.where(x[B], 1.0, 2), jnp.clip(x[F], -0.5, 0.5), jnp.maximum(x[I], 2)],
+    "sums": lambda x: [x[F].sum(), x[I].sum(1), x[B].sum(0), x[F].mean(1), x[F].var(1), x[I].mean(), x[F].prod(1)],
+    "extremes": lambda x: [x[F].max(1), x[I].min(0), x[F].argmax(1), x[I].argmin(1), x[B].any(1), x[B].all(), jnp.ptp(x[F], 1)],
+    "running": lambda x: [x[F].cumsum(1), x[I].cumsum(0), x[F].cumprod(1), jax.lax.cummax(x[F], 1, True), jax.lax.cumsum(x[F], 1, True)],
+    "sorting": lambda x: [jnp.sort(x[F], 1), jnp.argsort(x[F], 1), jnp.argsort(-x[I], 1), jax.lax.top_k(x[F], 3), jnp.median(x[F], 1)],
+    "two keys": lambda x: jax.lax.sort([x[I] % 2, x[I], x[F]], num_keys=2),
+    "shapes": lambda x: [x[F].T, x[F].reshape(-1, 3, 2), x[F][:, None], x[F].ravel(), jnp.flip(x[F], 1), x[F][:, ::2], x[F][1:]],
+    "shapes of axes": lambda x: [jnp.moveaxis(x[F].reshape(-1, 3, 2), 2, 0), x[F][..., -1], x[F][:, 2:3], jnp.squeeze(x[F][:, :1], 1)],
+    "together": lambda x: [jnp.concatenate([x[F], x[F]], 1), jnp.stack([x[F], x[F] + 1]), jnp.split(x[F], 2, 1), jnp.tile(x[F], (1, 2))],
+    "filled": lambda x: [jnp.pad(x[F], ((0, 1), (2, 0))), jnp.zeros_like(x[F]), jnp.ones(3), jnp.arange(4) + 0.5, jnp.full((2, 2), 7)],
+    "repeated": lambda x: [jnp.repeat(x[F], 2, axis=1), jnp.broadcast_to(x[F][:, :1], x[F].shape), x[F] - x[F].mean(0), jnp.eye(3)],
+    "products": lambda x: [x[F] @ x[F].T, jnp.einsum("bi,bj->bij", x[F], x[F]), jnp.einsum("bi,bi->b", x[F], x[F]), x[I] @ x[I].T],
+    "more products": lambda x: [jnp.einsum("bi,ijk->bjk", x[F], jnp.ones((6, 2, 3))), jnp.outer(x[F][:, 0], x[F][:, 1]), jnp.dot(x[F], x[F][0])],
+    "norms": lambda x: [jnp.linalg.norm(x[F], axis=1), nn.standardize(x[F]), x[F] / jnp.linalg.norm(x[F], axis=1, keepdims=True)],
+    "one hot": lambda x: [jax.nn.one_hot(x[I] % 4, 5), jnp.take_along_axis(x[F], x[I][:, :2] % 6, 1), x[F][jnp.arange(len(x[F])), 2]],
+    "written": lambda x: [x[F].at[:, 1].set(0.0), x[F].at[:, 2].add(x[F][:, 0]), x[F].at[x[I][:, 0] % 5].max(2.0), x[I].at[0].mul(3)],
+    "segments": lambda x: [f(x[F], x[I][:, 0] % 4, num_segments=4) for f in (jax.ops.segment_sum, jax.ops.segment_max)],
+    "parts": lambda x: [jax.lax.dynamic_slice_in_dim(x[F], x[I][0, 0] % 9, 2, 1), jax.lax.dynamic_index_in_dim(x[F], 2, 1, False)],
+    "replaced": lambda x: jax.lax.dynamic_update_slice(x[F], jnp.zeros((2, 2)), (x[I][0, 0] % 3, 1)),
+    "branches": lambda x: [jax.lax.cond(x[F][0, 0] > 0, jnp.sin, jnp.cos, x[F]), jax.lax.switch(x[I][0, 0] % 3, [jnp.sin, jnp.cos, jnp.tan], x[F])],
+    "conversions": lambda x: [x[F].astype(int), x[B].astype(float), x[I].astype(bool), x[I].astype(jnp.uint8), x[F].astype(jnp.float16)],
+    "calls": lambda x: [jax.checkpoint(jnp.sin)(x[F]), jax.jit(jnp.cos)(x[F]), jax.lax.stop_gradient(x[F]), own_derivative(x[F])],
+    "vmap": lambda x: jax.vmap(lambda row, i: row[i % 6] * row.sum())(x[F], x[I][:, 0]),
+    "sizes": lambda x: [x[F] / len(x[F]), jnp.arange(len(x[F])), jnp.ones((2 * len(x[F]) + 1, 2)), x[F].mean(0), len(x[F]) * x[I]],
+    "bits as floats": lambda x: jax.lax.bitcast_convert_type(x[F], jnp.int32),
+    "nothing of x": lambda x: [jnp.ones((3, 2)) * 2, jnp.float32(3) + 1],
+}  # fmt: skip
+
+
+@jax.custom_vjp
+def own_derivative(x):
+    return jnp.tanh(x)
+
+
+own_derivative.defvjp(lambda x: (own_derivative(x), x), lambda x, g: (g,))
+QUICK_EQUATIONS = ["one hot", "written", "sorting", "choices", "sizes"]
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK_EQUATIONS, EQUATIONS))
+def test_equations(tmp_path, name):
+    x = {F: numbers(7, 6), I: ids_below(9, 7, 6) - 2, B: numbers(7, 6) > 0}
+    if name in ("one hot", "segments", "parts", "replaced", "written", "vmap"):
+        x[I] += 2
+    check(tmp_path, lambda params, x: EQUATIONS[name](x), {}, x, x, first(3, x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models drawn from a grammar
+
+
+def drawn_model(seed):
+    """A model of parts that are drawn, and an input."""
+    draw = np.random.default_rng(seed)
+    combiners = draw.choice(["sum", "mean", "sqrtn", "max"], 2)
+    activation = [nn.relu, nn.gelu, nn.tanh, nn.swish, nn.softplus][draw.integers(5)]
+    norm = [nn.LayerNorm(), nn.RMSNorm(), None][draw.integers(3)]
+    reads = list(draw.permutation(["bag", "embed", "sparse", "attention", "numbers"])[: draw.integers(1, 5)])
+    width, depth = int(draw.choice([4, 8])), int(draw.integers(0, 3))
+    head = ["logit", "softmax", "dot", "top"][draw.integers(4)]
+
+    class Drawn(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            table = self.param("table", nn.initializers.normal(1.0), (40, width))
+            parts = []
+            for read in reads:
+                if read == "bag":
+                    weights = None if "max" in combiners[0] or seed % 2 else x["weights"]
+                    parts.append(
+                        js.embedding_bag(table, x["ids"], weights=weights, combiner=combiners[0], padding_idx=40)
+                    )
+                elif read == "embed":
+                    h = nn.Embed(40, width)(x["ids"] % 40)
+                    parts.append(h.reshape(len(h), -1) if seed % 3 else h.mean(1))
+                elif read == "sparse":
+                    parts.append(js.nn.SparseDense(width)(x["words"]))
+                elif read == "attention":
+                    rows = js.embedding_lookup(table, x["ids"], padding_idx=40)
+                    scores = jnp.einsum("bld,bmd->blm", rows, nn.Dense(width)(rows)) / np.sqrt(width)
+                    scores = jnp.where((x["ids"] == 40)[:, None], -1e9, scores)
+                    parts.append((nn.softmax(scores) @ rows).max(1))
+                else:
+                    parts.append(jnp.log1p(jnp.abs(x["numbers"])))
+            h = jnp.concatenate(parts, axis=1)
+            for _ in range(depth):
+                h = activation(nn.Dense(width)(h))
+                h = h if norm is None else norm.copy(parent=self)(h)
+            if head == "logit":
+                return nn.Dense(1)(h)[:, 0]
+            if head == "softmax":
+                return nn.softmax(nn.Dense(5)(h))
+            if head == "dot":
+                a, b = nn.Dense(width)(h), nn.Dense(width)(jnp.sin(h))
+                return jnp.sum(a * b, axis=1) / (1 + jnp.linalg.norm(a, axis=1))
+            return jax.lax.top_k(nn.Dense(7)(h), 2)
+
+    words = scipy.sparse.random(6, 60, 0.1, "csr", np.float32, rng=draw)
+    ids, weights = draw.integers(0, 41, (6, 5)).astype(np.int32), draw.random((6, 5)).astype(np.float32)
+    return Drawn(), {"ids": ids, "weights": weights, "words": words, "numbers": numbers(6, 3)}
+
+
+@pytest.mark.parametrize("seed", slow_but([2, 11], range(20)))
+def test_drawn_models(tmp_path, seed):
+    model, x = drawn_model(seed)
+
+    def for_jax(x):
+        return x | {"words": js.from_scipy(x["words"])}
+
+    fewer = {name: part[1:4] for name, part in x.items()}
+    params = model.init(jax.random.key(seed), for_jax(x))
+    check(tmp_path, model.apply, params, for_jax(x), Pair(for_jax(x), x), Pair(for_jax(fewer), fewer))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is stored
+
+
+def test_it_needs_numpy_alone_and_copies_no_table(tmp_path):
+    params = {"table": numbers(4000, 16), "unused": numbers(10, 10), "head": numbers(16)}
+    ids = ids_below(4000, 3, 4)
+    apply_fn = lambda params, ids: js.embedding_bag(params["table"], ids, padding_idx=4000) @ params["head"]  # noqa: E731
+    folder = export(tmp_path, apply_fn, params, ids)[2]
+    assert sorted(file.name for file in folder.iterdir()) == ["head.npy", "model.py", "table.npy"]
+    code = """
+import json, mmap, sys
+for name in ("jax", "jaxlib", "jaxsparse", "scipy", "flax", "ml_dtypes"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+import model
+table = model.table
+while table.base is not None and not isinstance(table.base, mmap.mmap):
+    table = table.base
+assert isinstance(table.base, mmap.mmap) and not model.table.flags.writeable
+print(json.dumps(model.predict(json.loads(sys.argv[2])).tolist()))
+"""
+    done = [sys.executable, "-I", "-W", "error", "-c", code, str(folder), json.dumps(ids.tolist())]
+    out = subprocess.run(done, check=True, capture_output=True, text=True)
+    np.testing.assert_allclose(json.loads(out.stdout), apply_fn(params, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_what_depends_on_parameters_alone_is_computed_before(tmp_path):
+    def apply_fn(params, ids):
+        unit = params["table"] / jnp.linalg.norm(params["table"], axis=1, keepdims=True)
+        return unit[ids] @ (params["head"] * jnp.exp(params["scale"])) + params["bias"]
+
+    params = {"table": numbers(900, 4), "head": numbers(4), "scale": 0.5, "bias": np.float32(0.25)}
+    source = check(tmp_path, apply_fn, params, ids_below(900, 3, 4))
+    (line,) = [line for line in source.splitlines() if line.startswith("    return")]
+    assert line == "    return constant[x] @ constant_2 + bias"
+
+
+def test_packed_tables(tmp_path):
+    params = {"table": jnp.asarray(numbers(300, 16)), "head": numbers(16)}
+    apply_fn = lambda params, ids: params["table"][ids].mean(1) @ params["head"]  # noqa: E731
+    ids = ids_below(300, 3, 4)
+    predict, _, folder = export(tmp_path, apply_fn, js.pack(params, tables="table"), ids)
+    assert np.array_equal(np.load(folder / "table.npy"), params["table"])
+    np.testing.assert_allclose(predict(ids), apply_fn(params, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_small_floats(tmp_path):
+    table = jnp.asarray(numbers(3000, 4), jnp.bfloat16)
+    ids = ids_below(3000, 3, 5)
+    outside = np.where(np.arange(5) == 2, -1, ids).astype(np.int32)
+    readings = {
+        "bag": lambda table, ids: js.embedding_bag(table.astype(jnp.float32), ids, padding_idx=-1),
+        "rows": lambda table, ids: js.embedding_lookup(table, ids).astype(jnp.float32) * 2,
+        "converted": lambda table, ids: table.astype(jnp.float32)[ids],
+        "whole": lambda table, ids: table.astype(jnp.float32)[ids] @ table.astype(jnp.float32).T,
+        "one": lambda table, ids: table[ids[0, 0]].astype(jnp.float32),
+    }
+    for name, apply_fn in readings.items():
+        xs = (ids,) if name == "converted" else (ids, outside)
+        xs = xs if name != "whole" else (ids,)
+        source = check(tmp_path, apply_fn, table, ids, *xs)
+        assert ("bfloat16 as uint16, (3000, 4)" in source) is (name != "whole"), name
+    half = np.asarray(numbers(3000, 4), np.float16)
+    source = check(tmp_path, readings["converted"], half, ids)
+    assert "params[x].astype(np.float32)" in source and "float16 (3000, 4)" in source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+def test_refused_equations(tmp_path):
+    def loops(params, x):
+        return jax.lax.scan(lambda carry, row: (carry + row, None), jnp.zeros(6), x)[0]
+
+    def by_batch(params, x):
+        return sum(x[i] for i in range(len(x)))
+
+    def squares(params, x):
+        return jnp.ones(len(x) ** 2)
+
+    x = numbers(5, 6)
+    must = r"The 'apply_fn' argument of js.export_numpy must be a function that NumPy can compute. Got one with"
+    with pytest.raises(TypeError, match=rf"{must} scan at .*test_export_numpy.py:\d+ \(loops\) instead"):
+        export(tmp_path, loops, {}, x)
+    with pytest.raises(TypeError, match=rf"{must} random_bits at|{must} \w+ at"):
+        export(tmp_path, lambda key, x: x + jax.random.normal(key, (6,)), jax.random.key(0), x)
+    with pytest.raises(TypeError, match=r"must be the same for every b. Got one in which the .* the size of the input"):
+        export(tmp_path, by_batch, {}, x)
+    with pytest.raises(TypeError, match=r"numbers such as 25 are not linear in the size of the input \(.*squares"):
+        export(tmp_path, squares, {}, x)
+    assert not list(tmp_path.iterdir())
+    check(tmp_path, by_batch, {}, x, batch="5, _")  # at one size there is one program
+
+
+def test_refused_arguments(tmp_path):
+    apply_fn = lambda params, x: jax.tree.leaves(x)[0] * 2  # noqa: E731
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="'path' argument of js.export_numpy must be a new folder"):
+        js.export_numpy(apply_fn, {}, numbers(2), tmp_path / "there")
+    with pytest.raises(
+        ValueError, match=r"first size of all inputs. Got 'b' for arrays of 2, 3 instead. Name the sizes"
+    ):
+        js.export_numpy(apply_fn, {}, [numbers(2), numbers(3)], tmp_path / "a")
+    with pytest.raises(ValueError, match=r"Got 'b, l' for example of shape \(2,\) instead"):
+        js.export_numpy(apply_fn, {}, numbers(2), tmp_path / "a", "b, l")
+    with pytest.raises(ValueError, match=r"one name for each size. Got 'b' for 2 and 3 in example\[1\]"):
+        js.export_numpy(apply_fn, {}, [numbers(2), numbers(3)], tmp_path / "a", ["b", "b"])
+    with pytest.raises(ValueError, match="in the structure of the example"):
+        js.export_numpy(apply_fn, {}, [numbers(2), numbers(3)], tmp_path / "a", {"y": "b"})
+    with pytest.raises(TypeError, match="must be a tree of arrays. Got one with a str in it"):
+        js.export_numpy(apply_fn, {"a": "b"}, numbers(2), tmp_path / "a")
+    with pytest.raises(TypeError, match="must be a function that returns arrays, or tuples, lists and dicts"):
+        js.export_numpy(lambda params, x: BCOO.fromdense(jnp.eye(2)), {}, numbers(2), tmp_path / "a")
+
+
+def test_what_predict_refuses(tmp_path):
+    x = {"ids": ids_below(9, 4, 3), "n": numbers(4, 2)}
+    predict = export(tmp_path, lambda table, x: table[x["ids"]].sum(1) + x["n"], numbers(9, 2), x)[0]
+    assert predict({"ids": [[1, 2, 3]], "n": [[1, 2]]}).dtype == np.float32
+    with pytest.raises(ValueError, match=r"ids must be of shape \(any, 3\). Got \(4, 2\) instead"):
+        predict(x | {"ids": x["ids"][:, :2]})
+    with pytest.raises(ValueError, match=r"n must be of shape \(4, 2\). Got \(3, 2\) instead"):
+        predict(x | {"n": x["n"][:3]})
+    with pytest.raises(TypeError, match=r"ids must be of numbers that fit int32. Got float32 instead"):
+        predict(x | {"ids": x["ids"].astype(np.float32)})
+    with pytest.raises(OverflowError, match=r"ids must fit int32. Got numbers from 4294967296 to 4294967296 instead"):
+        predict(x | {"ids": np.full((4, 3), 2**32)})
+    with pytest.raises(IndexError, match="out of bounds"):
+        predict(x | {"ids": x["ids"] + 9})
