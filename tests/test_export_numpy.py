@@ -1,10 +1,10 @@
 """A written model is the model, and needs nothing but NumPy."""
 
-import dataclasses
 import json
 import runpy
 import subprocess
 import sys
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
-from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
 from tests.marks import slow_but
-
-RNG = np.random.default_rng(0)
 
 
 def numbers(*shape):
@@ -29,13 +26,25 @@ def ids_below(n, *shape, seed=0):
     return np.random.default_rng(seed).integers(0, n, shape).astype(np.int32)
 
 
+def params_of(model, x):
+    """Parameters of a model, drawn without compiling."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+    draw = np.random.default_rng(0)
+
+    def drawn(path, leaf):
+        values = 0.4 * draw.normal(size=leaf.shape).astype(np.float32)
+        return np.abs(values) if "var" in jax.tree_util.keystr(path) else values
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
+
+
 def export(tmp_path, apply_fn, params, example, batch="b"):
     folder = js.export_numpy(apply_fn, params, example, tmp_path / f"model_{len(list(tmp_path.iterdir()))}", batch)
     source = (folder / "model.py").read_text()
     return runpy.run_path(str(folder / "model.py"))["predict"], source, folder
 
 
-def check(tmp_path, apply_fn, params, example, *xs, batch="b", tolerance=1e-5):
+def check(tmp_path, apply_fn, params, example, *xs, batch="b"):
     """The written model gives what JAX gives, in its structure, shapes and dtypes. An x is one for both, or a pair."""
     predict, source, _ = export(tmp_path, apply_fn, params, example, batch)
     for x in xs or (example,):
@@ -43,19 +52,15 @@ def check(tmp_path, apply_fn, params, example, *xs, batch="b", tolerance=1e-5):
         want, got = jax.jit(apply_fn)(params, for_jax), predict(for_numpy)
         assert jax.tree.structure(want) == jax.tree.structure(got)
         for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-            a = np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+            expected = np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
+            assert (expected.shape, expected.dtype) == (b.shape, b.dtype)
+            np.testing.assert_allclose(b, expected, rtol=1e-5, atol=1e-5)
     return source
 
 
-@dataclasses.dataclass
-class Pair:
+class Pair(NamedTuple):
     for_jax: object
     for_numpy: object
-
-    def __iter__(self):
-        return iter((self.for_jax, self.for_numpy))
 
 
 def first(n, tree):
@@ -82,7 +87,7 @@ def mails(n):
 
 def test_quickstart(tmp_path):
     model, batch = BagClassifier(), next(iter(js.batches(mails(64), batch_size=64)))
-    params = model.init(jax.random.key(0), batch.x)
+    params = params_of(model, batch.x)
     some, parts = mails(5), mails(9)
     none = scipy.sparse.csr_matrix((2, V), dtype=np.float32)
     xs = [Pair(js.from_scipy(x), x) for x in (some, none)]
@@ -96,7 +101,7 @@ def test_quickstart(tmp_path):
         predict(([1.0, 1.0], [0, 600], [0, 2]))
     with pytest.raises(TypeError, match=r"x must be a CSR matrix. Got csc instead: call .tocsr\(\)"):
         predict(some.tocsc())
-    with pytest.raises(ValueError, match="x.indptr must start with 0"):
+    with pytest.raises(ValueError, match=r"x.indptr must start with 0"):
         predict(([1.0, 1.0], [0, 6], [0, 3]))
 
 
@@ -127,9 +132,10 @@ class WideAndDeep(nn.Module):
         return wide + machine + nn.Dense(1, name="out")(deep)[:, 0]
 
 
+@pytest.mark.slow
 def test_click_through(tmp_path):
     x = {"ids": ids_below(V, 10, 4), "crosses": ids_below(900, 10, 6), "numbers": numbers(10, 5)}
-    params = WideAndDeep().init(jax.random.key(0), x)
+    params = params_of(WideAndDeep(), x)
     outside = x | {"ids": np.where(np.arange(4) == 1, -3, x["ids"]).astype(np.int32)}
     source = check(tmp_path, WideAndDeep().apply, params, x, x, first(1, x), outside)
     assert "out_kernel" in source and "factors_embedding" in source and 'x["crosses"]' in source
@@ -142,17 +148,18 @@ def test_click_through(tmp_path):
 class Attention(nn.Module):
     @nn.compact
     def __call__(self, ids):
-        h = nn.Embed(100, 16)(ids) + nn.Embed(12, 16, name="places")(jnp.arange(ids.shape[1]))
-        h += nn.SelfAttention(num_heads=2)(nn.LayerNorm()(h), nn.make_causal_mask(ids))
+        h = nn.Embed(100, 16)(ids) + nn.Embed(12, 16, name="places")(jnp.arange(ids.shape[1]))[None]
+        h += nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(h), mask=nn.make_causal_mask(ids))
         h += nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.RMSNorm()(h)), approximate=False))
         h = nn.BatchNorm(use_running_average=True)(h)
         return {"next": nn.Embed(100, 16, name="out").attend(h[:, -1]), "max": nn.log_softmax(h.max(1))}
 
 
-@pytest.mark.parametrize("batch", slow_but(["b"], ["b", "b, l"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["b", "b, l"])
 def test_attention(tmp_path, batch):
     ids = ids_below(100, 6, 12)
-    params = Attention().init(jax.random.key(0), ids)
+    params = params_of(Attention(), ids)
     xs = (ids, ids[:1]) + ((ids[:2, :5],) if batch == "b, l" else ())
     check(tmp_path, Attention().apply, params, ids, *xs, batch=batch)
 
@@ -194,17 +201,18 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["padded weights", "offsets"], LAYOUTS))
+@pytest.mark.parametrize("name", slow_but(["offsets"], LAYOUTS))
 def test_layouts(tmp_path, name):
     flat, offsets = ids_below(30, 14), np.array([0, 3, 3, 10], np.int32)
     x = {"ids": ids_below(30, 4, 5), "w": numbers(4, 5), "flat": flat, "fw": numbers(14) ** 2, "offsets": offsets}
     x["bags"] = np.array([0, 0, 3, 2, 1, 1, 1, 9, 3, 2, 0, 0, 3, 3], np.int32)
-    fewer = x | {"flat": flat[:11], "fw": x["fw"][:11], "bags": x["bags"][:11], "offsets": offsets[:3]}
+    fewer = x | {"flat": flat[:11], "fw": x["fw"][:11], "bags": x["bags"][:11], "offsets": offsets[:2]}
     fewer |= {"ids": x["ids"][:2], "w": x["w"][:2]}
     names = {"ids": "b, l", "w": "b, l", "flat": "n", "fw": "n", "bags": "n", "offsets": "b"}
     check(tmp_path, LAYOUTS[name], numbers(30, 8), x, x, fewer, batch=names)
 
 
+@pytest.mark.slow
 def test_parts_of_sparse_inputs(tmp_path):
     x = {"a": mails(6), "b": mails(6) * 2, "n": numbers(6, 3)}
 
@@ -223,7 +231,7 @@ def test_parts_of_sparse_inputs(tmp_path):
     fewer = {"a": x["a"][2:4], "b": x["b"][:2], "n": x["n"][:2]}
     check(tmp_path, apply_fn, numbers(2 * V, 4), for_jax(x), *(Pair(for_jax(part), part) for part in (x, fewer)))
     predict = export(tmp_path, apply_fn, numbers(2 * V, 4), for_jax(x))[0]
-    with pytest.raises(ValueError, match="b must have 6 rows. Got 2 instead"):
+    with pytest.raises(ValueError, match=r"b must have 6 rows. Got 2 instead"):
         predict(x | {"b": fewer["b"]})
 
 
@@ -231,50 +239,114 @@ def test_parts_of_sparse_inputs(tmp_path):
 # equations one by one
 
 
-def silent(x):
-    return jnp.asarray(x, jnp.float32)
-
-
-F, I, B = "floats", "ints", "bools"
 EQUATIONS = {
-    "activations": lambda x: [f(x[F]) for f in (nn.relu, nn.gelu, nn.tanh, nn.sigmoid, nn.softplus, nn.silu, nn.elu)],
-    "more activations": lambda x: [nn.leaky_relu(x[F]), nn.hard_swish(x[F]), nn.softmax(x[F]), nn.logsumexp(x[F], 1)],
-    "erf": lambda x: [jax.lax.erf(x[F] * 3), jax.scipy.special.erfc(x[F] * 2), jax.scipy.stats.norm.cdf(x[F])],
-    "roots": lambda x: [jnp.sqrt(abs(x[F])), jax.lax.rsqrt(abs(x[F]) + 1), jnp.cbrt(x[F]), x[F] ** 3, x[F] ** -2],
-    "logs": lambda x: [jnp.log(abs(x[F])), jnp.log1p(x[F] ** 2), jnp.expm1(x[F]), jnp.exp2(x[F]), jnp.logaddexp(x[F], 1)],
-    "angles": lambda x: [jnp.sin(x[F]), jnp.cos(x[F]), jnp.tan(x[F]), jnp.arctan2(x[F], 2.0), jnp.sinh(x[F])],
-    "rounding": lambda x: [jnp.round(x[F] * 4), jnp.floor(x[F]), jnp.ceil(x[F]), jnp.sign(x[F]), jax.lax.round(x[F])],
-    "powers": lambda x: [jnp.abs(x[F]) ** x[F], jnp.square(x[F]), x[F] ** 4, x[F] ** 5, 2.0 ** x[F], 1 / x[F]],
-    "integers": lambda x: [x[I] // 3, x[I] % 3, x[I] / 3, jax.lax.div(x[I], 3), jax.lax.rem(x[I], 3), -x[I], x[I] << 2],
-    "bits": lambda x: [x[I] & 3, x[I] | 4, x[I] ^ 5, ~x[I], x[I] >> 1, x[B] & ~x[B], x[B] | x[B], x[B] ^ True],
-    "comparisons": lambda x: [x[F] > 0, x[I] == 2, x[F] != x[F], x[I] <= 1, x[F] >= 0.5, jnp.isnan(x[F]), jnp.isfinite(x[F])],
-    "choices": lambda x: [jnp.where(x[B], x[F], 0), jnp.where(x[B], 1.0, 2), jnp.clip(x[F], -0.5, 0.5), jnp.maximum(x[I], 2)],
-    "sums": lambda x: [x[F].sum(), x[I].sum(1), x[B].sum(0), x[F].mean(1), x[F].var(1), x[I].mean(), x[F].prod(1)],
-    "extremes": lambda x: [x[F].max(1), x[I].min(0), x[F].argmax(1), x[I].argmin(1), x[B].any(1), x[B].all(), jnp.ptp(x[F], 1)],
-    "running": lambda x: [x[F].cumsum(1), x[I].cumsum(0), x[F].cumprod(1), jax.lax.cummax(x[F], 1, True), jax.lax.cumsum(x[F], 1, True)],
-    "sorting": lambda x: [jnp.sort(x[F], 1), jnp.argsort(x[F], 1), jnp.argsort(-x[I], 1), jax.lax.top_k(x[F], 3), jnp.median(x[F], 1)],
-    "two keys": lambda x: jax.lax.sort([x[I] % 2, x[I], x[F]], num_keys=2),
-    "shapes": lambda x: [x[F].T, x[F].reshape(-1, 3, 2), x[F][:, None], x[F].ravel(), jnp.flip(x[F], 1), x[F][:, ::2], x[F][1:]],
-    "shapes of axes": lambda x: [jnp.moveaxis(x[F].reshape(-1, 3, 2), 2, 0), x[F][..., -1], x[F][:, 2:3], jnp.squeeze(x[F][:, :1], 1)],
-    "together": lambda x: [jnp.concatenate([x[F], x[F]], 1), jnp.stack([x[F], x[F] + 1]), jnp.split(x[F], 2, 1), jnp.tile(x[F], (1, 2))],
-    "filled": lambda x: [jnp.pad(x[F], ((0, 1), (2, 0))), jnp.zeros_like(x[F]), jnp.ones(3), jnp.arange(4) + 0.5, jnp.full((2, 2), 7)],
-    "repeated": lambda x: [jnp.repeat(x[F], 2, axis=1), jnp.broadcast_to(x[F][:, :1], x[F].shape), x[F] - x[F].mean(0), jnp.eye(3)],
-    "products": lambda x: [x[F] @ x[F].T, jnp.einsum("bi,bj->bij", x[F], x[F]), jnp.einsum("bi,bi->b", x[F], x[F]), x[I] @ x[I].T],
-    "more products": lambda x: [jnp.einsum("bi,ijk->bjk", x[F], jnp.ones((6, 2, 3))), jnp.outer(x[F][:, 0], x[F][:, 1]), jnp.dot(x[F], x[F][0])],
-    "norms": lambda x: [jnp.linalg.norm(x[F], axis=1), nn.standardize(x[F]), x[F] / jnp.linalg.norm(x[F], axis=1, keepdims=True)],
-    "one hot": lambda x: [jax.nn.one_hot(x[I] % 4, 5), jnp.take_along_axis(x[F], x[I][:, :2] % 6, 1), x[F][jnp.arange(len(x[F])), 2]],
-    "written": lambda x: [x[F].at[:, 1].set(0.0), x[F].at[:, 2].add(x[F][:, 0]), x[F].at[x[I][:, 0] % 5].max(2.0), x[I].at[0].mul(3)],
-    "segments": lambda x: [f(x[F], x[I][:, 0] % 4, num_segments=4) for f in (jax.ops.segment_sum, jax.ops.segment_max)],
-    "parts": lambda x: [jax.lax.dynamic_slice_in_dim(x[F], x[I][0, 0] % 9, 2, 1), jax.lax.dynamic_index_in_dim(x[F], 2, 1, False)],
-    "replaced": lambda x: jax.lax.dynamic_update_slice(x[F], jnp.zeros((2, 2)), (x[I][0, 0] % 3, 1)),
-    "branches": lambda x: [jax.lax.cond(x[F][0, 0] > 0, jnp.sin, jnp.cos, x[F]), jax.lax.switch(x[I][0, 0] % 3, [jnp.sin, jnp.cos, jnp.tan], x[F])],
-    "conversions": lambda x: [x[F].astype(int), x[B].astype(float), x[I].astype(bool), x[I].astype(jnp.uint8), x[F].astype(jnp.float16)],
-    "calls": lambda x: [jax.checkpoint(jnp.sin)(x[F]), jax.jit(jnp.cos)(x[F]), jax.lax.stop_gradient(x[F]), own_derivative(x[F])],
-    "vmap": lambda x: jax.vmap(lambda row, i: row[i % 6] * row.sum())(x[F], x[I][:, 0]),
-    "sizes": lambda x: [x[F] / len(x[F]), jnp.arange(len(x[F])), jnp.ones((2 * len(x[F]) + 1, 2)), x[F].mean(0), len(x[F]) * x[I]],
-    "bits as floats": lambda x: jax.lax.bitcast_convert_type(x[F], jnp.int32),
-    "nothing of x": lambda x: [jnp.ones((3, 2)) * 2, jnp.float32(3) + 1],
-}  # fmt: skip
+    "activations": lambda f, i, b: [
+        g(f) for g in (nn.relu, nn.gelu, nn.tanh, nn.sigmoid, nn.softplus, nn.silu, nn.elu)
+    ],
+    "more activations": lambda f, i, b: [nn.leaky_relu(f), nn.hard_swish(f), nn.softmax(f), nn.logsumexp(f, 1)],
+    "erf": lambda f, i, b: [jax.lax.erf(f * 3), jax.scipy.special.erfc(f * 2), jax.scipy.stats.norm.cdf(f)],
+    "roots": lambda f, i, b: [jnp.sqrt(abs(f)), jax.lax.rsqrt(abs(f) + 1), jnp.cbrt(f), f**3, f**-2],
+    "logs": lambda f, i, b: [jnp.log(abs(f)), jnp.log1p(f**2), jnp.expm1(f), jnp.exp2(f), jnp.logaddexp(f, 1)],
+    "angles": lambda f, i, b: [jnp.sin(f), jnp.cos(f), jnp.tan(f), jnp.arctan2(f, 2.0), jnp.sinh(f)],
+    "rounding": lambda f, i, b: [jnp.round(f * 4), jnp.floor(f), jnp.ceil(f), jnp.sign(f), jax.lax.round(f)],
+    "powers": lambda f, i, b: [jnp.abs(f) ** f, jnp.square(f), f**4, f**5, 2.0**f, 1 / f],
+    "integers": lambda f, i, b: [i // 3, i % 3, i / 3, jax.lax.div(i, 3), jax.lax.rem(i, 3), -i, i << 2],
+    "bits": lambda f, i, b: [i & 3, i | 4, i ^ 5, ~i, i >> 1, b & ~b, b | b, b ^ True],
+    "comparisons": lambda f, i, b: [f > 0, i == 2, f != f, i <= 1, f >= 0.5, jnp.isnan(f), jnp.isfinite(f)],
+    "choices": lambda f, i, b: [jnp.where(b, f, 0), jnp.where(b, 1.0, 2), jnp.clip(f, -0.5, 0.5), jnp.maximum(i, 2)],
+    "sums": lambda f, i, b: [f.sum(), i.sum(1), b.sum(0), f.mean(1), f.var(1), i.mean(), f.prod(1)],
+    "extremes": lambda f, i, b: [f.max(1), i.min(0), f.argmax(1), i.argmin(1), b.any(1), b.all(), jnp.ptp(f, 1)],
+    "running": lambda f, i, b: [
+        f.cumsum(1),
+        i.cumsum(0),
+        f.cumprod(1),
+        jax.lax.cummax(f, 1, True),
+        jax.lax.cumsum(f, 1, True),
+    ],
+    "sorting": lambda f, i, b: [
+        jnp.sort(f, 1),
+        jnp.argsort(f, 1),
+        jnp.argsort(-i, 1),
+        jax.lax.top_k(f, 3),
+        jnp.median(f, 1),
+    ],
+    "two keys": lambda f, i, b: jax.lax.sort([i % 2, i, f], num_keys=2),
+    "shapes": lambda f, i, b: [f.T, f.reshape(-1, 3, 2), f[:, None], f.ravel(), jnp.flip(f, 1), f[:, ::2], f[1:]],
+    "shapes of axes": lambda f, i, b: [
+        jnp.moveaxis(f.reshape(-1, 3, 2), 2, 0),
+        f[..., -1],
+        f[:, 2:3],
+        jnp.squeeze(f[:, :1], 1),
+    ],
+    "together": lambda f, i, b: [
+        jnp.concatenate([f, f], 1),
+        jnp.stack([f, f + 1]),
+        jnp.split(f, 2, 1),
+        jnp.tile(f, (1, 2)),
+    ],
+    "filled": lambda f, i, b: [
+        jnp.pad(f, ((0, 1), (2, 0))),
+        jnp.zeros_like(f),
+        jnp.ones(3),
+        jnp.arange(4) + 0.5,
+        jnp.full((2, 2), 7),
+    ],
+    "repeated": lambda f, i, b: [
+        jnp.repeat(f, 2, axis=1),
+        jnp.broadcast_to(f[:, :1], f.shape),
+        f - f.mean(0)[None],
+        jnp.eye(3),
+    ],
+    "products": lambda f, i, b: [f @ f.T, jnp.einsum("bi,bj->bij", f, f), jnp.einsum("bi,bi->b", f, f), i @ i.T],
+    "more products": lambda f, i, b: [
+        jnp.einsum("bi,ijk->bjk", f, jnp.ones((6, 2, 3))),
+        jnp.outer(f[:, 0], f[:, 1]),
+        jnp.dot(f, f[0]),
+    ],
+    "norms": lambda f, i, b: [
+        jnp.linalg.norm(f, axis=1),
+        nn.standardize(f),
+        f / jnp.linalg.norm(f, axis=1, keepdims=True),
+    ],
+    "one hot": lambda f, i, b: [
+        jax.nn.one_hot(i % 4, 5),
+        jnp.take_along_axis(f, i[:, :2] % 6, 1),
+        f[jnp.arange(len(f)), 2],
+    ],
+    "written": lambda f, i, b: [
+        f.at[:, 1].set(0.0),
+        f.at[:, 2].add(f[:, 0]),
+        f.at[i[:, 0] % 5].max(2.0),
+        i.at[0].mul(3),
+    ],
+    "segments": lambda f, i, b: [g(f, i[:, 0] % 4, num_segments=4) for g in (jax.ops.segment_sum, jax.ops.segment_max)],
+    "parts": lambda f, i, b: [
+        jax.lax.dynamic_slice_in_dim(f, i[0, 0] % 9, 2, 1),
+        jax.lax.dynamic_index_in_dim(f, 2, 1, False),
+    ],
+    "replaced": lambda f, i, b: jax.lax.dynamic_update_slice(f, jnp.zeros((2, 2)), (i[0, 0] % 3, 1)),
+    "branches": lambda f, i, b: [
+        jax.lax.cond(f[0, 0] > 0, jnp.sin, jnp.cos, f),
+        jax.lax.switch(i[0, 0] % 3, [jnp.sin, jnp.cos, jnp.tan], f),
+    ],
+    "conversions": lambda f, i, b: [
+        f.astype(int),
+        b.astype(float),
+        i.astype(bool),
+        i.astype(jnp.uint8),
+        f.astype(jnp.float16),
+    ],
+    "calls": lambda f, i, b: [
+        jax.checkpoint(jnp.sin)(f),
+        jax.jit(jnp.cos)(f),
+        jax.lax.stop_gradient(f),
+        own_derivative(f),
+    ],
+    "vmap": lambda f, i, b: jax.vmap(lambda row, at: row[at % 6] * row.sum())(f, i[:, 0]),
+    "sizes": lambda f, i, b: [f / len(f), jnp.arange(len(f)), jnp.ones((2 * len(f) + 1, 2)), f.mean(0), len(f) * i],
+    "bits as floats": lambda f, i, b: jax.lax.bitcast_convert_type(f, jnp.int32),
+    "nothing of x": lambda f, i, b: [jnp.ones((3, 2)) * 2, jnp.float32(3) + 1],
+}
 
 
 @jax.custom_vjp
@@ -283,15 +355,15 @@ def own_derivative(x):
 
 
 own_derivative.defvjp(lambda x: (own_derivative(x), x), lambda x, g: (g,))
-QUICK_EQUATIONS = ["one hot", "written", "sorting", "choices", "sizes"]
+QUICK_EQUATIONS = ["written", "sorting"]
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK_EQUATIONS, EQUATIONS))
 def test_equations(tmp_path, name):
-    x = {F: numbers(7, 6), I: ids_below(9, 7, 6) - 2, B: numbers(7, 6) > 0}
+    x = {"floats": numbers(7, 6), "ints": ids_below(9, 7, 6) - 2, "bools": numbers(7, 6) > 0}
     if name in ("one hot", "segments", "parts", "replaced", "written", "vmap"):
-        x[I] += 2
-    check(tmp_path, lambda params, x: EQUATIONS[name](x), {}, x, x, first(3, x))
+        x["ints"] += 2
+    check(tmp_path, lambda params, x: EQUATIONS[name](*map(x.get, ("floats", "ints", "bools"))), {}, x, x, first(3, x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +421,7 @@ def drawn_model(seed):
     return Drawn(), {"ids": ids, "weights": weights, "words": words, "numbers": numbers(6, 3)}
 
 
-@pytest.mark.parametrize("seed", slow_but([2, 11], range(20)))
+@pytest.mark.parametrize("seed", slow_but([11], range(20)))
 def test_drawn_models(tmp_path, seed):
     model, x = drawn_model(seed)
 
@@ -357,7 +429,7 @@ def test_drawn_models(tmp_path, seed):
         return x | {"words": js.from_scipy(x["words"])}
 
     fewer = {name: part[1:4] for name, part in x.items()}
-    params = model.init(jax.random.key(seed), for_jax(x))
+    params = params_of(model, for_jax(x))
     check(tmp_path, model.apply, params, for_jax(x), Pair(for_jax(x), x), Pair(for_jax(fewer), fewer))
 
 
@@ -395,8 +467,7 @@ def test_what_depends_on_parameters_alone_is_computed_before(tmp_path):
 
     params = {"table": numbers(900, 4), "head": numbers(4), "scale": 0.5, "bias": np.float32(0.25)}
     source = check(tmp_path, apply_fn, params, ids_below(900, 3, 4))
-    (line,) = [line for line in source.splitlines() if line.startswith("    return")]
-    assert line == "    return constant[x] @ constant_2 + bias"
+    assert source.splitlines()[-1] == "    return constant[x] @ constant_2 + bias"
 
 
 def test_packed_tables(tmp_path):
@@ -405,27 +476,32 @@ def test_packed_tables(tmp_path):
     ids = ids_below(300, 3, 4)
     predict, _, folder = export(tmp_path, apply_fn, js.pack(params, tables="table"), ids)
     assert np.array_equal(np.load(folder / "table.npy"), params["table"])
-    np.testing.assert_allclose(predict(ids), apply_fn(params, ids), rtol=1e-5, atol=1e-5)
+    expected = np.asarray(params["table"])[ids].mean(1) @ params["head"]
+    np.testing.assert_allclose(predict(ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_small_floats(tmp_path):
-    table = jnp.asarray(numbers(3000, 4), jnp.bfloat16)
-    ids = ids_below(3000, 3, 5)
+READINGS = {
+    "bag": lambda table, ids: js.embedding_bag(table.astype(jnp.float32), ids, padding_idx=-1),
+    "rows": lambda table, ids: js.embedding_lookup(table, ids).astype(jnp.float32) * 2,
+    "converted": lambda table, ids: table.astype(jnp.float32)[ids],
+    "whole": lambda table, ids: table.astype(jnp.float32)[ids] @ table.astype(jnp.float32).T,
+    "one": lambda table, ids: table[ids[0, 0]].astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["bag"], READINGS))
+def test_bfloat16_tables(tmp_path, name):
+    table, ids = jnp.asarray(numbers(3000, 4), jnp.bfloat16), ids_below(3000, 3, 5)
     outside = np.where(np.arange(5) == 2, -1, ids).astype(np.int32)
-    readings = {
-        "bag": lambda table, ids: js.embedding_bag(table.astype(jnp.float32), ids, padding_idx=-1),
-        "rows": lambda table, ids: js.embedding_lookup(table, ids).astype(jnp.float32) * 2,
-        "converted": lambda table, ids: table.astype(jnp.float32)[ids],
-        "whole": lambda table, ids: table.astype(jnp.float32)[ids] @ table.astype(jnp.float32).T,
-        "one": lambda table, ids: table[ids[0, 0]].astype(jnp.float32),
-    }
-    for name, apply_fn in readings.items():
-        xs = (ids,) if name == "converted" else (ids, outside)
-        xs = xs if name != "whole" else (ids,)
-        source = check(tmp_path, apply_fn, table, ids, *xs)
-        assert ("bfloat16 as uint16, (3000, 4)" in source) is (name != "whole"), name
-    half = np.asarray(numbers(3000, 4), np.float16)
-    source = check(tmp_path, readings["converted"], half, ids)
+    xs = (ids,) if name in ("converted", "whole") else (ids, outside)
+    source = check(tmp_path, READINGS[name], table, ids, *xs)
+    assert ("bfloat16 as uint16, (3000, 4)" in source) is (name not in ("whole", "one"))
+
+
+@pytest.mark.slow
+def test_float16_tables(tmp_path):
+    ids, half = ids_below(3000, 3, 5), np.asarray(numbers(3000, 4), np.float16)
+    source = check(tmp_path, READINGS["converted"], half, ids)
     assert "params[x].astype(np.float32)" in source and "float16 (3000, 4)" in source
 
 
@@ -440,18 +516,21 @@ def test_refused_equations(tmp_path):
     def by_batch(params, x):
         return sum(x[i] for i in range(len(x)))
 
+    def by_key(key, x):
+        return jax.random.normal(jax.random.fold_in(key, x[0, 0].astype(int)), (6,))
+
     def squares(params, x):
         return jnp.ones(len(x) ** 2)
 
     x = numbers(5, 6)
     must = r"The 'apply_fn' argument of js.export_numpy must be a function that NumPy can compute. Got one with"
-    with pytest.raises(TypeError, match=rf"{must} scan at .*test_export_numpy.py:\d+ \(loops\) instead"):
+    with pytest.raises(TypeError, match=rf"{must} scan at .*test_export_numpy.py:\d+ \(\S+loops\) instead"):
         export(tmp_path, loops, {}, x)
-    with pytest.raises(TypeError, match=rf"{must} random_bits at|{must} \w+ at"):
-        export(tmp_path, lambda key, x: x + jax.random.normal(key, (6,)), jax.random.key(0), x)
+    with pytest.raises(TypeError, match=rf"{must} random_\w+ at"):
+        export(tmp_path, by_key, jax.random.key(0), x)
     with pytest.raises(TypeError, match=r"must be the same for every b. Got one in which the .* the size of the input"):
         export(tmp_path, by_batch, {}, x)
-    with pytest.raises(TypeError, match=r"numbers such as 25 are not linear in the size of the input \(.*squares"):
+    with pytest.raises(TypeError, match=r"numbers such as \(25,\) are not linear in the size of the input \(.*squares"):
         export(tmp_path, squares, {}, x)
     assert not list(tmp_path.iterdir())
     check(tmp_path, by_batch, {}, x, batch="5, _")  # at one size there is one program
@@ -460,7 +539,7 @@ def test_refused_equations(tmp_path):
 def test_refused_arguments(tmp_path):
     apply_fn = lambda params, x: jax.tree.leaves(x)[0] * 2  # noqa: E731
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match="'path' argument of js.export_numpy must be a new folder"):
+    with pytest.raises(FileExistsError, match=r"'path' argument of js.export_numpy must be a new folder"):
         js.export_numpy(apply_fn, {}, numbers(2), tmp_path / "there")
     with pytest.raises(
         ValueError, match=r"first size of all inputs. Got 'b' for arrays of 2, 3 instead. Name the sizes"
@@ -472,10 +551,10 @@ def test_refused_arguments(tmp_path):
         js.export_numpy(apply_fn, {}, [numbers(2), numbers(3)], tmp_path / "a", ["b", "b"])
     with pytest.raises(ValueError, match="in the structure of the example"):
         js.export_numpy(apply_fn, {}, [numbers(2), numbers(3)], tmp_path / "a", {"y": "b"})
-    with pytest.raises(TypeError, match="must be a tree of arrays. Got one with a str in it"):
+    with pytest.raises(TypeError, match=r"must be a tree of arrays. Got one with a str in it"):
         js.export_numpy(apply_fn, {"a": "b"}, numbers(2), tmp_path / "a")
     with pytest.raises(TypeError, match="must be a function that returns arrays, or tuples, lists and dicts"):
-        js.export_numpy(lambda params, x: BCOO.fromdense(jnp.eye(2)), {}, numbers(2), tmp_path / "a")
+        js.export_numpy(lambda params, x: Pair(x, x), {}, numbers(2), tmp_path / "a")
 
 
 def test_what_predict_refuses(tmp_path):

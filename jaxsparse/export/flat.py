@@ -73,6 +73,10 @@ class Flat:
     dtypes: list[Any]
     constants: dict[int, Any] = dataclasses.field(default_factory=dict)
 
+    def used_constants(self) -> list[int]:
+        used = {x for op in self.operations for x in op.inputs if isinstance(x, int)} | {*self.outputs}
+        return [number for number in self.constants if number in used]
+
     def is_read_by_rows(self, number: int) -> bool:
         """Whether a value is used for nothing but rows of it, as a table of embeddings is."""
         users = [op for op in self.operations if number in op.inputs]
@@ -109,7 +113,7 @@ def _inline(flat: Flat, program: Program, operands: Sequence[Operand], around: S
     """What a program's outputs are, given its inputs."""
     known: dict[Any, Operand] = dict(zip(program.inputs, operands, strict=True))
     for v, x in program.constants.items():
-        if _jax.shape(v) == () and jax.dtypes.issubdtype(_jax.dtype(v), np.generic):
+        if _jax.shape(v) == () and not jax.dtypes.issubdtype(_jax.dtype(v), jax.dtypes.extended):
             known[v] = Number(np.asarray(x)[()], _jax.dtype(v))
         else:
             known[v] = _new(flat, v)

@@ -102,7 +102,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
     writer = Writer(flat)
     names = _names([path for path, _ in with_paths])
     stored: dict[str, int] = {}  # numbers of constants, by name
-    for number in flat.constants:
+    for number in flat.used_constants():
         name = writer.new_name(names[number] if number < len(names) else CONSTANT)
         stored[name] = number
         value = Value(name, ATOM, flat.shapes[number], flat.dtypes[number], flat.shapes[number])
@@ -138,7 +138,11 @@ def _jax_array(x: Any) -> Any:
 
 
 def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) if hasattr(x, "dtype") else x
+    """What a program needs to know of it; a Python number as it is, whose dtype is weak."""
+    if not hasattr(x, "dtype"):
+        return x
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype if is_key else jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _traced(apply_fn: Callable[..., Any], leaves: list[Any], tree: Any, inputs: Inputs) -> tuple[Flat, Any]:

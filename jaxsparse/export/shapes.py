@@ -168,6 +168,11 @@ def _pad(w: Writer, op: Operation) -> Value:
     return w.out(op, f"np.pad({x.text}, ({widths}{',' * (len(config) == 1)}), constant_values={value.text})")
 
 
+def _tile(w: Writer, op: Operation) -> Value:
+    x = w.full(w.value(op.inputs[0]))
+    return w.out(op, f"np.tile({x.text}, {shape_text(op.param('reps'))})")
+
+
 def _iota(w: Writer, op: Operation) -> Value:
     shape, axis = w.flat.shapes[op.outputs[0]], int(op.param("dimension"))
     text = f"np.arange({size_text(shape[axis])}, dtype={dtype_text(op.param('dtype'))})"
@@ -203,6 +208,7 @@ RULES: dict[str, Rule] = {
     "split": _split,
     "pad": _pad,
     "iota": _iota,
+    "tile": _tile,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
 }

@@ -85,7 +85,7 @@ def axes_text(axes: Sequence[int]) -> str:
 
 def numpy_dtype(dtype: Any) -> np.dtype:
     """The one in which NumPy computes: what it does not have of small floats is float32."""
-    if not jax.dtypes.issubdtype(dtype, np.generic):
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         raise UnknownError(f"arrays of {dtype}")
     if jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).kind != "f":
         return np.dtype(np.float32)
