@@ -178,6 +178,8 @@ def test_nnx(tmp_path):
     tower.eval()
     graph, state = nnx.split(tower)
     source = check(tmp_path, lambda state, ids: nnx.merge(graph, state)(ids), state, ids)
+    other = check(tmp_path, lambda tower, ids: tower(ids), tower, ids)
+    assert other.splitlines()[-1] == source.splitlines()[-1]
     assert "embed_embedding" in source and "head_kernel" in source and "rng" not in source
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,10 @@ def as_size(n: int | str) -> Any:
 
 
 def _dtype(x: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) or np.dtype(dtype).kind in "OSUMm":
+        raise TypeError(message("export_numpy", "example", "made of numbers", f"an array of {dtype}"))
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def _access(path: Sequence[Any]) -> tuple[str, str]:
@@ -109,7 +113,7 @@ def _access(path: Sequence[Any]) -> tuple[str, str]:
     text, name = "x", ""
     for key in path:
         if isinstance(key, jax.tree_util.DictKey):
-            text, name = f"{text}[{key.key!r}]".replace("'", '"'), str(key.key)
+            text, name = f"{text}[{_literal(key.key)}]", str(key.key)
         elif isinstance(key, jax.tree_util.SequenceKey):
             text, name = f"{text}[{key.idx}]", f"{name or 'x'}_{key.idx}"
         elif isinstance(key, jax.tree_util.GetAttrKey):
@@ -118,6 +122,10 @@ def _access(path: Sequence[Any]) -> tuple[str, str]:
             must = "made of dictionaries, tuples, lists and dataclasses"
             raise TypeError(message("export_numpy", "example", must, f"a tree with {key!r} in it"))
     return text, "".join(c if c.isalnum() else "_" for c in name) or "x"
+
+
+def _literal(key: Any) -> str:
+    return json.dumps(key) if isinstance(key, str) else repr(key)
 
 
 def _specs(batch: Any, example: Any, leaves: Sequence[Any]) -> list[str]:

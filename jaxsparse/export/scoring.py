@@ -21,7 +21,7 @@ from jaxsparse.export import elementwise, indexing, products, reductions, shapes
 from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
 from jaxsparse.export.inputs import Inputs
 from jaxsparse.export.source import CONSTANT, needed_head, source_text, stored_arrays, taken, tree_text
-from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in, renumbered
+from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in, numpy_dtype
 from jaxsparse.ops.rows import is_stored
 
 RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | indexing.RULES
@@ -48,7 +48,7 @@ def export_numpy(
 
     Args:
       apply_fn: apply_fn(params, x) -> an array, or tuples, lists and dicts of arrays.
-      params: a pytree of arrays; tables that `js.pack` packed are unpacked. Only what the result needs is written.
+      params: a pytree of arrays, or an nnx module; tables that `js.pack` packed are unpacked. Only what the result needs is written.
       example: x for a batch, or the `Batch` that has it. Only shapes and dtypes count.
       path: the folder, which must not be there yet.
       batch: the name of the size that may be another one in predict: the first of all inputs. Where there are several
@@ -99,7 +99,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
     flat.constants |= dict(enumerate(leaves))
     flat = folded(without_repeats(flat))
 
-    writer = Writer(flat)
+    writer = Writer(flat, inputs.names)
     names = _names([path for path, _ in with_paths])
     stored: dict[str, int] = {}  # numbers of constants, by name
     for number in flat.used_constants():
@@ -117,15 +117,23 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
                 raise UnknownError(op.name)
             writer.write(op, rule)
         except UnknownError as unknown:
-            do = "Compute it before or after, outside of the function that is exported."
-            got = f"one with {unknown.args[0]} at {op.line}"
-            raise TypeError(message("export_numpy", "apply_fn", "a function that NumPy can compute", got, do)) from None
-    values = [writer.full(writer.value(x)) for x in flat.outputs]
+            raise TypeError(_refusal(f"{unknown.args[0]} at {op.line}")) from None
+    try:
+        values = [writer.full(writer.value(x)) for x in flat.outputs]
+        for value in values:
+            numpy_dtype(value.dtype)
+    except UnknownError as unknown:
+        raise TypeError(_refusal(f"{unknown.args[0]} among its outputs")) from None
     text = tree_text(jax.tree.unflatten(outputs, [value.text for value in values]))
-    lines, text = renumbered(writer.needed_lines(text), text)
+    lines, text = writer.renumbered(writer.needed_lines(text), text)
     needed = set().union(names_in(text), *(names_in(expression) for _, expression, _ in lines))
     arrays, loads = stored_arrays(writer, {name: number for name, number in stored.items() if name in needed})
     return source_text(writer, inputs, [*needed_head(head, needed), *lines], text, values, loads), arrays
+
+
+def _refusal(what: str) -> str:
+    do = "Compute it before or after, outside of the function that is exported."
+    return message("export_numpy", "apply_fn", "a function that NumPy can compute", f"one with {what}", do)
 
 
 def _jax_array(x: Any) -> Any:

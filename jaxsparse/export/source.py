@@ -18,6 +18,7 @@ from jaxsparse.export.inputs import Input, Inputs, as_size
 from jaxsparse.export.writer import ATOM, Line, Value, Writer, dtype_text, names_in, numpy_dtype, shape_text
 from jaxsparse.trace.lines import file_name
 
+_NUMPY_2 = 'assert int(np.__version__.split(".")[0]) >= 2, "this needs NumPy 2"  # whose float32 stays float32'
 _WIDTH = 110  # of a comment
 _INLINE = 8  # numbers of a constant that is written in the source
 
@@ -36,7 +37,6 @@ def taken(w: Writer, inputs: Inputs, first: int) -> list[Line]:
         w.known(first, Value(name, ATOM, sizes, np.dtype(dtype), sizes, bounds=bounds))
         first += 1
 
-    w.reserve(inputs.names)
     for leaf in inputs.leaves:
         called = f'({leaf.path}, "{leaf.name}", {dtype_text(leaf.dtype)}'
         if leaf.entries is None:
@@ -139,7 +139,7 @@ predict(x) takes {takes},
 and gives {gives}.
 \"\"\"
 """,
-        "import pathlib\n\nimport numpy as np\n" if has_files else "import numpy as np\n",
+        ("import pathlib\n\n" if has_files else "") + f"import numpy as np\n\n{_NUMPY_2}\n",
         *(f"\n{helper}\n" for helper in _helpers(w.helpers | {"load"} & names)),
         "\n" + "\n".join(loads) + "\n" if loads else "",
         f"""

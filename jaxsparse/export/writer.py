@@ -89,6 +89,8 @@ def numpy_dtype(dtype: Any) -> np.dtype:
         raise UnknownError(f"arrays of {dtype}")
     if jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).kind != "f":
         return np.dtype(np.float32)
+    if np.dtype(dtype).kind not in "biufc":
+        raise UnknownError(f"arrays of {dtype}")
     return np.dtype(dtype)
 
 
@@ -135,18 +137,20 @@ class Writer:
 
     Args:
       flat: the program.
+      reserved: names that are taken, of sizes for one.
 
     Attributes:
       helpers: the names of those that the lines call.
       lines: what was written.
     """
 
-    def __init__(self, flat: Flat) -> None:
+    def __init__(self, flat: Flat, reserved: Sequence[str]) -> None:
         self.flat = flat
         self.helpers: set[str] = set()
         self.lines: list[Line] = []
         self._frame: Any = None
         self._taken = {"np", "pathlib", "predict", "x", "model", *keyword.kwlist, *dir(builtins), *vars(helpers)}
+        self._taken |= {*reserved, *map(str.lower, reserved)}
         self._values: dict[int, Value] = {}
         self._uses: dict[int, int] = {}
         for x in [x for op in flat.operations for x in op.inputs] + flat.outputs:
@@ -167,9 +171,6 @@ class Writer:
     def helper(self, name: str) -> str:
         self.helpers.add(name)
         return name
-
-    def reserve(self, names: Sequence[str]) -> None:
-        self._taken |= {*names, *map(str.lower, names)}
 
     def uses(self, x: Operand) -> int:
         return self._uses.get(x, 0) if isinstance(x, int) else 0
@@ -255,23 +256,21 @@ class Writer:
                 kept.append((name, expression, frame))
         return kept[::-1]
 
+    def renumbered(self, lines: list[Line], result: str) -> tuple[list[Line], str]:
+        """Lines, and what is returned, in which names are numbered without gaps."""
+        others = self._taken - {name for name, _, _ in self.lines}
+        new: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        for name, _, _ in lines:
+            base = re.sub(r"_\d+$", "", name)
+            while (number := counts.get(base, 0) + 1) and (to := base if number == 1 else f"{base}_{number}") in others:
+                counts[base] = number
+            counts[base], new[name] = number, to
 
-def renumbered(lines: list[Line], result: str) -> tuple[list[Line], str]:
-    """Lines, and what is returned, in which names are numbered without gaps."""
-    new: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for name, _, _ in lines:
-        base = re.sub(r"_\d+$", "", name)
-        counts[base] = counts.get(base, 0) + 1
-        new[name] = base if counts[base] == 1 else f"{base}_{counts[base]}"
-    others = set().union(names_in(result), *(names_in(text) for _, text, _ in lines)) - new.keys()
-    if others & set(new.values()):
-        return lines, result
+        def renamed(text: str) -> str:
+            return re.sub(_NAME, lambda found: new.get(found[0], found[0]), text)
 
-    def renamed(text: str) -> str:
-        return re.sub(_NAME, lambda found: new.get(found[0], found[0]), text)
-
-    return [(new[name], renamed(text), frame) for name, text, frame in lines], renamed(result)
+        return [(new[name], renamed(text), frame) for name, text, frame in lines], renamed(result)
 
 
 _NAME = r"(?<![\w.])[A-Za-z_]\w*"
