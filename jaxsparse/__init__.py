@@ -9,6 +9,7 @@ are updated in place), and `command` (`python -m jaxsparse`).
 
 from typing import TYPE_CHECKING
 
+from jaxsparse import memory as memory
 from jaxsparse import nn as nn
 from jaxsparse import testing as testing
 from jaxsparse.data.batch import Batch as Batch
@@ -47,6 +48,7 @@ from jaxsparse.ops.multilabel import ndcg_at_k as ndcg_at_k
 from jaxsparse.ops.multilabel import precision_at_k as precision_at_k
 from jaxsparse.ops.multilabel import sampled_multilabel_loss as sampled_multilabel_loss
 from jaxsparse.ops.packed import Packed as Packed
+from jaxsparse.ops.pursuit import omp as omp
 from jaxsparse.ops.row_sparse import RowSparse as RowSparse
 from jaxsparse.ops.row_sparse import global_norm as global_norm
 from jaxsparse.optim.adagrad import lazy_adagrad as lazy_adagrad
@@ -116,6 +118,7 @@ __all__ = [  # noqa: RUF022
     "read_jsonl",
     "read_parquet",
     "read_svmlight",
+    "read_text",
     "read_vw",
     "Chunk",
     "hash_ids",
@@ -139,6 +142,9 @@ __all__ = [  # noqa: RUF022
     "binary_metrics",
     "ndcg_at_k",
     "precision_at_k",
+    # Sparse codes, and a memory of rare labels
+    "omp",
+    "memory",
     # Row-sparse gradients
     "value_and_grad",
     "grad",
@@ -166,6 +172,8 @@ __all__ = [  # noqa: RUF022
     "grow",
     "remap",
     "shrink",
+    # Scoring without JAX
+    "export_numpy",
     # Several devices and TPU
     "shard_rows",
     "padded_rows",

@@ -19,7 +19,7 @@ FLOORS = [
     "trace",
     "optim",
     "parallel",
-    "train testing nn export",
+    "train testing nn export memory",
     "nnx command",
     "__main__",
 ]
