@@ -94,7 +94,7 @@ def test_quickstart(tmp_path):
     xs += [Pair(js.from_scipy(parts), (parts.data, parts.indices, parts.indptr))]
     xs += [Pair(js.from_scipy(parts), {name: getattr(parts, name).tolist() for name in ("data", "indices", "indptr")})]
     source = check(tmp_path, model.apply, params, batch, *xs)
-    assert "sum_by(x_rows, table[x_columns] * x_values[:, None], b) @ Dense_0_kernel + Dense_0_bias)[:, 0]" in source
+    assert "    return (dot(x_rows, x_columns, x_values, table, b) @ Dense_0_kernel + Dense_0_bias)[:, 0]" in source
     assert len(source.split("def predict")[1].splitlines()) <= 5
     predict = export(tmp_path, model.apply, params, batch)[0]
     with pytest.raises(ValueError, match=r"x.indices must be in \[0, 500\). Got 0 to 600 instead"):

@@ -92,6 +92,15 @@ def sum_by(ids, values, n):
     return out
 
 
+def dot(rows, columns, values, table, n):
+    """The product of a sparse matrix of n rows, whose entries come row by row, and a table."""
+    out, ends = np.empty((n, table.shape[1]), table.dtype), np.searchsorted(rows, np.arange(n + 1))
+    for i in range(n):
+        some = slice(ends[i], ends[i + 1])
+        out[i] = values[some] @ table[columns[some]]
+    return out
+
+
 def gather(
     x,
     places,

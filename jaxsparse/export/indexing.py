@@ -82,6 +82,7 @@ def _rows(w: Writer, op: Operation, table: Value, ids: Value, mode: str, fill: s
     is_bits = table.rows_as == "bfloat16"
     if is_plain and not is_bits:
         out = w.out(op, f"{table.at(ATOM)}[{ids.text}]")
+        out.rows_of = (table, ids) if table.rows_as is None else None
     else:
         out = w.out(op, f"{w.helper('rows_of_bfloat16' if is_bits else 'rows')}({arguments})")
     dtype = numpy_dtype(w.flat.dtypes[op.outputs[0]])
@@ -116,6 +117,20 @@ def _from_the_end(ids: Value, num_rows: Any) -> Value | None:
     return plain if is_it and n.number is not None and n.number == num_rows else None
 
 
+def _sparse_product(w: Writer, op: Operation, ids: Value, new: Value, size: str) -> Value | None:
+    """sum_by(ids, table[columns] * values[:, None], n) of a sparse input, without all of its rows at once."""
+    if not ids.is_sorted or new.is_name or new.made_by is None or new.made_by[0].name != "mul":
+        return None
+    for rows, values in (new.made_by[1], new.made_by[1][::-1]):
+        if rows.rows_of is None or rows.is_name or not values.columns or len(values.columns) != 1:
+            continue
+        (table, columns), (factors,) = rows.rows_of, values.columns
+        if len(table.shape) == 2 and table.dtype == factors.dtype == np.float32:
+            arguments = f"{ids.text}, {columns.text}, {factors.text}, {table.text}, {size}"
+            return w.out(op, f"{w.helper('dot')}({arguments})")
+    return None
+
+
 def _scatter(w: Writer, op: Operation) -> Value:
     out, places, new = (w.value(x) for x in op.inputs)
     d, mode, function = op.param("dimension_numbers"), _mode(op), _SCATTERS[op.name]
@@ -130,6 +145,8 @@ def _scatter(w: Writer, op: Operation) -> Value:
     is_zeros = out.number is not None and not isinstance(out.number, Size) and out.number == 0
     if simple and rank == 1 and function == "np.add" and is_zeros:
         ids = w.full(_ids(w, places))
+        if (product := _sparse_product(w, op, ids, new, size_text(out.shape[0]))) is not None:
+            return product
         return w.out(op, f"{w.helper('sum_by')}({ids.text}, {w.full(new).text}, {size_text(out.shape[0])})")
     names = ["update_window_dims", "inserted_window_dims", "scatter_dims_to_operand_dims"]
     names += ["operand_batching_dims", "scatter_indices_batching_dims"] if d.operand_batching_dims else []

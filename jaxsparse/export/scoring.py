@@ -48,7 +48,8 @@ def export_numpy(
 
     Args:
       apply_fn: apply_fn(params, x) -> an array, or tuples, lists and dicts of arrays.
-      params: a pytree of arrays, or an nnx module; tables that `js.pack` packed are unpacked. Only what the result needs is written.
+      params: a pytree of arrays, or an nnx module; tables that `js.pack` packed are unpacked. Only what the result
+        needs is written.
       example: x for a batch, or the `Batch` that has it. Only shapes and dtypes count.
       path: the folder, which must not be there yet.
       batch: the name of the size that may be another one in predict: the first of all inputs. Where there are several

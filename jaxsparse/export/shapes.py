@@ -24,7 +24,7 @@ def _spread(w: Writer, op: Operation, x: Value, places: Sequence[int]) -> Value:
         index = ", ".join(":" if place in used else "None" for place in range(used[0], len(shape)))
         text, level, out_actual = f"{x.at(ATOM)}[{index}]", ATOM, tuple(new[used[0] :])
     out = dataclasses.replace(
-        x, text=text, level=level, shape=shape, actual=out_actual, made_by=None, columns=None, bag=None
+        x, text=text, level=level, shape=shape, actual=out_actual, made_by=None, columns=None, bag=None, rows_of=None
     )
     is_column = shape == (*x.shape, 1) and list(places) == list(range(len(x.shape)))
     out.columns = [_once(w, op, x)] if is_column else None

@@ -31,10 +31,10 @@ def taken(w: Writer, inputs: Inputs, first: int) -> list[Line]:
     def size(n: int | str) -> str:
         return "None" if isinstance(n, str) and n not in known else str(n)
 
-    def value(name: str, shape: Sequence[int | str], dtype: Any, bounds: Any = None) -> None:
+    def value(name: str, shape: Sequence[int | str], dtype: Any, **facts: Any) -> None:
         nonlocal first
         sizes = tuple(map(as_size, shape))
-        w.known(first, Value(name, ATOM, sizes, np.dtype(dtype), sizes, bounds=bounds))
+        w.known(first, Value(name, ATOM, sizes, np.dtype(dtype), sizes, **facts))
         first += 1
 
     for leaf in inputs.leaves:
@@ -55,8 +55,8 @@ def taken(w: Writer, inputs: Inputs, first: int) -> list[Line]:
         lines.append((leaf.entries, f"len({names[0]})", None))
         known |= {n} if isinstance(n, str) else set()
         value(names[0], [leaf.entries], leaf.dtype)
-        value(names[1], [leaf.entries], np.int32, (0, as_size(n)))
-        value(names[2], [leaf.entries], np.int32, (0, m))
+        value(names[1], [leaf.entries], np.int32, bounds=(0, as_size(n)), is_sorted=True)
+        value(names[2], [leaf.entries], np.int32, bounds=(0, m))
     return lines
 
 

@@ -42,6 +42,8 @@ class Value:
       rows_as: of a table, what its rows are to be converted to; "bfloat16" where it is that, stored as uint16.
       number: what it is, where that is one number that is known.
       bag: of rows of a table by ids (B, L): the table, the ids and what else says how they are taken.
+      rows_of: of rows table[ids], the table and the ids.
+      is_sorted: whether it is ids that do not decrease.
     """
 
     text: str
@@ -57,6 +59,8 @@ class Value:
     rows_as: str | None = None
     number: Any = None
     bag: str | None = None
+    rows_of: tuple[Value, Value] | None = None
+    is_sorted: bool = False
 
     def at(self, level: int) -> str:
         """The expression where it has to hold together as strongly as this."""
