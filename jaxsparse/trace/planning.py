@@ -1,8 +1,8 @@
 """What is known of a step before it runs: which arrays share which rows, what is refused, what is announced.
 
-Arrays of the state that are read by rows are tables. What else of the state has a row for each of a table's rows, and
-meets it, belongs to it: slots, averages. Which those are, and what is not done row by row, comes out of walks through
-the program with stand-ins for the rows, until nothing changes any more.
+Arrays of the state that are read by rows are tables. Other arrays with a row for each of a table's rows that meet it
+belong to it: slots, averages. Walks through the program with stand-ins for the rows find these, and what is not done row
+by row, until nothing changes any more.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from jaxsparse.trace.walk import Walk
 
 
 def refused(got: str, do: str) -> RefusedError:
-    return RefusedError(
-        message("jit or js.rowwise", "step", "one that is right on the rows that it reads", got, do), got, do
-    )
+    must = "one that is right on the rows that it reads"
+    return RefusedError(message("jit or js.rowwise", "step", must, got, do), got, do)
 
 
 class NoStateError(RefusedError):
@@ -393,8 +392,8 @@ def warn_once(name: str, planned: Planned, said: Sequence[str] = ()) -> None:
     for node, source in planned.plan.made_whole:
         if find(node) in planned.classes:
             said.append(f"{source} makes an array with a row for each of a table's, of which few are used.")
-    for source in planned.plan.part_sources:
-        said.append(f"{source} is over the rows that are read: those that are left alone count nothing in it.")
+    counted = "is over the rows that are read: those that are left alone count nothing in it."
+    said += [f"{source} {counted}" for source in planned.plan.part_sources]
     for line in (f"{name}: {line}" for line in said):
         if line not in _ANNOUNCED:
             _ANNOUNCED.add(line)
