@@ -155,7 +155,7 @@ def test_what_is_read_by_table_all_the_same_is_announced(name):
     np.testing.assert_allclose(got[0][0][trained], want[0][0][trained], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("name", slow_but(QUICK, READS))
 def test_a_gradient_alone_has_whole_tables_and_says_so(name, monkeypatch):
     monkeypatch.setattr(grad, "_WARNED", set())
     params, loss_fn = {"t": jnp.ones((F, V, D)), "w": jnp.ones((F, V))}, READS[name]
