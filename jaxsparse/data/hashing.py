@@ -16,13 +16,36 @@ from jaxsparse._checks import MAX_ROWS, message
 from jaxsparse.data.murmur import hash_bytes, hash_integers, hash_words
 
 
+class Table:
+    """Rows of strings that are not taken out of the file that they are in.
+
+    Args:
+      buffer, starts, lengths: as of `hash_bytes`; (n, columns).
+      seeds: by column, those that will be hashed, which is done at once: in the order of the file, in half the time.
+    """
+
+    def __init__(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seeds: Mapping[int, int]) -> None:
+        self.buffer, self.starts, self.lengths, self._seeds = buffer, starts, lengths, seeds
+        self._hashes: np.ndarray | None = None
+
+    def hashes(self, column: int, seed: int) -> np.ndarray:
+        """uint32 (n,)."""
+        if self._seeds.get(column) != seed:
+            return hash_bytes(self.buffer, self.starts[:, column], self.lengths[:, column], seed)
+        columns = list(self._seeds)
+        if self._hashes is None:
+            seeds = np.tile(np.array(list(self._seeds.values()), np.uint32), len(self.starts))
+            starts, lengths = (of[:, columns].reshape(-1) for of in (self.starts, self.lengths))
+            self._hashes = hash_bytes(self.buffer, starts, lengths, seeds).reshape(-1, len(columns))
+        return self._hashes[:, columns.index(column)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Strings that are not taken out of the file that they are in: see `hash_bytes`."""
+    """A column of a `Table`."""
 
-    buffer: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
+    table: Table
+    column: int
 
 
 def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) -> Any:
@@ -160,7 +183,7 @@ class _Column:
     def hashes(self, values: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The hashes, flat, and where values are missing, if they may be."""
         if isinstance(values, Fields):
-            return hash_bytes(values.buffer, values.starts, values.lengths, seed), None
+            return values.table.hashes(values.column, seed), None
         if isinstance(values, (list, tuple)):
             return self.of_objects(list(values), seed)
         if hasattr(values, "buffers") and hasattr(values, "type"):

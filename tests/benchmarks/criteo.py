@@ -122,7 +122,7 @@ class Job:
         for count, batch in enumerate(batches, 1):
             self.state, loss = step(self.state, batch)
             self.losses.append(loss)
-            if count % 50 == 0:
+            if count % 16 == 0:
                 self.memory.append(megabytes())
         jax.block_until_ready(self.state)
         return count
@@ -175,13 +175,10 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     assert np.isfinite(losses).all()
     figures |= {"loss_first": float(losses[:50].mean()), "loss_last": float(losses[-50:].mean())}
     print(f"loss of the first 50 steps {figures['loss_first']:.4f}, of the last 50 {figures['loss_last']:.4f}")
-    figures["shapes"], figures["megabytes"] = step._cache_size() if hasattr(step, "_cache_size") else None, job.memory
-    quarters = [float(np.mean(part)) for part in np.array_split(job.memory, 4)]
-    print(
-        "memory by quarters of the run: "
-        + ", ".join(f"{of:,.0f}" for of in quarters)
-        + f" MB; most {max(job.memory):,.0f}"
-    )
+    figures["megabytes"] = job.memory
+    figures["rungs"] = {name: of.rungs for name, of in job.streams.items()}
+    quarters = ", ".join(f"{np.mean(part):,.0f}" for part in np.array_split(job.memory, 4))
+    print(f"memory by quarters of the run: {quarters} MB, at most {max(job.memory):,.0f}")
     return figures
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxsparse._checks import message
-from jaxsparse.data.hashing import Fields
+from jaxsparse.data.hashing import Fields, Table
 from jaxsparse.data.readers.columns import Columns, check_finite, convert, finite
 from jaxsparse.data.readers.digits import integers
-from jaxsparse.data.readers.lines import BadRowError, Chunk, Reader, in_lines
+from jaxsparse.data.readers.lines import BadRowError, Blocks, Chunk, Reader, open_file, read
 
 
 def read_csv(
@@ -115,13 +116,17 @@ class _Csv(Reader):
     def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
         is_tab = any(f".{kind}" in path.lower() for kind in ("tsv", "tab"))
         delimiter = self.delimiter or ("\t" if is_tab else ",")
-        lines = itertools.chain.from_iterable(in_lines("read_csv", path, 1024))
+        with read("read_csv", path, lambda: open_file(path)) as file:
+            yield from self.blocks(path, Blocks("read_csv", path, file), delimiter)
+
+    def blocks(self, path: str, lines: Blocks, delimiter: str) -> Iterator[tuple[Chunk, int]]:
+        """The same of an open file."""
         first, names = 1, self.names
         while names is None:
-            line = next(lines, None)
-            if line is None:
+            line = lines.take(1)
+            if not line:
                 raise ValueError(f"js.read_csv: {path} is empty. Give columns=, if it has no line of names.")
-            rows = _Rows([line], lines, delimiter, self.quote, first)
+            rows = _Rows(line, lines, delimiter, self.quote, first)
             for (number, raw), row, reason in rows.taken:
                 if reason:
                     raise ValueError(f"js.read_csv: {path}, line {number}: {reason}. The line is {raw!r}.")
@@ -129,48 +134,54 @@ class _Csv(Reader):
             first = rows.line
         self.of.check(path, names)
         at = {name: list(names).index(name) for name in self.of.names}
-        while block := list(itertools.islice(lines, self.chunk_rows)):
-            chunk = self.plain(block, delimiter, len(names), at)
+        while block := lines.take(self.chunk_rows):
+            count, chunk = self.plain(block, delimiter, len(names), at)
             if chunk is not None:
-                yield chunk, len(block)
-                first += len(block)
+                yield chunk, count
+                first += count
             else:
                 rows = _Rows(block, lines, delimiter, self.quote, first)
                 yield self.each(path, rows, len(names), at)
                 first = rows.line
 
-    def plain(self, block: list[bytes], delimiter: str, width: int, at: dict[str, int]) -> Chunk | None:
-        """The chunk of these lines, if they are all good and have no quotes; what is hashed is not taken apart."""
-        joined = b"".join(block) if block[-1].endswith(b"\n") else b"".join([*block, b"\n"])
+    def plain(self, block: bytes, delimiter: str, width: int, at: dict[str, int]) -> tuple[int, Chunk | None]:
+        """How many lines these are, and their chunk, if they are all good and have no quotes; what is hashed is not
+        taken apart."""
+        joined = block if block.endswith(b"\n") else block + b"\n"
         if b"\r" in joined:
             joined = joined.replace(b"\r\n", b"\n")
+        count = joined.count(b"\n")
         quoted = self.quote is not None and self.quote.encode() in joined
         if quoted or b"\r" in joined or b"\n\n" in joined or joined[:1] == b"\n" or not delimiter.isascii():
-            return None
+            return count, None
         buffer = np.frombuffer(joined + bytes(8), np.uint8)
         ends = np.flatnonzero((buffer == ord(delimiter)) | (buffer == ord("\n")))
-        if len(ends) != len(block) * width or (buffer[ends[width - 1 :: width]] != ord("\n")).any():
-            return None  # as many ends of lines as lines: none is elsewhere
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        lengths = ends - starts
-        values = {name: Fields(buffer, starts[n::width], lengths[n::width]) for name, n in at.items()}
+        if len(ends) != count * width or (buffer[ends[width - 1 :: width]] != ord("\n")).any():
+            return count, None  # as many ends of lines as lines: none is elsewhere
+        starts = np.concatenate([[0], ends[:-1] + 1]).reshape(-1, width)
+        lengths = ends.reshape(-1, width) - starts
+        table = Table(buffer, starts, lengths, {at[name]: self.of.seed[name] for name in self.of.hashed})
+        columns = [at[name] for name in self.of.numbers]
+        together = integers(buffer, starts[:, columns], lengths[:, columns], self.of.fill)
 
         @functools.cache
         def fields() -> list[str]:
             return joined[:-1].decode().replace("\n", delimiter).split(delimiter)
 
         def number(name: str) -> np.ndarray:
-            column, fill = values[name], self.of.fill_of(name)
-            found = integers(buffer, column.starts, column.lengths, fill)
-            return _numbers(fields()[at[name] :: width], fill) if found is None else found.astype(np.float32)
+            if together is not None and name in self.of.numbers:
+                return together[:, self.of.numbers.index(name)].astype(np.float32)
+            n, fill = at[name], self.of.fill_of(name)
+            found = integers(buffer, starts[:, n], lengths[:, n], fill)
+            return _numbers(fields()[n::width], fill) if found is None else found.astype(np.float32)
 
         try:
             if not joined.isascii():
                 joined.decode()  # raises a ValueError unless it is UTF-8
             ids = {name: _ids(fields()[at[name] :: width]) for name in self.of.ids}
-            return self.of.chunk(lambda name: ids.get(name, values[name]), number)
+            return count, self.of.chunk(lambda name: ids.get(name, Fields(table, at[name])), number)
         except (ValueError, OverflowError):
-            return None
+            return count, None
 
     def each(self, path: str, rows: _Rows, width: int, at: dict[str, int]) -> tuple[Chunk, int]:
         good, where, wrong = [], [], []
@@ -198,16 +209,15 @@ class _Rows:
       line: the number of the line behind them.
     """
 
-    def __init__(
-        self, block: list[bytes], more: Iterator[bytes], delimiter: str, quote: str | None, first: int
-    ) -> None:
+    def __init__(self, block: bytes, more: Iterable[bytes], delimiter: str, quote: str | None, first: int) -> None:
+        own = io.BytesIO(block).readlines()
         self.raw: list[bytes] = []
         self.line = first
         quoting = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
-        lines = self.lines(itertools.chain(block, more))
+        lines = self.lines(itertools.chain(own, more))
         rows = csv.reader(lines, delimiter=delimiter, strict=True, **quoting)  # type: ignore[arg-type]
         self.taken: list[Any] = []
-        while self.line < first + len(block):
+        while self.line < first + len(own):
             row, reason = None, ""
             try:
                 row = next(rows, None)
@@ -225,7 +235,7 @@ class _Rows:
                     reason = "it is not in UTF-8"
             self.taken.append(((line, whole), row, reason))
 
-    def lines(self, given: Iterator[bytes]) -> Iterator[str]:
+    def lines(self, given: Iterable[bytes]) -> Iterator[str]:
         for raw in given:
             self.raw.append(raw)
             yield raw.decode(errors="surrogateescape")

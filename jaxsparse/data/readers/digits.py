@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+_CHUNK = 1 << 13
 _ONES = 0x0101010101010101
 _TENS, _HUNDREDS = np.uint64(10), np.uint64(0x000000FF000000FF)
 _HIGH, _LOW = np.uint64(100 + (1_000_000 << 32)), np.uint64(1 + (10_000 << 32))
@@ -21,6 +22,15 @@ def integers(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, fill: 
       lengths: int64, of that shape.
       fill: what an empty field counts as.
     """
+    rows = max(_CHUNK // max(starts[:1].size, 1), 1)  # at a time: what is made of them on the way stays in the cache
+    if len(starts) > rows:
+        parts = []
+        for at in range(0, len(starts), rows):
+            part = integers(buffer, starts[at : at + rows], lengths[at : at + rows], fill)
+            if part is None:
+                return None
+            parts.append(part)
+        return np.concatenate(parts)
     minus = (buffer[starts] == ord("-")) & (lengths > 0)
     if has_minus := bool(minus.any()):
         starts, lengths = starts + minus, lengths - minus

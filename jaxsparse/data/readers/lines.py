@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from jaxsparse._checks import message, warn
 
 
@@ -120,9 +122,47 @@ def in_lines(function: str, path: str, count: int) -> Iterator[list[bytes]]:
             yield part
 
 
+class Blocks:
+    """The lines of an open file, many of them at once as the bytes that they are, or one after the other."""
+
+    def __init__(self, function: str, path: str, file: Any) -> None:
+        self._more = lambda: read(function, path, lambda: file.read(_PIECE))
+        self._data, self._start = self._more().removeprefix(_MARK), 0
+        self._ends, self._line = _ends(self._data), 0  # of all lines of the data, and how many of them are taken
+
+    def take(self, count: int) -> bytes:
+        """The next `count` lines with their ends, or those that are left. The last one may have no end."""
+        if len(self._ends) - self._line < count:
+            parts = [self._data[self._start :]]
+            have = len(self._ends) - self._line
+            while have < count and (more := self._more()):
+                parts.append(more)
+                have += more.count(b"\n")
+            self._data, self._start = b"".join(parts), 0
+            self._ends, self._line = _ends(self._data), 0
+        start, self._line = self._start, self._line + count
+        if self._line > len(self._ends):
+            self._line, self._start = len(self._ends), len(self._data)
+        else:
+            self._start = int(self._ends[self._line - 1]) + 1
+        return self._data[start : self._start]
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self.take(1):
+            yield line
+
+
+_MARK = b"\xef\xbb\xbf"  # that some programs put before the first line
+_PIECE = 1 << 20  # bytes that are read at a time
+
+
+def _ends(data: bytes) -> np.ndarray:
+    return np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+
+
 def _first(file: Any) -> Iterator[bytes]:
     """The first line, without the mark that some programs put there."""
-    line = file.readline().removeprefix(b"\xef\xbb\xbf")
+    line = file.readline().removeprefix(_MARK)
     if line:
         yield line
 
