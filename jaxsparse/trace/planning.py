@@ -1,8 +1,8 @@
 """What is known of a step before it runs: which arrays share which rows, what is refused, what is announced.
 
 Arrays of the state that are read by rows are tables. Other arrays with a row for each of a table's rows that meet it
-belong to it: slots, averages. Walks through the program with stand-ins for the rows find these, and what is not done row
-by row, until nothing changes any more.
+belong to it: slots, averages. Walks through the program with stand-ins for the rows find these, and what is not by
+row, until nothing changes any more.
 """
 
 from __future__ import annotations
