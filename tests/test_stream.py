@@ -1,5 +1,6 @@
 """Streams: every example once, across the borders of chunks, in few shapes, on several hosts, and from any position."""
 
+import gc
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 from functools import partial
 
@@ -196,7 +198,7 @@ def test_sizes_of_nothing_can_grow():
 @pytest.mark.parametrize("new", [stream_of, files_of])
 @pytest.mark.parametrize("options", [
     {}, {"shuffle": True, "buffer": 9}, {"shuffle": True, "drop_remainder": True}, {"shard": (1, 2), "devices": 2},
-    {"shard": (0, 2), "shuffle": True, "buffer": 5},
+    {"shard": (0, 2), "shuffle": True, "buffer": 5}, {"shuffle": True, "buffer": 9, "prefetch": 3},
 ])  # fmt: skip
 def test_a_saved_position_goes_on_bit_identically(kind, new, options):
     sizes = [5, 1, 0, 8, 3, 6, 2]
@@ -243,6 +245,69 @@ def test_leaving_early_starts_the_epoch_again():
     assert_same([*stream, *stream], [*epochs[0][1:], *epochs[1]])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_that_are_made_ahead_are_the_same(kind):
+    sizes = [5, 1, 0, 8, 3, 6, 2]
+    x = KINDS[kind](rng_of(0), sum(sizes))
+    plain, made_ahead = (stream_of(x, sizes, batch_size=4, shuffle=True, buffer=9, prefetch=n) for n in (0, 3))
+    for _ in range(2):
+        for one, other in zip(plain, made_ahead, strict=True):
+            assert_same([one], [other])
+            assert plain.state == made_ahead.state  # of the batch that came, not of those that wait
+    assert plain.rungs == made_ahead.rungs
+    assert_same(list(made_ahead.one_epoch()), list(plain.one_epoch()))
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_what_is_made_ahead_fails_in_its_place_and_ends_where_it_is_left(tmp_path, prefetch):
+    (tmp_path / "a.csv").write_text("y,a\n" + "1,2\n" * 99 + "1,oh\n" + "1,2\n" * 99)
+    read = lambda: js.read_csv(tmp_path / "a.csv", label="y", numbers=["a"], chunk_rows=10)  # noqa: E731
+    closed = []
+
+    def source():
+        try:
+            yield from read()
+        finally:
+            closed.append(threading.current_thread().name)
+
+    plain, stream = (js.stream(source, batch_size=2, prefetch=n) for n in (0, prefetch))
+    came = []
+    for one in plain, stream, stream:  # and again
+        came.append(0)
+        with pytest.raises(ValueError, match=r"a\.csv, line 101: column 'a' is 'oh'"):
+            for _ in one:
+                came[-1] += 1
+        assert one.state["step"] == came[-1]
+    assert len(set(came)) == 1 and came[0] > 40
+    closed.clear()
+    for _ in range(3):
+        batches = iter(stream)
+        next(batches)
+        batches.close()
+    assert len(closed) == 3
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("js.stream")]
+    del stream, batches
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.slow
+def test_python_ends_in_the_middle_of_a_stream():
+    code = textwrap.dedent("""
+        import numpy as np, jaxsparse as js
+        stream = js.stream(lambda: (np.full((8, 2), i, np.float32) for i in range(10**9)), batch_size=4, prefetch=2)
+        batches = iter(stream)
+        for _ in range(5):
+            next(batches)
+        print("done", flush=True)
+        raise SystemExit(3)
+    """)
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\n", "")
+
+
 @pytest.mark.parametrize("change", [
     {"seed": 1}, {"shuffle": 0}, {"batch_size": 5}, {"drop_remainder": 1}, {"buffer": 9}, {"shard_count": 2},
     {"epoch": -1}, {"step": -1}, {"file": 2}, {"chunk": None},
@@ -281,7 +346,8 @@ def test_hosts_share_the_examples(new, count, devices, options):
         assert len({signature(batch) for of in steps for batch in of}) == 1 and steps[0][0].distinct["user"] is None
         ys = [[y for b in of for s in shards(b, devices) for y in s.y[s.weight > 0]] for of in steps]
         seen = sorted(y for of in ys for y in of)
-        if "drop_remainder" in options:
+        if "drop_remainder" in options:  # a host's batches are full, or there for the others' sake
+            assert all(len(set(np.asarray(batch.weight).ravel())) == 1 for of in steps for batch in of)
             assert len(seen) == sum(len(of) // (8 // count) * (8 // count) for of in ys) and len(set(seen)) == len(seen)
         else:
             assert seen == list(range(sum(sizes)))
@@ -473,6 +539,7 @@ def test_a_killed_run_goes_on_bit_identically(tmp_path):
     (lambda: [], {}, ValueError, r"'source'.*at least one example. Got none"),
     (lambda: [np.arange(0)], {}, ValueError, r"'source'.*at least one example. Got none"),
     (lambda: [np.arange(3)], {"buffer": 0}, ValueError, r"'buffer'.*an integer of at least 1. Got 0"),
+    (lambda: [np.arange(3)], {"prefetch": -1}, ValueError, r"'prefetch'.*an integer of at least 0. Got -1"),
     (lambda: [np.arange(3)], {"batch_size": 0}, ValueError, r"'batch_size' argument of js.stream.*at least 1. Got 0"),
     (lambda: [np.arange(3)], {"shard": (2, 2)}, ValueError, r"'shard' argument of js.stream"),
     (lambda: [np.arange(3)], {"length": "a"}, TypeError, r"'length' argument of js.stream.*an integer"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
@@ -110,19 +110,19 @@ class Source:
 T = TypeVar("T")
 
 
-def ahead(items: Generator[T], count: int) -> Iterator[T]:
-    """The same items in the same order, `count` of them made ahead in a thread. What they raise comes in its place.
+def ahead(items: Generator[T], count: int, pool: ThreadPoolExecutor) -> Iterator[T]:
+    """The same items in the same order, `count` of them made ahead in a pool of one thread. What they raise comes in
+    its place.
 
-    The thread has one item to make at a time, and waits for none that is taken, so that it ends whenever the loop does.
+    Each item is a task of its own, so that the thread never waits for one to be taken, and ends when Python does.
     """
-    pool = ThreadPoolExecutor(1, "js.stream")
+    made = collections.deque(pool.submit(next, items, None) for _ in range(count))
     try:
-        made = collections.deque(pool.submit(next, items, None) for _ in range(count))
         while (item := made.popleft().result()) is not None:
             made.append(pool.submit(next, items, None))
             yield item
     finally:
-        pool.shutdown(cancel_futures=True)  # waits for the item that is being made
+        wait([task for task in made if not task.cancel()])
         items.close()  # and its files
 
 

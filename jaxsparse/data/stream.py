@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +68,7 @@ def stream(
         shapes, a batch that does not fit raises. Such batches do not carry their distinct ids.
       examples: how many examples each file has, so that hosts know of each other: needed for files with shard.
       prefetch: how many batches a thread reads and makes ahead, while the step runs. They are the same batches, and
-        `state` is that of the batch that came last, not of those that wait. The thread ends with the epoch, or where it
-        is left; errors come in their place.
+        `state` is that of the batch that came last, not of those that wait. Errors come in their place.
 
     Returns:
       A `Stream`: each iteration over it is one epoch of `Batch`.
@@ -154,7 +154,8 @@ class Stream:
         prefetch: int,
         check_finite: bool,
     ) -> None:
-        self._settings, self._devices, self._counts, self._prefetch = settings, devices, counts, prefetch
+        self._settings, self._devices, self._counts = settings, devices, counts
+        self._prefetch, self._pool = prefetch, ThreadPoolExecutor(1, "js.stream")  # whose thread starts when it is used
         self._index, self._hosts = settings["shard_index"], settings["shard_count"]
         self._size = settings["batch_size"] // self._hosts
         self._source = Source(files, reader, counts, self._checked)
@@ -269,7 +270,7 @@ class Stream:
     def _batches(self, epoch: int, place: _Place) -> Iterator[tuple[Batch, int, _Place | None]]:
         """From a place on, each batch, how many examples it has, and the place after it: None after the last one."""
         made = self._made(epoch, place)
-        return ahead(made, self._prefetch) if self._prefetch else made
+        return ahead(made, self._prefetch, self._pool) if self._prefetch else made
 
     def _made(self, epoch: int, place: _Place) -> Generator[tuple[Batch, int, _Place | None]]:
         items = self._items(epoch, place)
