@@ -285,12 +285,17 @@ def test_what_is_made_ahead_fails_in_its_place_and_ends_where_it_is_left(tmp_pat
         next(batches)
         batches.close()
     assert len(closed) == 3
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("js.stream")]
-    del stream, batches
+
+
+def test_a_thread_ends_with_its_stream():
+    before, stream = set(threading.enumerate()), stream_of(np.arange(40), [40], batch_size=2, prefetch=2)
+    for _ in range(3):
+        next(iter(stream))
+    (thread,) = set(threading.enumerate()) - before  # one for all its epochs
+    del stream
     gc.collect()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.mark.slow
