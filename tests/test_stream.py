@@ -288,7 +288,7 @@ def test_what_is_made_ahead_fails_in_its_place_and_ends_where_it_is_left(tmp_pat
 
 
 def test_a_thread_ends_with_its_stream():
-    before, stream = set(threading.enumerate()), stream_of(np.arange(40), [40], batch_size=2, prefetch=2)
+    before, stream = set(threading.enumerate()), stream_of(np.arange(20), [20], batch_size=2, prefetch=2)
     for _ in range(3):
         next(iter(stream))
     (thread,) = set(threading.enumerate()) - before  # one for all its epochs
