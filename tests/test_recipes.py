@@ -64,6 +64,41 @@ def test_word2vec(tmp_path):
     np.testing.assert_array_equal(none, np.ones((4, 2)))
 
 
+class Loader:
+    """A stand-in for datasets.Dataset.iter and tf.data's as_numpy_iterator: dicts of new NumPy arrays, of one shape."""
+
+    def __init__(self, columns, size):
+        self.columns, self.size = columns, size
+
+    def __iter__(self):
+        for at in range(0, len(self.columns["label"]) - self.size + 1, self.size):
+            yield {name: np.array(column[at : at + self.size]) for name, column in self.columns.items()}
+
+
+def test_batches_of_other_loaders():
+    """They are those of js.batches; in a step of optax.sgd, js.jit and jax.jit are equal in every row."""
+    rng, n, rows = np.random.default_rng(0), 70, 1000
+    words = [[f"w{w}" for w in rng.zipf(1.5, rng.integers(0, 9)) % 50] for _ in range(n)]
+    users = [f"u{u}" for u in rng.integers(0, 20, n)]
+    labels = rng.integers(0, 2, n)
+    columns = recipe("prepared")({"words": words, "user": users, "label": labels})
+    assert columns["ids"].shape == (n, 8) and columns["label"].dtype == np.float32
+    x = {"ids": js.hash_ids(words, rows), "user": js.hash_ids(users, rows)}
+    (batch,) = js.batches(x, labels.astype(np.float32), batch_size=n, num_rows=rows)
+    width = batch.x["ids"].shape[1]
+    np.testing.assert_array_equal(columns["ids"][:, :width], batch.x["ids"])
+    assert (columns["ids"][:, width:] == rows).all()
+    results = []
+    for word in "js.jit", "jax.jit":
+        cells = [cell.replace("@js.jit", f"@{word}") for cell in FUNCTIONS]
+        namespace = run(*cells)
+        namespace["tx"] = optax.sgd(0.5)
+        params = {"words": 0.1 * jnp.ones((rows, 4)), "users": 0.1 * jnp.ones((rows, 4)), "head": jnp.arange(4.0)}
+        results.append(namespace["train_on_dicts"](params, Loader(columns, 16)))
+        assert len(results[-1][1]) == 4
+    compare("loader", *results, 1e-6)
+
+
 # What safetensors 0.8.0 makes of {"embed.weight": arange(6).reshape(3, 2) / 4, "half": [1.5, -2], "ids": [7, -1]}.
 SAFETENSORS = (
     b'\xd8\0\0\0\0\0\0\0{"__metadata__":{"format":"np"},"ids":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
