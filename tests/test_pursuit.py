@@ -126,6 +126,13 @@ def test_it_ends_early_where_there_is_nothing_left():
     np.testing.assert_allclose(everything, [1, 2, 3, 0], atol=1e-6)
 
 
+def test_it_goes_on_where_scikit_learn_ends():
+    """An atom orthogonal to x, but not to what the first atom put in too much."""
+    dictionary = np.float32([[0.8, 0.0, 0.0], [0.6, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    codes = np.asarray(omp(dictionary, np.float32([1, 0, 0]), 2))
+    np.testing.assert_allclose(codes, [1.25, -0.75, 0], atol=1e-6)  # x exactly; scikit-learn: [0.8, 0, 0]
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_least_squares_on_the_chosen_atoms():
     dictionary, x = drawn(2, size=1)

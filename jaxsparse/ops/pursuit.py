@@ -36,7 +36,8 @@ def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
     Returns:
       The codes (..., num_atoms), of the widest dtype of the two arrays and computed in float32 or wider: `codes @
       dictionary.T` approximates x. A code has fewer than k atoms where the residual is zero up to rounding before, or
-      the atom that should come next depends linearly on those chosen.
+      the atom that should come next depends linearly on those chosen. (scikit-learn also ends at an atom that is
+      orthogonal to x itself, though it may take away from what the atoms before put in too much.)
 
     Raises:
       TypeError: if an array is not floating, or k is no Python integer.
