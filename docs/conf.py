@@ -23,7 +23,7 @@ html_copy_source = False
 
 nb_execution_mode = "off"  # tests/test_notebooks.py runs them
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # notebooks begin where they like
+suppress_warnings = ["myst.header", "ref.python"]  # notebooks begin where they like; fields of two classes may be alike
 default_role, smartquotes = "code", False
 napoleon_use_rtype = False
 napoleon_use_ivar = True

@@ -152,3 +152,38 @@ def test_what_is_no_news(nothing_said):
 
     state = params, jax.eval_shape(optax.adam(0.1).init, params)
     assert said_by(js.jit(step).lower, state, IDS) == []
+
+
+@pytest.mark.parametrize("labels", ["optax", "take_along_axis", "index"])
+def test_a_classifier_with_a_bias(labels):
+    """An example reads one column of the logits, and with it one number of the bias, whose rows would be columns of the
+    layer's weights: weights and bias are dense, the embeddings are read by rows, and there is nothing to announce."""
+    v, d, c = 50, 4, 5
+    rng = np.random.default_rng(0)
+    params = {"table": rng.normal(size=(v, d)), "head": rng.normal(size=(d, c)), "bias": rng.normal(size=c)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    ids, y, tx = rng.integers(0, v, (8, 3)), rng.integers(0, c, 8), optax.adam(0.1)
+
+    def loss_fn(params, ids, y):
+        logits = params["table"][ids].mean(1) @ params["head"] + params["bias"][None]
+        if labels == "optax":
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        logs = jax.nn.log_softmax(logits)
+        return -(jnp.take_along_axis(logs, y[:, None], 1) if labels != "index" else logs[jnp.arange(8), y]).mean()
+
+    def step(state, ids, y):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, ids, y)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (want, _), want_loss = jax.jit(step)((params, tx.init(params)), ids, y)
+    state = jax.tree.map(jnp.copy, params), tx.init(params)
+    said = js.explain(js.jit(step))(state, ids, y)
+    assert said["[0]['table']"].row_sparse and not said["[0]['bias']"].row_sparse
+    (got, _), loss = js.jit(step)(state, ids, y)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for name in params:  # after one step, rows that are not read are as dense Adam leaves them
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6)
+    grads = jax.jit(js.grad(loss_fn))(params, ids, y)
+    assert isinstance(grads["table"], js.RowSparse) and isinstance(grads["bias"], jax.Array)

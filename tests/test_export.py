@@ -14,8 +14,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
-from jaxsparse.ops.rows import gathered_once
-from jaxsparse.trace.row_reads import _add_in_order
+from jaxsparse.ops.rows import add_in_order, gathered_once
 from tests.marks import slow_but
 
 V, D, B, L = 20_000, 64, 128, 40
@@ -161,5 +160,5 @@ def test_rows_added_in_order():
     for at, row in zip(place.ravel(), rows.reshape(-1, 2), strict=True):
         if at < 5:
             want[at] += row
-    got = _add_in_order(jnp.ones((5, 2)), jnp.asarray(place), jnp.asarray(rows))
+    got = add_in_order(jnp.ones((5, 2)), jnp.asarray(place), jnp.asarray(rows))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)

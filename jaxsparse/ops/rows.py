@@ -264,3 +264,26 @@ def running_total(x: jax.Array) -> jax.Array:
     within = jnp.cumsum(jnp.pad(x, (0, -k % piece)).reshape(-1, piece), axis=1)
     before = running_total(within[:, -1]) - within[:, -1]
     return (within + before[:, None]).reshape(-1)[:k]
+
+
+def is_crowded(place: jax.Array, block: jax.Array) -> bool:
+    """Whether so many rows are added to so few that a GPU does it faster in the order of these."""
+    rows = max(block.shape[0], 1)
+    return place.size >= _CROWDED * rows and place.size * (block.size // rows) * block.dtype.itemsize >= _MANY_BYTES
+
+
+def add_in_order(block: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Array:
+    """block with rows added at `place`, row by row of the block. A GPU adds what several threads add to one address one
+    after another; XLA's threads each add up what is next to each other first, if it is said to be in order."""
+    many = place.size
+    place_in_order, order = jax.lax.sort_key_val(place.reshape(many), jnp.arange(many, dtype=jnp.int32))
+    rows = rows.reshape(many, *block.shape[1:]).at[order].get(mode="promise_in_bounds", unique_indices=True)
+    return block.at[place_in_order].add(
+        rows.astype(block.dtype), mode="drop", indices_are_sorted=True, wrap_negative_indices=False
+    )
+
+
+# An H100 took 2.5 ms for a step that adds 1.3 million rows of 128 to 170,000, and 1.8 ms in order. Of 82,000 rows of 64
+# to 18,000 both took as long, to start what sorts. With as many rows in the block, XLA adds them as they come.
+_CROWDED = 4
+_MANY_BYTES = 1 << 25  # bytes

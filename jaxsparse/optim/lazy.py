@@ -23,9 +23,9 @@ from jaxsparse._context import tracing
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.ops.rows import is_stored
 from jaxsparse.trace.pieces import rows_of, write
-from jaxsparse.trace.planning import Planned, check, refused, rows_of_leaf, rows_of_update, settle, warn_once
+from jaxsparse.trace.planning import Planned, check, refused, settle, warn_once
 from jaxsparse.trace.trained import trained_rows
-from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of
+from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of, rows_of_leaf, rows_of_update
 from jaxsparse.trace.walk import Space, Walk
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods

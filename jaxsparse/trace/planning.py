@@ -21,8 +21,19 @@ from jaxsparse.ops.rows import as_whole
 from jaxsparse.trace.dense import advice_on_whole, why_not_read
 from jaxsparse.trace.known_ids import Known
 from jaxsparse.trace.plan import Plan, Read, Reason
-from jaxsparse.trace.tracing import TracedStep
-from jaxsparse.trace.values import ZERO, Note, RefusedError, Rows, Same, Value, Whole, notes_of
+from jaxsparse.trace.tracing import TracedStep, without_zeros
+from jaxsparse.trace.values import (
+    ZERO,
+    Note,
+    RefusedError,
+    Rows,
+    Same,
+    Value,
+    Whole,
+    notes_of,
+    rows_of_leaf,
+    rows_of_update,
+)
 from jaxsparse.trace.walk import Walk
 
 
@@ -137,7 +148,7 @@ class Settled(NamedTuple):
         program, plan = self.walked.program, self.walked.plan
         leaves = {i: plan.find(i) for i in sorted(self.chosen)}
         classes = {c: _jax.shape(program.inputs[i])[0] for i, c in leaves.items()}
-        dense = {i: why for i, why in self.banned.items() if i in self.tables}
+        dense = {i: why for i, why in self.banned.items() if i in self.tables and why is not _ALONG_COLUMNS}
         return Planned(program, plan, leaves, classes, self.walked.reads, self.walked.ids, dense, [])
 
 
@@ -188,6 +199,8 @@ def settle(
         plan, find = walked.plan, walked.plan.find
         reasons = {find(n): why for n, why in plan.not_by_row.items()}
         reasons |= {find(i): why for i, why in unfit(walked, chosen).items()}
+        elsewhere = ((i, walked.outs[place]) for i, place in places.items() if i not in chosen)
+        reasons |= {find(v.node): _ALONG_COLUMNS for i, v in elsewhere if isinstance(v, Rows) and v.axis != 0}
         named = {find(n) for n in (*plan.read, *would, *updates)}
         unread = Reason("not read by rows", "")
         now = {i: reasons.get(find(i), unread) for i in chosen if find(i) in reasons or find(i) not in named}
@@ -207,22 +220,15 @@ def settle(
         chosen, loose = new, loose | loose_now
 
 
+# of the bias of a layer, say, of whose outputs an example reads one: its "rows" are the columns of the layer's weights
+_ALONG_COLUMNS = Reason("another array of the state has its rows along another axis", "")
+
+
 def _may_be_rows(v: Any, out: Any) -> bool:
     """Whether a leaf of the state has rows, and becomes an array like itself."""
     shape, dtype = _jax.shape(v), _jax.dtype(v)
     numbers = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
     return len(shape) > 0 and shape[0] > 1 and numbers and (_jax.shape(out), _jax.dtype(out)) == (shape, dtype)
-
-
-def without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
-    """Abstract leaves with one example or id where a batch has none; None where it has some of all."""
-    kinds = [_jax.kind_of_array(x) for x in leaves]
-    if not any(0 in shape for i, (shape, _, _) in enumerate(kinds) if i not in places):
-        return None
-    return [
-        x if i in places else jax.ShapeDtypeStruct(tuple(max(d, 1) for d in shape), dtype, weak_type=weak)
-        for i, (x, (shape, dtype, weak)) in enumerate(zip(leaves, kinds, strict=True))
-    ]
 
 
 class Walked:
@@ -287,16 +293,6 @@ _BLOCK = 3  # rows of a stand-in
 def _stand_in(x: Any) -> Any:
     shape, axes = (_BLOCK, *x.shape[1:]), _jax.varying_axes(x)
     return _jax.vary(jnp.zeros(shape, x.dtype), axes) if axes else jax.ShapeDtypeStruct(shape, x.dtype)
-
-
-def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:
-    """Some rows of a leaf of the state. `table`: the leaf, where it is to be read there."""
-    return Rows(block, i, whole=lambda walk: as_whole(leaf), table=table)
-
-
-def rows_of_update(block: jax.Array, i: int) -> Rows:
-    """Some rows of an array that is zero elsewhere."""
-    return Rows(block, i, outside=ZERO, updated=True)
 
 
 def _notes_of_leaf(i: int, x: Any, places: dict[int, int]) -> frozenset[Note]:

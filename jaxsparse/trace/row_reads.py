@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import _jax
 from jaxsparse._jax import Equation
-from jaxsparse.ops.rows import add_rows, at_least_int32, is_narrow, read_rows, row_ids
+from jaxsparse.ops.rows import add_in_order, add_rows, at_least_int32, is_crowded, is_narrow, read_rows, row_ids
 from jaxsparse.trace import row_elementwise, row_rules
 from jaxsparse.trace.by_entry import Entries, adds_entries, by_pieces, made, noted
 from jaxsparse.trace.values import UNIFORM, UNKNOWN, Outs, Rows, Same, Summed, Values, Whole, array_of
@@ -297,12 +297,9 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             return with_new(block.astype(wide), where, array_of(updates))
 
         def at_once() -> jax.Array:
-            if not (adds_rows and _is_crowded(place, block)):
+            if not (adds_rows and is_crowded(place, block)):
                 return as_they_come()
-
-            def in_order() -> jax.Array:
-                return _add_in_order(block.astype(wide), place, array_of(updates))
-
+            in_order = lambda: add_in_order(block.astype(wide), place, array_of(updates))  # noqa: E731
             return jax.lax.platform_dependent(cuda=in_order, default=as_they_come)
 
         def one_by_one() -> jax.Array:
@@ -321,29 +318,6 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, [updates], adds=adds, clipped=clipped)
-
-
-def _is_crowded(place: jax.Array, block: jax.Array) -> bool:
-    """Whether so many rows are added to so few that a GPU does it faster in the order of these."""
-    rows = max(block.shape[0], 1)
-    return place.size >= _CROWDED * rows and place.size * (block.size // rows) * block.dtype.itemsize >= _LARGE
-
-
-def _add_in_order(block: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Array:
-    """block with rows added at `place`, row by row of the block. A GPU adds what several threads add to one address one
-    after another; XLA's threads each add up what is next to each other first, if it is said to be in order."""
-    many = place.size
-    place_in_order, order = jax.lax.sort_key_val(place.reshape(many), jnp.arange(many, dtype=jnp.int32))
-    rows = rows.reshape(many, *block.shape[1:]).at[order].get(mode="promise_in_bounds", unique_indices=True)
-    return block.at[place_in_order].add(
-        rows.astype(block.dtype), mode="drop", indices_are_sorted=True, wrap_negative_indices=False
-    )
-
-
-# An H100 took 2.5 ms for a step that adds 1.3 million rows of 128 to 170,000, and 1.8 ms in order. Of 82,000 rows of 64
-# to 18,000 both took as long, to start what sorts. With as many rows in the block, XLA adds them as they come.
-_CROWDED = 4
-_LARGE = 1 << 25  # bytes
 
 
 def window_sizes(eqn: Equation) -> list[int]:

@@ -126,3 +126,14 @@ def trace_step(
         lambda outs: jax.tree.unflatten(structure, outs),
         lambda leaves: read_apart(_jax.trace(flat_step, *leaves), leaves, places),
     )
+
+
+def without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
+    """Abstract leaves with one example or id where a batch has none; None where it has some of all."""
+    kinds = [_jax.kind_of_array(x) for x in leaves]
+    if not any(0 in shape for i, (shape, _, _) in enumerate(kinds) if i not in places):
+        return None
+    return [
+        x if i in places else jax.ShapeDtypeStruct(tuple(max(d, 1) for d in shape), dtype, weak_type=weak)
+        for i, (x, (shape, dtype, weak)) in enumerate(zip(leaves, kinds, strict=True))
+    ]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._jax import vary, varying_axes
+from jaxsparse.ops.rows import as_whole
 from jaxsparse.trace.pieces import Later
 
 # What the rows of a `Rows` are outside of its block: anything; what the padding rows at the block's end are; zero.
@@ -210,3 +211,13 @@ class RefusedError(ValueError):
     def __init__(self, text: str, got: str, do: str) -> None:
         super().__init__(text)
         self.got, self.do = got, do
+
+
+def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:
+    """Some rows of a leaf of the state. `table`: the leaf, where it is to be read there."""
+    return Rows(block, i, whole=lambda walk: as_whole(leaf), table=table)
+
+
+def rows_of_update(block: jax.Array, i: int) -> Rows:
+    """Some rows of an array that is zero elsewhere."""
+    return Rows(block, i, outside=ZERO, updated=True)

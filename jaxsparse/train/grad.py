@@ -24,9 +24,10 @@ from jaxsparse.trace.dense import LARGE, advice_on_whole, closed_advice, first_u
 from jaxsparse.trace.joined import read_apart
 from jaxsparse.trace.known_ids import known_of_traced
 from jaxsparse.trace.plan import Reason
-from jaxsparse.trace.planning import Planned, Walked, rows_of_leaf, settle, without_zeros
+from jaxsparse.trace.planning import Planned, Walked, settle
 from jaxsparse.trace.stacked import find_stacked
-from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of
+from jaxsparse.trace.tracing import without_zeros
+from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of, rows_of_leaf
 from jaxsparse.trace.walk import Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 

@@ -26,11 +26,11 @@ from jaxsparse.optim.up_to_date import Replayed, catch_up, find_replayed, flush_
 from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.known_ids import find_known
 from jaxsparse.trace.pieces import arrays_in, known, write
-from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused, rows_of_leaf
+from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused
 from jaxsparse.trace.stacked import LostError, find_stacked
 from jaxsparse.trace.tracing import TracedStep, trace_step
 from jaxsparse.trace.trained import TrainedRows, trained_rows
-from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of
+from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of, rows_of_leaf
 from jaxsparse.trace.walk import Space, Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 
