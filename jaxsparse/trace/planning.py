@@ -244,9 +244,8 @@ class Walked:
         updates: Mapping[int, Sequence[int]],
     ) -> None:
         self.plan, self.program = plan, program
-        for update, others in updates.items():
-            for i in others:
-                plan.unify(update, i)
+        for update, other in ((i, j) for i, others in updates.items() for j in others):
+            plan.unify(update, other)
         stand_ins = [_stand_in(x) if i in chosen else None for i, x in enumerate(leaves)]
 
         def ids_of_reads(leaves: list[Any], stand_ins: list[Any], for_ids: Any) -> list[Any]:

@@ -7,6 +7,7 @@ Rows of one class, both Same, or both whole.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,10 @@ def _split(values: Values, first: int, second: int) -> tuple[list[Value], list[V
 
 def _known_kinds(walk: Walk) -> list[Value] | None:
     """The kinds of what leaves a region, as planning has found them; None while planning."""
-    return None if walk.planning else walk.plan.kinds[walk.path]
+    if walk.planning:
+        return None
+    kinds, find = walk.plan.kinds[walk.path], walk.plan.find
+    return [dataclasses.replace(k, node=find(k.node)) if isinstance(k, Rows) else k for k in kinds]
 
 
 def _settle_carry(
