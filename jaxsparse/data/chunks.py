@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -116,13 +117,15 @@ def ahead(items: Generator[T], count: int, pool: ThreadPoolExecutor) -> Iterator
 
     Each item is a task of its own, so that the thread never waits for one to be taken, and ends when Python does.
     """
+    is_ending = sys.is_finalizing  # a local, since Python takes modules apart when it ends
     made = collections.deque(pool.submit(next, items, None) for _ in range(count))
     try:
         while (item := made.popleft().result()) is not None:
             made.append(pool.submit(next, items, None))
             yield item
     finally:
-        wait([task for task in made if not task.cancel()])
+        if not is_ending():  # else the thread has ended
+            wait([task for task in made if not task.cancel()])
         items.close()  # and its files
 
 
