@@ -102,9 +102,9 @@ def rows_of(array: jax.Array, i: int, ids: jax.Array, *, aligned: bool = False) 
     def make(part: Part) -> Any:
         if i in part.leaves:
             return part.leaves[i]
-        if aligned or not part.on_cpu:
-            return array if aligned else gather_rows(array, part.ids)
-        return gather_blocks([array], part.ids)[0]
+        if aligned:
+            return array
+        return gather_blocks([array], part.ids)[0] if part.on_cpu else gather_rows(array, part.ids)
 
     return Later(ids, (), make, (*ids.shape, *array.shape[1:]), array.dtype, leaf=i, gathered=not aligned)
 

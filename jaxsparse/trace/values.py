@@ -123,7 +123,7 @@ class Rows:
 
     def for_branch(self) -> Any:
         """The block, computed here, in a branch that no CPU runs."""
-        return self.made.compute(on_cpu=False) if isinstance(self.made, Later) else self.made
+        return self.made.compute(on_cpu=False) if isinstance(self.made, Later) else ready(self.made)
 
     @property
     def first(self) -> Rows:

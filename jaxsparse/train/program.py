@@ -113,9 +113,9 @@ class StepProgram:
     def _leaves_ids_to_device(self, leaves: list[Any], used: list[Any]) -> bool:
         """Whether the ids are left to the device: not sorted on the host, and not known from a batch. A GPU sorts them
         faster than the host does."""
-        if self._knows_all or not _jax.on_one_device(leaves):
-            return not _jax.on_one_device(leaves)
-        return not self._host.sees(used) or _jax.platform_of(leaves) == "gpu"
+        if not _jax.on_one_device(leaves):
+            return True
+        return not self._knows_all and (not self._host.sees(used) or _jax.platform_of(leaves) == "gpu")
 
     def _returned(self, outs: list[Any]) -> Any:
         by_place = dict(zip(self._order, outs, strict=True))
