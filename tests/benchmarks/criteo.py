@@ -3,7 +3,8 @@
 The file is made: a label, 13 numbers and 26 columns of categories, skewed, tab-separated, some fields empty. Reading it
 (js.read_csv), its batches (js.stream), the step (js.jit) on batches that are on the device already, and all of it end
 to end are timed in turn, the last without and with prefetch=, each in wall time and in the process's own time, and the
-memory of the process is looked at along the way. The ratio is that of end to end to the step alone.
+memory of the process is looked at along the way. The ratio is that of end to end to the step alone. With --minutes, the
+file is trained on over and over for that long instead, and memory is printed for each minute.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,14 +116,17 @@ class Job:
         self.resident = list(itertools.islice(self.streams["end to end"].one_epoch(), RESIDENT))
         params = jax.jit(MODEL.init)(jax.random.key(0), self.resident[0].x)
         self.state = TrainState.create(apply_fn=None, params=params, tx=TX)
-        self.losses: list[Any] = []
+        self.first: list[Any] = []
+        self.last: deque[Any] = deque(maxlen=50)
         self.memory: list[float] = []
 
     def train(self, batches: Iterable[js.Batch]) -> int:
         count = 0
         for count, batch in enumerate(batches, 1):
             self.state, loss = step(self.state, batch)
-            self.losses.append(loss)
+            self.last.append(loss)
+            if len(self.first) < 50:
+                self.first.append(loss)
             if count % 16 == 0:
                 self.memory.append(megabytes())
         jax.block_until_ready(self.state)
@@ -134,6 +139,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--minutes", type=int, help="train for so long, and look at memory only"
+    )
     parser.add_argument("--data", metavar="FILE", help="where the log is, or is made; by default it is temporary")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -141,7 +149,7 @@ def main() -> None:
         path = Path(options.data or Path(folder, "day.tsv"))
         if not path.exists():
             write(path, options.lines)
-        figures = measure(path, options)
+        figures = soak(path, options) if options.minutes else measure(path, options)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1))
 
@@ -171,15 +179,28 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
         alone = np.median([b[0] / a[0] for a, b in zip(of, times["step alone"], strict=True)])  # of one round
         figures[name] = {"examples": 1 / wall, "microseconds": 1e6 * own, "of_the_step": alone}
         print(f"{name:16}{1 / wall:12,.0f}{1e6 * own:16.1f}{alone:13.2f}")
-    losses = np.array(jax.device_get(job.losses))
-    assert np.isfinite(losses).all()
-    figures |= {"loss_first": float(losses[:50].mean()), "loss_last": float(losses[-50:].mean())}
+    first, last = (np.array(jax.device_get(list(of))) for of in (job.first, job.last))
+    assert np.isfinite(first).all() and np.isfinite(last).all()
+    figures |= {"loss_first": float(first.mean()), "loss_last": float(last.mean())}
     print(f"loss of the first 50 steps {figures['loss_first']:.4f}, of the last 50 {figures['loss_last']:.4f}")
     figures["megabytes"] = job.memory
     figures["rungs"] = {name: of.rungs for name, of in job.streams.items()}
     quarters = ", ".join(f"{np.mean(part):,.0f}" for part in np.array_split(job.memory, 4))
     print(f"memory by quarters of the run: {quarters} MB, at most {max(job.memory):,.0f}")
     return figures
+
+
+def soak(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Memory at the end of each minute of training on the file, from its start again whenever it ends."""
+    job = Job(path, options.batch_size, options.prefetch)
+    epochs = itertools.chain.from_iterable(itertools.repeat(job.streams["with prefetch"]))
+    steps, minutes, began = job.train(job.resident), [], time.perf_counter()
+    while len(minutes) < options.minutes:
+        end = began + 60 * (len(minutes) + 1)
+        steps += job.train(itertools.takewhile(lambda _, end=end: time.perf_counter() < end, epochs))
+        minutes.append(megabytes())
+        print(f"minute {len(minutes):3}: {minutes[-1]:,.0f} MB, {steps:,} steps", flush=True)
+    return {"megabytes": minutes, "steps": steps}
 
 
 if __name__ == "__main__":
