@@ -145,6 +145,7 @@ def gathered_once(
     like: Sequence[jax.ShapeDtypeStruct],
     always: jax.Array,
     axes: Sequence[Iterable[Any]] = (),
+    on_tpu: Callable[[], list[jax.Array]] | None = None,
 ) -> list[jax.Array]:
     """Blocks of rows, gathered once. Not differentiable.
 
@@ -156,6 +157,7 @@ def gathered_once(
       like: their shapes and dtypes.
       always: a traced bool that is true. If it is false, all blocks are zero.
       axes: the mapped axes that each of them varies over, as far as shard_map checks that.
+      on_tpu: makes them on TPU, where make(gather_rows) does if this is left out.
     """
     if not is_traced(always):
         return make(gather_rows)
@@ -167,7 +169,8 @@ def gathered_once(
     def on_cpu() -> list[jax.Array]:
         return jax.lax.cond(always, lambda: make(copy_rows), zeros)
 
-    return jax.lax.platform_dependent(cpu=on_cpu, default=lambda: make(gather_rows))
+    others = {"tpu": on_tpu} if on_tpu else {}
+    return jax.lax.platform_dependent(cpu=on_cpu, **others, default=lambda: make(gather_rows))
 
 
 def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:

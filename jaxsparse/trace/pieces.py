@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Later:
         self.ids, self.operands, self.make, self.leaf, self.gathered = ids, tuple(operands), make, leaf, gathered
         self.shape, self.ndim, self.dtype = shape, len(shape), dtype
         self._block: Any = None
+        self._elsewhere: Any = None
 
     def block(self) -> Any:
         """All of it, kept for what needs it next, as are the rows that it was gathered from."""
@@ -55,9 +56,17 @@ class Later:
             self._block = self.compute()
         return self._block
 
-    def compute(self, *, on_cpu: bool = True) -> Any:
-        """All of it, not kept: for branches. on_cpu: whether CPUs may run this one."""
-        return self._block if self._block is not None else Part(self.ids, on_cpu=on_cpu).of([self])[0]
+    def compute(self) -> Any:
+        """All of it, not kept: for branches."""
+        return self._block if self._block is not None else Part(self.ids).of([self])[0]
+
+    def elsewhere(self) -> Any:
+        """All of it for what no CPU runs. It is kept for `write`, which on TPU uses these rows and gathers none."""
+        if self._block is not None:
+            return self._block
+        if self._elsewhere is None:
+            self._elsewhere = Part(self.ids, on_cpu=False).of([self])[0]
+        return self._elsewhere
 
 
 class Part:
@@ -109,14 +118,22 @@ def rows_of(array: jax.Array, i: int, ids: jax.Array, *, aligned: bool = False) 
     return Later(ids, (), make, (*ids.shape, *array.shape[1:]), array.dtype, leaf=i, gathered=not aligned)
 
 
-def gather_blocks(arrays: list[jax.Array], ids: jax.Array) -> list[jax.Array]:
-    """The rows at ids, the last of which is padding, of several arrays, copied in one piece; not differentiable."""
+def gather_blocks(arrays: list[jax.Array], ids: jax.Array, made: Sequence[Any] = ()) -> list[jax.Array]:
+    """The rows at ids, the last of which is padding, of several arrays, copied in one piece; not differentiable.
+
+    made: those that are there already off CPU, None for the others. A TPU uses them. A GPU does better to gather them
+    again than to write and read them: the gather becomes a part of what needs the rows.
+    """
     if not ids.shape[0]:
         return [gather_rows(x, ids) for x in arrays]
     axes = [_jax.varying_axes([x, ids]) for x in arrays]
     always = _jax.vary((ids[-1] | 1) != 0, frozenset().union(*axes))  # which XLA does not know
     like = [jax.ShapeDtypeStruct((*ids.shape, *x.shape[1:]), x.dtype) for x in arrays]
-    return gathered_once(lambda gather: [gather(x, ids) for x in arrays], like, always, axes)
+    on_tpu = None
+    if any(block is not None for block in made):
+        pairs = list(zip(arrays, made, strict=True))
+        on_tpu = lambda: [gather_rows(x, ids) if block is None else block for x, block in pairs]  # noqa: E731
+    return gathered_once(lambda gather: [gather(x, ids) for x in arrays], like, always, axes, on_tpu)
 
 
 def known(x: Any) -> Any:
@@ -165,8 +182,10 @@ def write(
     """
 
     def at_once() -> dict[int, jax.Array]:
-        leaves = sorted({x.leaf for x in needed(new.values()) if x.leaf is not None} - aligned)
-        blocks = dict(zip(leaves, gather_blocks([arrays[i] for i in leaves], ids), strict=True))
+        made = {x.leaf: x._elsewhere for x in needed(new.values()) if x.leaf is not None}
+        leaves = sorted(made.keys() - aligned)
+        rows = gather_blocks([arrays[i] for i in leaves], ids, [made[i] for i in leaves])
+        blocks = dict(zip(leaves, rows, strict=True))
         out = Part(ids, leaves=blocks).of(new.values())
         return dict(arrays) | {
             i: x if i in aligned else scatter_rows(arrays[i], ids, x) for i, x in zip(new, out, strict=True)

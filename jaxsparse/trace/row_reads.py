@@ -74,8 +74,9 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if rows.table is not None:
         wide = at_least_int32(ids)
         inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in CLIPPED else wide, num_rows)
+        block = rows.elsewhere()
         out = jax.lax.platform_dependent(
-            cpu=lambda: read(rows.table, inside, cpu=True), default=lambda: read(rows.for_branch(), place, cpu=False)
+            cpu=lambda: read(rows.table, inside, cpu=True), default=lambda: read(block, place, cpu=False)
         )
         walk.tables_read.append(out)
         source, places = rows.table, inside
@@ -215,9 +216,8 @@ def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
     if rows.table is None:
         return [Whole(read(rows.block))]
-    out = jax.lax.platform_dependent(
-        cpu=lambda: _jax.bind(eqn, [rows.table])[0], default=lambda: read(rows.for_branch())
-    )
+    block = rows.elsewhere()
+    out = jax.lax.platform_dependent(cpu=lambda: _jax.bind(eqn, [rows.table])[0], default=lambda: read(block))
     walk.tables_read.append(out)
     return [Whole(out)]
 

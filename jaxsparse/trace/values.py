@@ -121,9 +121,9 @@ class Rows:
         """The rows that were chosen."""
         return self.made.block() if isinstance(self.made, Later) else ready(self.made)
 
-    def for_branch(self) -> Any:
-        """The block, computed here, in a branch that no CPU runs."""
-        return self.made.compute(on_cpu=False) if isinstance(self.made, Later) else ready(self.made)
+    def elsewhere(self) -> Any:
+        """The block, for what no CPU runs."""
+        return self.made.elsewhere() if isinstance(self.made, Later) else ready(self.made)
 
     @property
     def first(self) -> Rows:
