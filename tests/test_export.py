@@ -98,7 +98,9 @@ def test_a_tpu_gathers_rows_once():
     what is made for a CPU, and the rows that are not read keep their bits."""
     batch, step = make_batch(True), js.jit(stock_step)
     table = re.escape(f"(tensor<{V}x{D}xf32>")
-    module = {name: jax.export.export(step, platforms=[name])(make_state(), batch).mlir_module() for name in PLATFORMS[1:]}
+    module = {
+        name: jax.export.export(step, platforms=[name])(make_state(), batch).mlir_module() for name in PLATFORMS[1:]
+    }
     found = {name: len(re.findall(rf'"stablehlo.gather".*: {table}', text)) for name, text in module.items()}
     assert found["tpu"] == 3 and found["cuda"] == 4, found
     anywhere = [jax.export.DisabledSafetyCheck.platform()]

@@ -186,10 +186,11 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
     A value to which it is added is computed after these arrays. If a donated array is read, and then written at places
     and with values that do not depend on the read, XLA copies the array to be safe. It drops optimization barriers
     before it decides that. So the order becomes a data dependency: a 32-bit word has at most 32 ones, which XLA does
-    not know.
+    not know. The barrier that is here is for GPUs: each kernel that writes rows would compute the word once more.
     """
     total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in arrays), jnp.float32(0))
-    return jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
+    zero = jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
+    return jax.lax.optimization_barrier(zero)
 
 
 def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:

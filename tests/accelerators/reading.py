@@ -13,7 +13,7 @@ from tests.hlo import INSTRUCTION, computations
 _FREE = "parameter get-tuple-element tuple bitcast constant opt-barrier after-all iota partition-id replica-id".split()
 # Instructions that write rows into an array in place: where XLA cannot, it copies the array first, and that is found.
 _WRITES = ["scatter", "dynamic-update-slice"]
-_READS = ["gather", "dynamic-slice"]
+_READS = ["gather", "dynamic-slice", "slice"]
 # Inside of a fusion: what nothing is made for, if only some rows of it are read.
 _SAME_ROWS = ["bitcast", "reshape", "copy"]
 _CALLS = ["while", "conditional", "call"]
@@ -294,12 +294,24 @@ def _read(x: re.Match, inner: list[re.Match], by_name: dict[str, re.Match], made
                     names.add(user["name"])
                     queue.append(user["name"])
             elif user["op"] in _READS and given[0] == name:
-                size += sum(_windows(whole[0], r) for r in arrays(user["shape"]))
+                size += sum(_windows(whole[0], r) for last in _last_gathers(user, inner) for r in arrays(last["shape"]))
             elif user["op"] in _WRITES and name in given[: max(1, (len(given) - 1) // 2)] and user in made:
                 continue  # counted where it is written
             else:
                 return sum(a.bytes for a in whole)
-    return min(size, sum(a.bytes for a in whole))
+    return size if any(i["op"] == "gather" for i in inner) else min(size, sum(a.bytes for a in whole))
+
+
+def _last_gathers(first: re.Match, inner: list[re.Match]) -> list[re.Match]:
+    """In a fusion, the gathers of what this one gathers, which then gathers as many rows; itself if there are none."""
+    names, found = {first["name"]}, []
+    for i in inner:
+        given = operands(i) if i["op"] != "parameter" else []
+        if i["op"] == "gather" and given[0] in names:
+            found.append(i)
+        elif names & set(given):
+            names.add(i["name"])
+    return found or [first]
 
 
 def bytes_needed(distinct: int, row_bytes: float, ids: int, bags: int, dim: int) -> float:
