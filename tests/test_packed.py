@@ -270,6 +270,12 @@ def test_errors():
     packed = js.pack({"t": jnp.zeros((V, 16))}, tables="t")
     with pytest.raises(TypeError, match=r"Packed table at \['t'\].*js.unpack"):
         js.value_and_grad(lambda p: jnp.sum(p["t"][jnp.arange(3)]))(packed)
+    tx, plain = js.lazy(optax.adam(1e-2)), js.unpack(packed)
+    grads = {"t": js.RowSparse(jnp.array([3]), jnp.ones((1, 16)), (V, 16))}
+    with pytest.raises(TypeError, match=r"'params'.*js.lazy .*Packed\(.*at \['t'\].*js.make_train_step; .*js.unpack"):
+        tx.update(grads, tx.init(plain), packed)
+    with pytest.raises(TypeError, match=r"'state'.*js.lazy .*Packed\(.*\['t'\].*js.unpack"):
+        tx.update(grads, tx.init(packed), plain)
     with pytest.raises(ValueError, match=r"'tables'.*parts of the paths"):
         js.pack({"t": jnp.zeros((V, 16))}, tables="u")
     split = jax.ShapeDtypeStruct(

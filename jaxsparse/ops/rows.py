@@ -78,12 +78,14 @@ def is_stored(x: Any) -> bool:
     return isinstance(x, Storage)
 
 
-def check_arrays(function: str, tree: Any) -> None:
+def check_arrays(
+    function: str, tree: Any, argument: str = "state", do: str = "Pass js.unpack(state), and js.pack what comes back."
+) -> None:
     """Raises TypeError if something in a state is stored in another form."""
     for path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_stored)[0]:
         if is_stored(x):
-            got, do = f"{x!r} at {jax.tree_util.keystr(path)}", "Pass js.unpack(state), and js.pack what comes back."
-            raise TypeError(message(function, "state", "one of arrays", got, do))
+            got = f"{x!r} at {jax.tree_util.keystr(path)}"
+            raise TypeError(message(function, argument, "one of arrays", got, do))
 
 
 def as_array(x: Any) -> Any:

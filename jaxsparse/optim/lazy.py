@@ -21,7 +21,7 @@ from jaxsparse import _jax
 from jaxsparse._checks import check_transformation, message
 from jaxsparse._context import tracing
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
-from jaxsparse.ops.rows import is_stored
+from jaxsparse.ops.rows import check_arrays, is_stored
 from jaxsparse.trace.pieces import rows_of, write
 from jaxsparse.trace.planning import Planned, check, refused, settle, warn_once
 from jaxsparse.trace.trained import trained_rows
@@ -54,7 +54,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
       calls it. The state must be donated for a step to cost O(rows).
 
     Raises:
-      TypeError: if inner is no transformation.
+      TypeError: if inner is no transformation; from update, if parameters or state are packed (`js.pack`).
       ValueError: from update, if a gradient's shape is not its parameter's, or inner does not act on each row by
         itself, with its line.
 
@@ -77,6 +77,9 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
                 do = "In a step under js.jit or js.rowwise, give it to that."
                 raise ValueError(message("lazy", "rows", "left out where no gradient is a RowSparse", "it", do))
             return inner.update(updates, state, params, **extra_args)
+        do = "A packed state is for js.jit or js.make_train_step; here, give params and state as js.unpack returns them."
+        check_arrays("lazy", params, "params", do)
+        check_arrays("lazy", state, "state", do)
         try:
             values = [None] * len(grads) if params is None else tree.flatten_up_to(params)
         except ValueError:

@@ -340,7 +340,7 @@ def _warn_of_stacked(planned: PlannedGradient) -> None:
 def _check_leaf(x: Any, path: str) -> Any:
     must, at = "arguments whose leaves are floating arrays", f" at {path}" if path else ""
     if is_stored(x):
-        do = "Packed tables are for js.jit; differentiate js.unpack(params)."
+        do = "A packed state is for js.jit or js.make_train_step; here, differentiate js.unpack(params)."
         raise TypeError(message("value_and_grad", "argnums", must, f"a {type(x).__name__} table{at}", do))
     if not hasattr(x, "dtype") and not isinstance(x, float):
         do = "Pass what is no parameter in another argument, or close over it (eqx.partition, nnx.split)."
