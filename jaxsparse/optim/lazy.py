@@ -77,7 +77,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
                 do = "In a step under js.jit or js.rowwise, give it to that."
                 raise ValueError(message("lazy", "rows", "left out where no gradient is a RowSparse", "it", do))
             return inner.update(updates, state, params, **extra_args)
-        do = "A packed state is for js.jit or js.make_train_step; here, give params and state as js.unpack returns them."
+        do = "A packed state is for js.jit or js.make_train_step; here, give js.unpack(params) and js.unpack(state)."
         check_arrays("lazy", params, "params", do)
         check_arrays("lazy", state, "state", do)
         try:
