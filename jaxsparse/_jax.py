@@ -14,11 +14,11 @@ What this room leans on:
   `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
   convert_element_type `new_dtype`; reduce_sum `axes`; while `cond_jaxpr`, `body_jaxpr`, `cond_nconsts`,
   `body_nconsts`; scatter, broadcast_in_dim, reshape, slice, pad, transpose, squeeze, rev, dot_general, concatenate,
-  sort, split, stack and top_k what they are called with in jax.lax; psum, pmax, pmin and psum_invariant `axes`. Of any
-  other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
-* Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack. And
-  `jaxsparse/export`, which writes equations down in NumPy, knows all of them by their names and parameters, and refuses
-  those that it does not know. custom_jvp_call and custom_vjp_call have a `call_jaxpr`.
+  sort, split, stack, unstack and top_k what they are called with in jax.lax; psum, pmax, pmin and psum_invariant
+  `axes`. Of any other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
+* Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack and
+  unstack. And `jaxsparse/export`, which writes equations down in NumPy, knows all of them by their names and
+  parameters, and refuses those that it does not know. custom_jvp_call and custom_vjp_call have a `call_jaxpr`.
 * jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it;
   `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters;
   `replace` of an equation gives it another `source_info`.

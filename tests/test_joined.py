@@ -9,7 +9,9 @@ import optax
 import pytest
 
 import jaxsparse as js
+from jaxsparse.trace import planning
 from tests.hlo import compiled_by_default, large_arrays
+from tests.marks import slow_but
 from tests.stepwise import copied
 
 HEIGHTS, D = {"a": 50, "b": 60, "c": 70}, 4
@@ -40,6 +42,7 @@ READS = {
     "two and one": lambda p, i: squares(jnp.concatenate([jnp.concatenate([p["a"], p["b"]]), p["c"]])[i]),
     "in a jit": lambda p, i: squares(jax.jit(lambda t, i: t[i])(joined(p), i)),
     "a jit of all": jax.jit(lambda p, i: squares(joined(p)[i])),
+    "a remat of all": jax.checkpoint(lambda p, i: squares(jnp.tanh(joined(p)[i]))),
     "a padding row": lambda p, i: squares(jnp.concatenate([jnp.zeros((1, D)), joined(p)])[i]),
     "cast": lambda p, i: squares(joined(jax.tree.map(jnp.bfloat16, p))[i].astype(jnp.float32)),
     "a part of a row": lambda p, i: squares(joined(p)[i, 1]),
@@ -140,4 +143,62 @@ def test_used_as_a_whole():
     with pytest.warns(UserWarning) as said:
         got = js.jit(functools.partial(step, loss_fn=loss_fn))(copied(state), IDS)
     assert any("['a'] is dense, with its slots: concatenate" in str(warning.message) for warning in said)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+
+
+def stacked(p):
+    return jnp.stack([p["t"], p["u"]])
+
+
+def by_number(ids):
+    """Rows of the two tables that are read where a pair of numbers is (table, row)."""
+    return [{int(row) for table, row in ids if table == n} for n in (0, 1)]
+
+
+def every(ids):
+    return [{int(row) for _, row in ids}] * 2
+
+
+STACKS = {
+    "by table and row": (lambda p, i: squares(stacked(p)[i[:, 0], i[:, 1]]), by_number),
+    "negative": (lambda p, i: squares(stacked(p)[i[:, 0] - 2, i[:, 1] - 50]), by_number),
+    "twice": (
+        lambda p, i: (lambda t: squares(t[i[:, 0], i[:, 1]]) + squares(t[0, i[:1, 1]]))(stacked(p)),
+        lambda ids: [by_number(ids)[0] | {int(ids[0, 1])}, by_number(ids)[1]],
+    ),
+    "in a remat": (jax.checkpoint(lambda p, i: squares(jnp.sin(stacked(p)[i[:, 0], i[:, 1]]))), by_number),
+    "along columns": (lambda p, i: squares(jnp.stack([p["t"], p["u"]], 1)[i[:, 1]]), every),
+    "along the last axis": (lambda p, i: squares(jnp.stack([p["t"], p["u"]], -1)[i[:, 1]]), every),
+}
+
+
+@pytest.mark.parametrize("name", slow_but({"by table and row", "along columns"}, STACKS))
+def test_stacked_in_the_step(name):
+    """A row that one table's id names stays as it is in the other table, which has had momentum there."""
+    loss_fn, rows = STACKS[name]
+    params = {name: jnp.asarray(RNG.normal(size=(50, D)), jnp.float32) for name in ("t", "u")}
+    got = want = (params, TX.init(params))
+    run, dense = js.jit(functools.partial(step, loss_fn=loss_fn)), jax.jit(functools.partial(step, loss_fn=loss_fn))
+    for ids in np.array([[[0, 2], [1, 3], [0, 49]], [[1, 2], [0, 3], [1, 0]], [[0, 2], [0, 3], [1, 49]]]):
+        read = {name: np.isin(np.arange(50), list(r))[:, None] for name, r in zip(("t", "u"), rows(ids), strict=True)}
+        back = functools.partial(jax.tree.map, jnp.where, read)
+        old, (want, want_loss), before = want, dense(want, ids), copied(got)
+        was, adam = old[1][0], want[1][0]
+        adam = adam._replace(mu=back(adam.mu, was.mu), nu=back(adam.nu, was.nu))
+        want = back(want[0], old[0]), (adam, want[1][1])
+        got, loss = run(got if got[0] is not params else copied(got), ids)
+        np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+        jax.tree.map(np.testing.assert_array_equal, got[0], back(got[0], before[0]))
+
+
+def test_stacked_and_read_under_vmap(monkeypatch):
+    """It is made, and dense, as under jax.jit."""
+    monkeypatch.setattr(planning, "_ANNOUNCED", set())
+    params = {name: jnp.asarray(RNG.normal(size=(50, D)), jnp.float32) for name in ("t", "u")}
+    loss_fn = lambda p, i: squares(jax.vmap(lambda t, i: t[i])(stacked(p), i.T))  # noqa: E731
+    run, start = functools.partial(step, loss_fn=loss_fn), (params, TX.init(params))
+    with pytest.warns(UserWarning, match="no array of the state is read by rows"):
+        got = js.jit(run)(copied(start), np.array([[0, 2], [1, 3]]))
+    want = jax.jit(run)(start, np.array([[0, 2], [1, 3]]))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)

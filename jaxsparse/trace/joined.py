@@ -1,11 +1,12 @@
-"""Tables that a program puts below each other before it reads them: `jnp.concatenate([t0, t1])[ids]`.
+"""Tables that a program puts below each other before it reads them: `jnp.concatenate([t0, t1])[ids]`, and tables of one
+shape that it stacks: `jnp.stack([t0, t1])[f, ids]`, each of them being one row of the first axis.
 
 One array with all their rows would be made at each step. So the program is rewritten: each table is read by the ids
 that are its own, and what all of them are read for is chosen among these reads. The same is done for the gradient: what
 is added into zeros with all rows, and cut into parts, is added into the zeros of each part.
 
-Where such an array is used in another way, it is made, as it was. Inside of a scan, cond or remat, and where it is
-handed to one of these, it is made too. Its tables are dense then.
+Where such an array is used in another way, it is made, as it was. Inside of a scan or cond, and where it is handed to
+one of these or to a remat, it is made too. Its tables are dense then.
 """
 
 from __future__ import annotations
@@ -40,21 +41,27 @@ def read_apart(program: Program, leaves: Sequence[Any], tables: Collection[int])
     shapes = {_jax.shape(program.inputs[i]) for i in tables} - {()}
     if not _joins(program, shapes):
         return program
-    return _jax.trace(lambda leaves: _Rewriting([leaves[i] for i in tables]).run(program, leaves), list(leaves))
+    return _jax.trace(lambda leaves: _Rewriting([leaves[i] for i in tables], shapes).run(program, leaves), list(leaves))
 
 
 def _joins(program: Program, shapes: Collection[tuple[int, ...]]) -> bool:
-    """Whether an array of one of these shapes is put below others, as far as calls are looked into."""
+    """Whether an array of one of these shapes is put below others, as far as calls and remats are looked into."""
     return any(
         _joins(_jax.called(eqn), shapes)
         if eqn.primitive in _jax.CALLS
-        else _is_join(eqn) and any(_jax.shape(v) in shapes for v in eqn.inputs)
+        else _joins(_jax.remat_of(eqn).body, shapes)
+        if _jax.is_remat(eqn)
+        else (_is_join(eqn) or _is_stack(eqn)) and any(_jax.shape(v) in shapes for v in eqn.inputs)
         for eqn in program.equations
     )
 
 
 def _is_join(eqn: Equation) -> bool:
     return eqn.primitive is _jax.CONCATENATE and eqn.param("dimension") == 0
+
+
+def _is_stack(eqn: Equation) -> bool:
+    return eqn.primitive.name == "stack" and eqn.param("axis") == 0  # by name: JAX does not list it
 
 
 class _Unmade:
@@ -71,11 +78,11 @@ class _Unmade:
 
 
 class _Joined(_Unmade):
-    """Arrays below each other."""
+    """Arrays below each other. tables: each of them is one table, a row being named by two axes."""
 
-    def __init__(self, make: Callable[[], Any], parts: Sequence[Any]) -> None:
+    def __init__(self, make: Callable[[], Any], parts: Sequence[Any], tables: bool = False) -> None:
         super().__init__(make)
-        self.parts = parts
+        self.parts, self.tables = parts, tables
 
 
 class _Zeros(_Unmade):
@@ -97,15 +104,21 @@ class _Added(_Unmade):
 
     def cut(self, start: int, out: Any) -> _Added:
         """Those from another row on, for the variable that they are."""
-        start += self.start
-        return _Added(lambda: _add(self.scatters, start, out), self.scatters, start)
+        start, shape, dtype = start + self.start, _jax.shape(out), _jax.dtype(out)
+        return _Added(lambda: _add(self.scatters, start, shape, dtype), self.scatters, start)
+
+    def table(self, number: int, out: Any) -> Any:
+        """That of a number, for the variable that it is."""
+        shape, dtype = (1, *_jax.shape(out)), _jax.dtype(out)
+        return jnp.squeeze(_add(self.scatters, self.start + number, shape, dtype, of_table=True), 0)
 
 
 class _Rewriting(Rewriting):
-    """One way through a program. tables: its inputs that may be."""
+    """One way through a program. tables: its inputs that may be; shapes: of these."""
 
-    def __init__(self, tables: Sequence[Any]) -> None:
+    def __init__(self, tables: Sequence[Any], shapes: Collection[tuple[int, ...]]) -> None:
         super().__init__()
+        self._shapes = shapes
         self._tables = list(tables)  # and what they are cast to
         self._heights: set[int] = set()  # of tables that are below each other
 
@@ -118,6 +131,9 @@ class _Rewriting(Rewriting):
         if primitive in _jax.CALLS and _jax.called_name(eqn) not in (ROWS_OF, ROW_NUMBERS):
             return self.walk(_jax.called(eqn), values)
 
+        if _jax.is_remat(eqn) and _joins((remat := _jax.remat_of(eqn)).body, self._shapes):
+            arrays = [_array(v) for v in values]
+            return list(remat.again(lambda: self.run(remat.body, arrays))())
         within = self.within
 
         def as_it_is() -> list[Any]:
@@ -129,8 +145,14 @@ class _Rewriting(Rewriting):
         if _is_join(eqn) and any(isinstance(v, _Joined) or self._is_table(v) for v in values):
             self._heights.add(_jax.shape(eqn.outputs[0])[0])
             return [_Joined(later, [part for v in values for part in _parts(v)])]
-        if primitive is _jax.GATHER and isinstance(first, _Joined) and _reads_rows(eqn):
-            return [in_place_of(within, functools.partial(_read, eqn), list(first.parts), _array(values[1]))]
+        if _is_stack(eqn) and any(map(self._is_table, values)):
+            self._heights.add(len(values))
+            parts = in_place_of(within, lambda xs: [jnp.expand_dims(x, 0) for x in xs], list(map(_array, values)))
+            return [_Joined(later, parts, tables=True)]
+        if primitive is _jax.GATHER and isinstance(first, _Joined) and _reads_rows(eqn, first.tables):
+            return [
+                in_place_of(within, functools.partial(_read, eqn, first.tables), list(first.parts), _array(values[1]))
+            ]
         if primitive is _jax.BROADCAST and _jax.shape(eqn.outputs[0])[:1] and _is_zero(first):
             return [_Zeros(later)] if _jax.shape(eqn.outputs[0])[0] in self._heights else as_it_is()
         if primitive is _jax.SCATTER_ADD and isinstance(first, _Zeros) and _adds_to_rows(eqn):
@@ -139,6 +161,8 @@ class _Rewriting(Rewriting):
             return [_Added(later, [scatter for v in values for scatter in v.scatters], first.start)]
         if isinstance(first, _Added) and (cuts := _cuts(eqn)) is not None:
             return [first.cut(start, v) for start, v in zip(cuts, eqn.outputs, strict=True)]
+        if isinstance(first, _Added) and primitive.name == "unstack" and eqn.param("axis") == 0:
+            return in_place_of(within, lambda: [first.table(n, v) for n, v in enumerate(eqn.outputs)])
         outs = as_it_is()
         if primitive is _jax.CONVERT and self._is_table(first):
             self._tables += outs
@@ -160,9 +184,9 @@ def _is_zero(v: Any) -> bool:
     return not _jax.is_traced(v) and not isinstance(v, _Unmade) and jnp.ndim(v) == 0 and not v
 
 
-def _reads_rows(eqn: Equation) -> bool:
-    numbers = eqn.param("dimension_numbers")
-    return 0 in numbers.start_index_map and eqn.param("slice_sizes")[0] == 1
+def _reads_rows(eqn: Equation, of_tables: bool) -> bool:
+    named, sizes = eqn.param("dimension_numbers").start_index_map, eqn.param("slice_sizes")
+    return all(axis in named and sizes[axis] == 1 for axis in ((0, 1) if of_tables else (0,)))
 
 
 def _adds_to_rows(eqn: Equation) -> bool:
@@ -180,7 +204,7 @@ def _cuts(eqn: Equation) -> list[int] | None:
     return [starts[0]] if whole and (strides is None or set(strides) == {1}) else None
 
 
-def _read(eqn: Equation, parts: Sequence[Any], at: Any) -> Any:
+def _read(eqn: Equation, of_tables: bool, parts: Sequence[Any], at: Any) -> Any:
     """A gather from arrays below each other, as one from each of them."""
     numbers, mode = eqn.param("dimension_numbers"), eqn.param("mode")
     shape, out = _jax.shape(eqn.inputs[0]), eqn.outputs[0]
@@ -196,6 +220,8 @@ def _read(eqn: Equation, parts: Sequence[Any], at: Any) -> Any:
     for part in parts:
         own = in_range(ids - start, jnp.shape(part)[0])
         where = at.at[..., component].set(row_ids(ids - start, jnp.shape(part)[0]).astype(at.dtype))
+        if of_tables:
+            where = _of_table(where, own, numbers.start_index_map, shape[1])
         changes = {"mode": Mode.FILL_OR_DROP, "fill_value": 0, "indices_are_sorted": False, "unique_indices": False}
         (read,) = _jax.bind(eqn, [part, where], **changes)
         total = jnp.where(jax.lax.broadcast_in_dim(own, read.shape, batch), read, total)
@@ -203,9 +229,17 @@ def _read(eqn: Equation, parts: Sequence[Any], at: Any) -> Any:
     return total
 
 
-def _add(scatters: Sequence[_Scatter], start: int, cut: Any) -> Any:
-    """The rows from `start` on of what is added into zeros, for the variable that they are."""
-    out, many = jnp.zeros(_jax.shape(cut), _jax.dtype(cut)), _jax.shape(cut)[0]
+def _of_table(at: Any, own: Any, axes: Sequence[int], num_rows: int) -> Any:
+    """Indices that name no row where the table is another one."""
+    row = tuple(axes).index(1)
+    return at.at[..., row].set(jnp.where(own, at[..., row], num_rows))
+
+
+def _add(
+    scatters: Sequence[_Scatter], start: int, shape_of_cut: tuple[int, ...], dtype: Any, of_table: bool = False
+) -> Any:
+    """The rows from `start` on of what is added into zeros: as many as the shape has."""
+    out, many = jnp.zeros(shape_of_cut, dtype), shape_of_cut[0]
     for eqn, index, updates in scatters:
         numbers, shape = eqn.param("dimension_numbers"), _jax.shape(eqn.inputs[0])
         component = tuple(numbers.scatter_dims_to_operand_dims).index(0)
@@ -214,6 +248,9 @@ def _add(scatters: Sequence[_Scatter], start: int, cut: Any) -> Any:
             ids = jnp.clip(ids, 0, shape[0] - 1)
             at = clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, window_sizes(eqn))
         where = at.at[..., component].set(row_ids(ids - start, many).astype(at.dtype))
+        if of_table and 1 in numbers.scatter_dims_to_operand_dims:
+            own = in_range(ids - start, many)
+            where = _of_table(where, own, numbers.scatter_dims_to_operand_dims, shape[1])
         changes = {"mode": Mode.FILL_OR_DROP, "indices_are_sorted": False, "unique_indices": False}
         (out,) = _jax.bind(eqn, [out, where, updates], **changes)
     return out

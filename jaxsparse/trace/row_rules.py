@@ -131,7 +131,7 @@ def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 
 def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """pad, split, concatenate, sort, top_k: along another axis than that of the rows."""
+    """pad, split, concatenate, stack, unstack, sort, top_k: along another axis than that of the rows."""
     like = next((v for v in values if isinstance(v, Rows)), None)
     if like is None:
         return None
@@ -146,6 +146,8 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
     stacked = primitive.name == "stack"
     if along == axis and not stacked:
         return None
+    if stacked and along == 0 and len({walk.plan.find(v.node) for v in values if isinstance(v, Rows)}) > 1:
+        return None  # tables of which a read names one: they do not share their rows
     operands = [walk.as_rows(v, like.node, axis) for v in values]
     if any(x is None for x in operands):
         return None
@@ -153,7 +155,8 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
     outside = min(outside, UNIFORM) if primitive is _TOP_K else outside
     updated = any(x.updated for x in operands if x is not None)
     blocks = _jax.bind(eqn, [x.block for x in operands if x is not None])
-    return [Rows(block, like.node, axis + (stacked and along <= axis), outside, updated) for block in blocks]
+    axis += (stacked and along <= axis) - (primitive.name == "unstack" and along < axis)
+    return [Rows(block, like.node, axis, outside, updated) for block in blocks]
 
 
 _PAD, _CONCATENATE, _SORT, _TOP_K = (p for name in "pad concatenate sort top_k".split() for p in _jax.primitives(name))
@@ -309,7 +312,8 @@ RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     "optimization_barrier": barrier,
     **dict.fromkeys(("sharding_constraint", "reshard"), placed),
     **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
-    **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K, "split", "stack"), several),  # by name: JAX does not list them
+    **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K), several),
+    **dict.fromkeys(("split", "stack", "unstack"), several),  # by name: JAX does not list them
     _jax.BROADCAST: broadcast,
     **dict.fromkeys(_jax.primitives("dot_general"), dot),
 }
