@@ -51,17 +51,14 @@ def csr(x, name, dtype, num_rows, num_columns):
 
 def rows(table, ids, fill=None, clip=False):
     """table[ids]. An id outside of the table reads `fill`, or with clip the nearest row."""
-    if clip:
-        return table[np.clip(ids, 0, len(table) - 1)]
-    if fill is None:
+    if fill is None and not clip:
         return table[ids]
     if np.ndim(ids) == 0:
-        return rows(table, np.reshape(ids, 1), fill)[0]
-    inside = (ids >= 0) & (ids < len(table))
-    if inside.all():
-        return table[ids]
-    out = np.full((*ids.shape, *table.shape[1:]), fill, table.dtype)
-    out[inside] = table[ids[inside]]
+        return rows(table, np.reshape(ids, 1), fill, clip)[0]
+    nearest = np.minimum(np.maximum(ids, 0), len(table) - 1)
+    out = table[nearest]
+    if not clip and (outside := ids != nearest).any():
+        out[outside] = fill
     return out
 
 
@@ -76,10 +73,9 @@ def rows_of_bfloat16(table, ids, fill=None, clip=False):
 
 def bags(table, ids, fill=None, clip=False):
     """The sum of the rows of each bag. ids (B, L) -> (B, ...)."""
-    out = np.zeros((len(ids), *table.shape[1:]), table.dtype)
-    for column in ids.T:  # a few rows at a time, which stay in the processor's cache
-        out += rows(table, column, fill, clip)
-    return out
+    step = max(1, 1024 // max(1, ids.shape[1]))  # bags at a time, whose rows stay in the processor's cache
+    sums = [rows(table, ids[i : i + step], fill, clip).sum(1) for i in range(0, max(1, len(ids)), step)]
+    return sums[0] if len(sums) == 1 else np.concatenate(sums)
 
 
 def sum_by(ids, values, n):

@@ -2,7 +2,7 @@
 
 Bags of 20 uniform ids in a table of 2^20 x 64, their mean, and a network of 64 hidden units. Each number is of a
 process of its own: seconds from its start to its first score, of one example; microseconds an example, the median of
-ten batches of 4096 that are other ones each time; and resident memory over what Python and NumPy take: its own
+ten batches of 4096 that are other ones each time, and then of 1000 examples, one at a time; and resident memory over what Python and NumPy take: its own
 (RssAnon), and what it sees of files (RssFile): libraries, and pages of the table that were read, with as many others as
 the kernel has at hand or reads ahead. It may take these back at any time. JAX has the parameters from the same .npy
 files, and compiles for each size.
@@ -54,7 +54,12 @@ for x in again:
     predict(x)
     seconds.append(time.perf_counter() - start)
 numbers = [first - float(sys.argv[2]), 1e6 * float(np.median(seconds)) / {batch}]
-print(json.dumps([*numbers, *memory, *some, *(resident() - before)]))
+after, single = resident() - before, []
+for x in [ids(1) for _ in range(1000)]:
+    start = time.perf_counter()
+    predict(x)
+    single.append(time.perf_counter() - start)
+print(json.dumps([*numbers, 1e6 * float(np.median(single)), *memory, *some, *after]))
 """
 
 
@@ -78,8 +83,8 @@ def forget(folder: Path) -> None:
 
 
 def measure(model: str, folder: Path, rounds: int, is_cold: bool) -> list[float]:
-    """Medians of seconds to the first score, microseconds an example, and MB of its own and of files: after the first
-    example, 64 more, and the batches."""
+    """Medians of seconds to the first score, microseconds an example in batches and alone, and MB of its own and of
+    files: after the first example, 64 more, and the batches."""
     code = RUN.format(model=model, rows=ROWS, length=LENGTH, batch=BATCH)
     out = []
     for _ in range(rounds):
@@ -108,8 +113,9 @@ def main() -> None:
         source = (folder / "model.py").read_text()
         print(source[source.index("def predict") :])
         for name, model, is_cold in WAYS:
-            first, microseconds, *memory = measure(model, folder, rounds, is_cold)
-            print(f"{name}: first score after {first:.3f} s, {microseconds:.2f} microseconds an example")
+            first, microseconds, alone, *memory = measure(model, folder, rounds, is_cold)
+            print(f"{name}: first score after {first:.3f} s, {microseconds:.2f} microseconds an example", end=" ")
+            print(f"in batches, {alone:.1f} alone")
             when = ("1 example", "64 more", f"{11 * BATCH:,} more")
             for examples, own, mapped in zip(when, memory[::2], memory[1::2], strict=True):
                 print(f"  after {examples}: {own:.1f} MB of its own, {mapped:.1f} MB of files")
