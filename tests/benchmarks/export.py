@@ -2,10 +2,10 @@
 
 Bags of 20 uniform ids in a table of 2^20 x 64, their mean, and a network of 64 hidden units. Each number is of a
 process of its own: seconds from its start to its first score, of one example; microseconds an example, the median of
-ten batches of 4096 that are other ones each time, and then of 1000 examples, one at a time; and resident memory over what Python and NumPy take: its own
-(RssAnon), and what it sees of files (RssFile): libraries, and pages of the table that were read, with as many others as
-the kernel has at hand or reads ahead. It may take these back at any time. JAX has the parameters from the same .npy
-files, and compiles for each size.
+ten batches of 4096 that are other ones each time, and then of 1000 examples, one at a time; and resident memory over
+what Python and NumPy take: its own (RssAnon), and what it sees of files (RssFile): libraries, and pages of the table
+that were read, with as many others as the kernel has at hand or reads ahead. It may take these back at any time. JAX
+has the parameters from the same .npy files, and compiles for each size.
 """
 
 import argparse
