@@ -130,6 +130,10 @@ READS = {
     "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
     "stopped_and_used_whole": lambda t: squares(t[IDS]) * jnp.sum(jax.lax.stop_gradient(t) ** 2),
     "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
+    "columns_first": lambda t: (
+        squares(jax.lax.dynamic_slice(t, (0, 1), (V, D - 1))[IDS]) + squares(t[:, jnp.arange(D)[::-1]][IDS])
+    ),
+    "columns_set_first": lambda t: squares(t.at[:, 1].set(0.5)[IDS]),
     "one_row": lambda t: jax.jit(lambda t, i: squares(t[i]))(t, 3),
     "one_row_clamped": lambda t: squares(jax.lax.dynamic_slice(t, (V - 1, 0), (2, D))),
     "fixed_rows": lambda t: squares(t[IDS] * t[0]) + squares(t[-2:]) + squares(t[1:5:2, 1:]) + t[2, 0] + squares(t[:0]),
@@ -594,6 +598,11 @@ def test_one_output_unit():
 
 
 ERRORS = [
+    (
+        lambda: js.value_and_grad(lambda p: p["s"] * squares(p["t"][IDS]), tables=["['s']"])({"t": TABLE, "s": 1.0}),
+        ValueError,
+        r"'tables'.*rows.*\['s'\]",
+    ),
     (lambda: js.grad(lambda t: t[IDS])(TABLE), TypeError, r"'fun'.*real scalar.*float32\[2,3,4\]"),
     (lambda: js.grad(lambda t: jnp.sum(IDS))(TABLE), TypeError, "real scalar.*int32"),
     (lambda: js.grad(lambda t: (squares(t), 1))(TABLE), TypeError, "has_aux=True"),

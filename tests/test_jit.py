@@ -191,6 +191,32 @@ def test_static_arguments():
     assert len(set(traced)) == 2 and len(traced) == 2
 
 
+def test_options_alone_make_a_decorator():
+    @js.jit(donate_argnums=0)
+    def step(state, ids):
+        return state - 0.1 * jax.grad(lambda t: jnp.sum(t[ids] ** 2))(state)
+
+    table, ids = jnp.ones((5, 1)), jnp.array([3])
+    lowered = lambda t: jnp.zeros(jax.tree.leaves(step.lower(t, ids).out_info)[0].shape)  # noqa: E731
+    assert jax.make_jaxpr(lowered)(table).out_avals[0].shape == lowered(table).shape == (5, 1)  # in another trace
+    np.testing.assert_allclose(step(table, ids), jnp.ones((5, 1)).at[3].set(0.8))
+    assert table.is_deleted()
+
+
+def test_arguments_that_the_step_does_not_take():
+    step = js.jit(lambda state, ids: state - jax.grad(lambda t: jnp.sum(t[ids]))(state))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nope'"):
+        step(jnp.ones((5, 1)), ids=jnp.array([3]), nope=1)
+
+
+def test_a_callable_whose_signature_python_does_not_know():
+    def step(state, ids):
+        return state - jax.grad(lambda t: jnp.sum(t[ids]))(state)
+
+    step.__signature__ = "none"
+    np.testing.assert_allclose(js.jit(step)(jnp.ones((5, 1)), jnp.array([3])), jnp.ones((5, 1)).at[3].set(0))
+
+
 def test_one_buffer_at_several_places_of_the_state():
     """As optax.contrib's schedule_free and others start: no buffer can be donated twice."""
     state = copied(create(optax.contrib.schedule_free_adamw(0.1)))

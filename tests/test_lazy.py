@@ -538,6 +538,20 @@ def test_what_is_not_by_row_is_refused_in_every_call():
                 tx.update(gradient(0), tx.init(params()), *args, **extra)
 
 
+def test_a_state_that_changes_its_structure_is_refused():
+    grows = optax.GradientTransformation(lambda params: (), lambda updates, state, params=None: (updates, updates))
+    with pytest.raises(ValueError, match=r"'inner'.*state keeps its structure"):
+        js.lazy(grows).update(gradient(0), js.lazy(grows).init(params()), params())
+
+
+def test_gradients_of_two_tables_that_are_added_are_refused():
+    added = optax.stateless(lambda updates, params: jax.tree.map(lambda u: updates["t"] + updates["u"], updates))
+    two = {"t": jnp.ones((V, D)), "u": jnp.ones((V, D))}
+    grads = {name: js.RowSparse(jnp.array([k]), jnp.ones((1, D)), (V, D)) for k, name in enumerate(two)}
+    with pytest.raises(ValueError, match=r"'inner'.*each row by itself"):
+        js.lazy(added).update(grads, js.lazy(added).init(two), two)
+
+
 def test_a_table_without_rows():
     tx, empty = ADAM, {"t": jnp.zeros((0, D))}
     grads = {"t": js.RowSparse(jnp.array([0, 3]), jnp.ones((2, D)), (0, D))}

@@ -135,6 +135,8 @@ def test_its_gradients_are_row_sparse():
 def test_errors():
     with pytest.raises(ValueError, match=r"'hidden'.*\(B, d\)"):
         js.sampled_softmax(TABLE, HIDDEN[:, :2], LABELS, None, num_samples=3)
+    with pytest.raises(ValueError, match=r"'labels'.*\(B, n\)"):
+        js.sampled_softmax(TABLE, HIDDEN, jnp.zeros((B, 1, 1), int), jax.random.key(0), num_samples=3)
     with pytest.raises(ValueError, match=r"'log_probability'.*with draw"):
         js.sampled_softmax(TABLE, HIDDEN, LABELS, None, num_samples=3, draw=everything)
 

@@ -336,6 +336,8 @@ def test_tree_utilities():
     with pytest.raises(TypeError):
         jnp.asarray(g)
     np.testing.assert_array_equal(concatenate_blocks([g, g]).ids, [1, 2, 1, 2])
+    assert concatenate_blocks([g]) is g
+    np.testing.assert_array_equal(g + np.ones(g.shape), np.ones(g.shape) + g)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

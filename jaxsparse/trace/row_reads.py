@@ -255,16 +255,20 @@ def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, index, updates = values
-    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (index, updates)):
+    if isinstance(updates, Rows):
+        return row_rules.set_columns(walk, eqn, values)
+    if isinstance(into, Whole) or isinstance(index, Rows):
         return None
     shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
     if isinstance(into, Same) and into.zero and into.axis not in numbers.scatter_dims_to_operand_dims:
         tall = [a for a in numbers.scatter_dims_to_operand_dims if shape[a] in walk.plan.heights]
         into = into.along(tall[0]) if tall else into
     axis = into.axis
+    if isinstance(into, Rows) and axis not in numbers.scatter_dims_to_operand_dims:
+        return row_rules.set_columns(walk, eqn, values)
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
-    sizes = window_sizes(eqn)
+    sizes = row_rules.window_sizes(eqn)
     if sizes[axis] != 1:
         return None
     component = tuple(numbers.scatter_dims_to_operand_dims).index(axis)
@@ -280,7 +284,6 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         and _whole_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
     )
     repeated = adds_rows and isinstance(updates, Same) and updates.axis < at.ndim - 1
-
     in_pieces = adds and isinstance(updates, Whole) and updates.entries is not None and adds_entries(eqn)
 
     def put(block: jax.Array, place: jax.Array) -> jax.Array:
@@ -320,21 +323,15 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     return _changed(walk, into, ids, shape[axis], put, [updates], adds=adds, clipped=clipped)
 
 
-def window_sizes(eqn: Equation) -> list[int]:
-    """Of a scatter: how large what one index adds to is, along each axis."""
-    shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
-    sizes = [1] * len(shape)
-    window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
-    for a, dim in zip(window, numbers.update_window_dims, strict=True):
-        sizes[a] = _jax.shape(eqn.inputs[2])[dim]
-    return sizes
-
-
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, update, *starts = values
-    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (update, *starts)):
+    if isinstance(update, Rows):
+        return row_rules.set_columns(walk, eqn, values)
+    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in starts):
         return None
     axis, shape, new = into.axis, _jax.shape(eqn.inputs[0]), _jax.shape(eqn.inputs[1])
+    if new[axis] == shape[axis] and isinstance(into, Rows):
+        return row_rules.set_columns(walk, eqn, values)
     if new[axis] == shape[axis] or _replaced(new, axis, shape[axis]) != tuple(shape):
         return None
     ids = _from(array_of(starts[axis]), new[axis], shape[axis])

@@ -139,9 +139,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--prefetch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--minutes", type=int, help="train for so long, and look at memory only"
-    )
+    parser.add_argument("--minutes", type=int, help="train for so long, and look at memory only")
     parser.add_argument("--data", metavar="FILE", help="where the log is, or is made; by default it is temporary")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
