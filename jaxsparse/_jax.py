@@ -24,6 +24,8 @@ What this room leans on:
   `replace` of an equation gives it another `source_info`.
 * `effects` of a program, among which NamedAxisEffect says that it uses a mapped axis; `weak_type` of an array's type.
 * jax.extend.random.define_prng_impl makes a dtype that arithmetic refuses.
+* jax.experimental.pallas and jax.experimental.pallas.tpu, which are public and may change: `pallas_call`, `BlockSpec`,
+  `ANY`, `SMEM`, `SemaphoreType.DMA`, `make_async_copy`, `ds`, `when`. They are imported where they are first needed.
 * jax.core.Tracer, jax.extend.core.valid_jaxtype, and `manual_axis_type.varying` of jax.typeof with jax.lax.pcast.
 
 What is missing raises here, at import or when it is first asked for, with the version found and the versions tested.
@@ -543,6 +545,17 @@ def opaque_dtype(name: str, tag: str, refuse: Callable[..., Any]) -> Any:
     return define_prng_impl(
         key_shape=(1,), seed=refuse, split=refuse, random_bits=refuse, fold_in=refuse, name=name, tag=tag
     )
+
+
+@functools.cache
+def pallas() -> tuple[Any, Any]:
+    """jax.experimental.pallas and what it has for TPU, imported late: that takes as long as all of jaxsparse."""
+    try:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+    except ImportError as error:
+        raise ImportError(_unknown(error)) from error
+    return pl, pltpu
 
 
 # jax.shard_map checks, unless told not to, over which mapped axes each array varies.

@@ -29,8 +29,8 @@ def computations(text: str) -> dict[str, list[re.Match]]:
 def large_arrays(text: str, num_rows: int) -> list[str]:
     """Instructions, branches and loop bodies included, that create an array of num_rows elements or more.
 
-    Inside a fusion nothing is created but its result, and a fusion whose root is a scatter (or a tuple of them) writes
-    in place: where XLA could not do that, it says so with a copy, which this finds.
+    Inside a fusion nothing is created but its result, and a fusion whose root is a scatter, or another such fusion,
+    writes in place: where XLA could not do that, it says so with a copy, which this finds.
     """
     parts = computations(text)
     fused = {
@@ -58,7 +58,7 @@ def large_arrays(text: str, num_rows: int) -> list[str]:
         by_name = {i["name"]: i for i in body}
         while root["op"] == "bitcast":
             root = by_name[re.search(r"%([\w.\-]+)", root["rest"])[1]]
-        return root["op"] == "scatter"
+        return root["op"] == "scatter" or (root["op"] == "fusion" and in_place(root))
 
     found = []
     for name, body in parts.items():

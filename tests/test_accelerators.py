@@ -92,6 +92,9 @@ CASES: dict[Case, str | None] = {
     Case("v5p", M, 128): ALL_IDS,
     Case("v6e", M, 64): COPIED,
     Case("v6e", M, 128): ALL_IDS if libtpu_version() > (0, 0, 42) else None,  # which leaves gathers to the SparseCore
+    Case("v5e", M, 128, row_dma=True): None,
+    Case("v5e", M, 256, way="jit", row_dma=True): None,
+    Case("v5e", M, 64, packed=True, row_dma=True): None,
     Case("h100", M, 1, optimizer="ftrl"): None,
     Case("h100", M, 16): None,
     Case("h100", M, 64, optimizer="clip", way="jit"): None,
@@ -120,6 +123,10 @@ def problems(case, found):
         yield f"arguments of {found.arguments / 1e6:.0f} MB for {found.given / 1e6:.0f} MB"
     if case.way != "evaluate" and found.in_place < found.state:
         yield f"only {found.in_place / 1e6:.0f} MB written in place"
+    if case.row_dma != ("row dma" in found.moved):
+        yield "kernels that were not asked for, or none that were"
+    if case.row_dma and found.with_tiles > most_moved(case) * found.needed:
+        yield f"scatters that move {found.with_tiles / found.needed:.1f} times the bytes that have to move"
     if found.ratio > most_moved(case):
         yield f"{found.ratio:.1f} times the bytes that have to move"
 

@@ -126,6 +126,7 @@ READS = {
     "vmap_bag": lambda t: squares(
         jax.vmap(lambda i: js.embedding_bag(t, i, combiner="sum"))(jnp.stack([IDS, IDS + 1]))
     ),
+    "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
     "vmap_model": lambda t: jnp.sum(jax.vmap(lambda i: squares(t[i].mean(0)))(IDS)),
     "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
     "stopped_and_used_whole": lambda t: squares(t[IDS]) * jnp.sum(jax.lax.stop_gradient(t) ** 2),
@@ -272,7 +273,6 @@ DENSE = {
     "dense_in_a_branch": lambda t: jax.lax.cond(IDS[0, 0] > 2, lambda: squares(t), lambda: squares(t[IDS[0]])),
     "slice": lambda t: squares(t[2:5]),
     "unused": lambda t: jnp.float32(1),
-    "vmap_over_tables": lambda t: squares(jax.vmap(lambda u: u[IDS])(jnp.stack([t, 2 * t]))),
 }
 
 

@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxsparse._checks import message
 from jaxsparse._jax import is_traced, vary, varying_axes
+from jaxsparse.ops import row_dma
 
 
 def at_least_int32(ids: jax.Array) -> jax.Array:
@@ -147,7 +149,7 @@ def gathered_once(
     like: Sequence[jax.ShapeDtypeStruct],
     always: jax.Array,
     axes: Sequence[Iterable[Any]] = (),
-    on_tpu: Callable[[], list[jax.Array]] | None = None,
+    on_tpu: Callable[[Callable[[Any, jax.Array], jax.Array]], list[jax.Array]] | None = None,
 ) -> list[jax.Array]:
     """Blocks of rows, gathered once. Not differentiable.
 
@@ -159,7 +161,7 @@ def gathered_once(
       like: their shapes and dtypes.
       always: a traced bool that is true. If it is false, all blocks are zero.
       axes: the mapped axes that each of them varies over, as far as shard_map checks that.
-      on_tpu: makes them on TPU, where make(gather_rows) does if this is left out.
+      on_tpu: like make, for TPU.
     """
     if not is_traced(always):
         return make(gather_rows)
@@ -171,15 +173,26 @@ def gathered_once(
     def on_cpu() -> list[jax.Array]:
         return jax.lax.cond(always, lambda: make(copy_rows), zeros)
 
-    others = {"tpu": on_tpu} if on_tpu else {}
-    return jax.lax.platform_dependent(cpu=on_cpu, **others, default=lambda: make(gather_rows))
+    def by_xla() -> list[jax.Array]:
+        others = {"tpu": lambda: on_tpu(gather_rows)} if on_tpu else {}
+        return jax.lax.platform_dependent(cpu=on_cpu, **others, default=lambda: make(gather_rows))
+
+    return row_dma.instead(lambda interpret: (on_tpu or make)(functools.partial(_dma_rows, interpret)), by_xla)
+
+
+def _dma_rows(interpret: bool, x: Any, ids: jax.Array) -> jax.Array:
+    return row_dma.gather(x, ids, interpret=interpret) if row_dma.can(x) else gather_rows(x, ids)
 
 
 def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
     """x with rows written at the unique `ids`, padding left out. In place when x is donated."""
     if isinstance(x, Storage):
         return x.with_rows(ids, rows)
-    return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    def by_xla() -> jax.Array:
+        return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
+
+    return row_dma.instead(lambda interpret: row_dma.write(x, ids, rows, interpret=interpret), by_xla, x)
 
 
 def zero_after(*arrays: jax.Array) -> jax.Array:

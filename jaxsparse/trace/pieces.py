@@ -132,7 +132,7 @@ def gather_blocks(arrays: list[jax.Array], ids: jax.Array, made: Sequence[Any] =
     on_tpu = None
     if any(block is not None for block in made):
         pairs = list(zip(arrays, made, strict=True))
-        on_tpu = lambda: [gather_rows(x, ids) if block is None else block for x, block in pairs]  # noqa: E731
+        on_tpu = lambda gather: [gather(x, ids) if block is None else block for x, block in pairs]  # noqa: E731
     return gathered_once(lambda gather: [gather(x, ids) for x in arrays], like, always, axes, on_tpu)
 
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import scipy.sparse
 from flax.training.train_state import TrainState
 
 import jaxsparse as js
+from jaxsparse.ops import row_dma
 from jaxsparse.train.evaluation import reading_rows
 
 BAGS = 4096
@@ -45,6 +48,7 @@ class Case:
     way: str = "step"
     length: int = 4
     packed: bool = False  # by js.pack
+    row_dma: bool = False  # with the kernels of ops/row_dma.py
 
     def __str__(self) -> str:
         shape = f"{self.num_rows:.0e}x{self.dim}".replace("e+0", "e")
@@ -53,6 +57,7 @@ class Case:
             f"{self.kind} {shape} {dtype} {self.optimizer} {self.way}"
             + f" L{self.length}" * (self.length != 4)
             + " packed" * self.packed
+            + " row-dma" * self.row_dma
         )
 
 
@@ -92,8 +97,10 @@ def lower(case: Case, device: jax.Device) -> Lowered:
     state = js.pack(state) if case.packed else state
     batch = there(batch)
     program, args = _program(case, state, batch)
+    with mock.patch.dict(os.environ, {row_dma.FLAG: "1" if case.row_dma else "0"}):
+        lowered = program.lower(*args)
     return Lowered(
-        lowered=program.lower(*args),
+        lowered=lowered,
         state_bytes=_bytes(args[0]),
         argument_bytes=_bytes(args),
         row_bytes=_bytes(by_row) / case.num_rows,

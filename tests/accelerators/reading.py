@@ -140,6 +140,13 @@ def _is_offloaded(i: re.Match, kind: str) -> bool:
     return i["op"] == "custom-call-update" and i["name"].startswith(f"{kind}_offload")
 
 
+def _is_row_dma(i: re.Match, kind: str) -> bool:
+    """Whether an instruction is a kernel of ops/row_dma.py: "gather", or "write", which is in place."""
+    if i["op"] != "custom-call" or not i["name"].startswith(f"jaxsparse_{kind}_rows"):
+        return False
+    return kind != "write" or "output_to_operand_aliasing={{}: (2, {})}" in i["rest"]
+
+
 def _is_large_part(i: re.Match, is_large: Callable[[Array], bool]) -> bool:
     (part,), (whole,) = _made(i), _given(i)
     return is_large(whole) and 64 * part.size >= whole.size
@@ -193,7 +200,9 @@ def table_sized(program: Program, table: tuple[int, ...], ids: int) -> dict[str,
     for name in program.turns:
         for i in program.parts[name]:
             kind = i["op"]
-            if kind in _FREE or kind in _WRITES or kind == "call" or _is_name_only(i) or _is_offloaded(i, "scatter"):
+            if kind in _FREE or kind in _WRITES or kind == "call" or _is_name_only(i):
+                continue
+            if _is_offloaded(i, "scatter") or _is_row_dma(i, "write"):
                 continue
             if kind == "fusion":
                 made = roots(program.body(i))
@@ -204,12 +213,13 @@ def table_sized(program: Program, table: tuple[int, ...], ids: int) -> dict[str,
     return dict(sorted(found.items()))
 
 
-def bytes_moved(program: Program) -> dict[str, float]:
+def bytes_moved(program: Program, *, tiles: bool = False) -> dict[str, float]:
     """Bytes that are read and written outside of the chip, by kind of operation.
 
     Of what is gathered, sliced, scattered or updated, these rows and no others; of all else operands and results. Rows
     are as wide as they lie there: 128 columns on TPU, where a row lies along the lanes, and a slab of 128 rows where
-    the rows do. A TPU's scatter moves a whole tile for a row, 8 times as much: that is not counted.
+    the rows do. A TPU's scatter moves a whole tile for a row, 8 times as much: that is counted with `tiles` only. What
+    a kernel of ops/row_dma.py moves is not in the program, and follows from its shapes: the ids, and all rows twice.
     """
     moved: dict[str, float] = collections.Counter()
     for name, turns in program.turns.items():
@@ -218,12 +228,12 @@ def bytes_moved(program: Program) -> dict[str, float]:
         for i in body:
             if i["op"] in _FREE or i["op"] in _CALLS or _is_name_only(i):
                 continue
-            kind, size = _moved_by(program, i, shapes)
+            kind, size = _moved_by(program, i, shapes, tiles)
             moved[kind] += turns * size
     return {kind: size for kind, size in sorted(moved.items(), key=lambda x: -x[1]) if size}
 
 
-def _moved_by(program: Program, i: re.Match, shapes: dict[str, str]) -> tuple[str, float]:
+def _moved_by(program: Program, i: re.Match, shapes: dict[str, str], tiles: bool) -> tuple[str, float]:
     if i["op"] in ("copy-start", "slice-start"):
         (to,), (source,) = _made(i), _given(i)
         return i["op"].removesuffix("-start"), to.bytes + (0 if source.on_chip else to.size * to.itemsize)
@@ -233,6 +243,10 @@ def _moved_by(program: Program, i: re.Match, shapes: dict[str, str]) -> tuple[st
         rows = others[-1:] if is_scatter else _made(i)
         size = sum(x.bytes for x in (*others, *(() if is_scatter else rows))) + sum(_windows(table, x) for x in rows)
         return "scatter" if is_scatter else "gather" if _is_offloaded(i, "gather") else "copy", size
+    if _is_row_dma(i, "gather") or _is_row_dma(i, "write"):
+        ids, *between, table = (arrays(shapes[name])[0] for name in operands(i))
+        (rows,) = between or _made(i)
+        return "row dma", ids.bytes + rows.bytes + _windows(table, rows)
     if i["op"] == "fusion":
         inner = program.body(i)
     else:
@@ -241,7 +255,7 @@ def _moved_by(program: Program, i: re.Match, shapes: dict[str, str]) -> tuple[st
     by_name = {x["name"]: x for x in inner}
     made = roots(inner) if i["op"] == "fusion" else [i]
     kinds = {x["op"] for x in inner}
-    size = sum(_written(program, x, by_name) for x in made)
+    size = sum(_written(program, x, by_name, tiles) for x in made)
     for x in inner:
         if x["op"] == "parameter":
             size += _read(x, inner, by_name, made)
@@ -255,7 +269,7 @@ def _stand_in(name: str, shape: str) -> re.Match:
     return INSTRUCTION.match(f"  %{name} = {shape or '()'} parameter(0)")
 
 
-def _written(program: Program, root: re.Match, by_name: dict[str, re.Match]) -> float:
+def _written(program: Program, root: re.Match, by_name: dict[str, re.Match], tiles: bool) -> float:
     if root["op"] not in _WRITES:
         return sum(x.bytes for x in arrays(root["shape"]))
     names = operands(root)
@@ -264,7 +278,8 @@ def _written(program: Program, root: re.Match, by_name: dict[str, re.Match]) -> 
     for n in range(many):
         table = arrays(by_name[names[n]]["shape"])[0]
         update = arrays(by_name[names[n + 1 if many == 1 and root["op"] != "scatter" else n + many + 1]]["shape"])[0]
-        size += _windows(table, update)
+        whole = tiles and root["op"] == "scatter" and len(table.shape) > 1 and len(table.tile) > 1
+        size += _windows(table, update) * (table.tile[0] if whole else 1)
     if root["op"] == "scatter":
         region = program.parts[re.search(r"to_apply=%?([\w.\-]+)", root["rest"])[1]]
         size *= 1 if region[-1]["op"] == "parameter" else 2  # what is added to is read as well

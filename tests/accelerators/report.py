@@ -18,6 +18,7 @@ class Report:
       state, given: bytes of the state, and of all arguments, without padding.
       needed: bytes that a step has to move.
       moved: bytes that the program moves, by kind of operation.
+      with_tiles: bytes that it moves, if a TPU's scatter moves a tile for each row.
       seconds: that tracing, lowering and compiling took.
       text: optimized HLO.
     """
@@ -31,6 +32,7 @@ class Report:
     given: int
     needed: float
     moved: dict[str, float]
+    with_tiles: float
     seconds: float
     text: str = dataclasses.field(repr=False)
 
@@ -41,11 +43,13 @@ class Report:
     def __str__(self) -> str:
         large = ", ".join(f"{many} {kind}" for kind, many in self.large.items()) or "none"
         moved = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in list(self.moved.items())[:4])
+        more = self.with_tiles > 1.01 * sum(self.moved.values())
+        tiles = f", with a tile for each row of a scatter {self.with_tiles / self.needed:.1f}" if more else ""
         return (
             f"{self.case}: table-sized: {large}; temporaries {self.temporaries / 1e6:.1f} MB, arguments "
             f"{self.arguments / 1e6:.0f} MB of state {self.state / 1e6:.0f} MB, in place {self.in_place / 1e6:.0f} MB; "
             f"moved {sum(self.moved.values()) / 1e6:.1f} MB / needed {self.needed / 1e6:.1f} MB = {self.ratio:.1f} "
-            f"({moved}); {self.seconds:.0f} s"
+            f"({moved}){tiles}; {self.seconds:.0f} s"
         )
 
 
@@ -66,6 +70,7 @@ def report(case: cases.Case) -> Report:
         given=made.argument_bytes,
         needed=reading.bytes_needed(made.distinct, made.row_bytes, made.ids, cases.BAGS, case.dim),
         moved=reading.bytes_moved(program),
+        with_tiles=sum(reading.bytes_moved(program, tiles=True).values()),
         seconds=time.monotonic() - start,
         text=text,
     )
