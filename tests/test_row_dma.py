@@ -154,3 +154,17 @@ def test_another_flag_is_refused(monkeypatch):
     monkeypatch.setenv(row_dma.FLAG, "yes")
     with pytest.raises(ValueError, match=r'JAXSPARSE_TPU_ROW_DMA.*must be "0", "1" or "interpret"\. Got \'yes\''):
         scatter_rows(jnp.zeros((V, 128)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 128)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [True, False])
+def test_xla_moves_rows_in_shard_map(check, monkeypatch):
+    monkeypatch.setenv(row_dma.FLAG, "interpret")
+    mesh, whole = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
+    step = js.rowwise(step_of(optax.adam(0.1)))
+    params = {"t": jnp.asarray(table_of(128)), "w": jnp.ones(128) / 128}
+    args = (params, optax.adam(0.1).init(params)), jnp.arange(28).reshape(7, 4)
+    inside = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=check)
+    program = str(jax.make_jaxpr(inside)(*args))
+    assert "pallas_call" not in program and "pallas_call" in str(jax.make_jaxpr(step)(*args))
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(inside)(*args), jax.jit(step)(*args))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse._checks import message
-from jaxsparse._jax import pallas, varying_axes
+from jaxsparse._jax import pallas
 
 FLAG = "JAXSPARSE_TPU_ROW_DMA"
 _LANES = 128  # columns of a tile
@@ -33,7 +33,8 @@ def instead(kernel: Callable[[bool], Any], xla: Callable[[], Any], *tables: Any)
     wanted = os.environ.get(FLAG, "0")
     if wanted not in ("0", "1", "interpret"):
         raise ValueError(message("jit", FLAG, '"0", "1" or "interpret"', repr(wanted)))
-    if wanted == "0" or not all(map(can, tables)):
+    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes  # whose checks do not look into kernels
+    if wanted == "0" or in_shard_map or not all(map(can, tables)):
         return xla()
     if wanted == "interpret":
         return kernel(True)
@@ -49,7 +50,6 @@ def can(x: Any) -> bool:
         and x.dtype in (jnp.float32, jnp.int32, jnp.uint32)
         and 0 < x.shape[1] <= _MOST
         and x.shape[1] % _LANES == 0
-        and not varying_axes(x)  # in shard_map, whose checks do not look into kernels
     )
 
 
