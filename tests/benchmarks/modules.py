@@ -1,50 +1,25 @@
 """`python -m tests.benchmarks.modules`: an nnx step under nnx.jit (donated or not) and js.nnx.jit, and with two words.
 
-Two models with Adam, on batches that are NumPy arrays: a tower of bags with BatchNorm and Dropout, and skip-gram with
-negatives. All steps are timed in turn in one process, medians.
+The five models of tests/modules.py with Adam, on batches that are NumPy arrays. All steps of a model are timed in
+turn in one process, medians. Beside the time stands how many arrays with a row for each of a table's the compiled step
+makes: copies of tables, dense gradients, updates. The tables of Ranking have 1, 1, 1/2, 1/2, 1/4, 1/4, 1/8 and 1/8 of
+--rows.
 """
 
 import argparse
+import re
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 import jaxsparse as js
+from tests.hlo import compiled_by_default, large_arrays
+from tests.modules import MODELS
 
-
-class Tower(nnx.Module):
-    def __init__(self, num_rows, dim, rngs):
-        self.embed, self.norm = nnx.Embed(num_rows, dim, rngs=rngs), nnx.BatchNorm(dim, rngs=rngs)
-        self.dropout, self.head = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(dim, 1, rngs=rngs)
-
-    def loss(self, batch):
-        ids, y = batch
-        logits = self.head(self.dropout(self.norm(self.embed(ids).mean(1))))[:, 0]
-        return optax.sigmoid_binary_cross_entropy(logits, y).mean()
-
-    @staticmethod
-    def draw(rng, num_rows):
-        return (rng.zipf(1.2, (4096, 20)) % num_rows).astype(np.int32), rng.integers(0, 2, 4096).astype(np.float32)
-
-
-class SkipGram(nnx.Module):
-    def __init__(self, num_rows, dim, rngs):
-        self.words, self.contexts = nnx.Embed(num_rows, dim, rngs=rngs), nnx.Embed(num_rows, dim, rngs=rngs)
-
-    def loss(self, batch):
-        words, contexts, negatives = batch
-        x = self.words(words)
-        score = (x * self.contexts(contexts)).sum(-1)
-        others = jnp.einsum("bd,bnd->bn", x, self.contexts(negatives))
-        return -jnp.mean(jax.nn.log_sigmoid(score) + jax.nn.log_sigmoid(-others).sum(-1))
-
-    @staticmethod
-    def draw(rng, num_rows):
-        return tuple((rng.zipf(1.2, shape) % num_rows).astype(np.int32) for shape in (4096, 4096, (4096, 5)))
+SIZES = {"NextItem": 512}  # of batches; its examples are sequences
 
 
 def loss_of(model, batch):
@@ -68,14 +43,23 @@ STEPS = {
 }
 
 
-def measure(kind: type, num_rows: int, dim: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step."""
+def table_sized(step, args, num_rows: int) -> int:
+    """How many arrays the compiled step makes that have as many rows as a table."""
+    lowered = step.lower(*args)
+    text = compiled_by_default(getattr(lowered, "lowered", lowered)).as_text()
+    has_rows = re.compile(rf"\[({'|'.join(str(num_rows // n) for n in (1, 2, 4, 8))})[,\]]")
+    return sum(map(bool, map(has_rows.search, large_arrays(text, num_rows // 8))))
+
+
+def measure(kind: type, num_rows: int, dim: int, rounds: int) -> dict[str, tuple[float, int]]:
+    """Median milliseconds of each step, and the table-sized arrays that it makes."""
     rng = np.random.default_rng(0)
-    batches = [kind.draw(rng, num_rows) for _ in range(4)]
-    objects, times = {}, {name: [] for name in STEPS}
-    for name, (_, tx) in STEPS.items():
-        model = kind(num_rows, dim, nnx.Rngs(0))
+    batches = [kind.draw_batch(rng, num_rows, SIZES.get(kind.__name__, 4096)) for _ in range(4)]
+    objects, times, made = {}, {name: [] for name in STEPS}, {}
+    for name, (step, tx) in STEPS.items():
+        model = kind(num_rows, dim, nnx.Rngs(0, negatives=1))
         objects[name] = model, nnx.Optimizer(model, tx(1e-3), wrt=nnx.Param)
+        made[name] = table_sized(step, (*objects[name], batches[0]), num_rows)
     for repeat in range(rounds + 1):
         for name, (step, _) in STEPS.items():
             for batch in batches:
@@ -84,7 +68,7 @@ def measure(kind: type, num_rows: int, dim: int, rounds: int) -> dict[str, float
                 jax.block_until_ready((nnx.state(objects[name][0]), loss))
                 if repeat:  # the first round compiles
                     times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(t)) for name, t in times.items()}
+    return {name: (float(np.median(t)), made[name]) for name, t in times.items()}
 
 
 def main() -> None:
@@ -92,11 +76,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", help="a part of a model's name")
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; {options.rows:,} x {options.dim}, Adam, ms a step")
-    for kind in (Tower, SkipGram):
-        for name, ms in measure(kind, options.rows, options.dim, options.rounds).items():
-            print(f"{kind.__name__:>10} {name:>20} {ms:>8.2f}", flush=True)
+    for kind in MODELS.values():
+        if options.only is None or options.only in kind.__name__:
+            for name, (ms, made) in measure(kind, options.rows, options.dim, options.rounds).items():
+                print(f"{kind.__name__:>10} {name:>20} {ms:>8.2f} {made:>4} table-sized arrays", flush=True)
 
 
 if __name__ == "__main__":
