@@ -39,13 +39,55 @@ def output_layer(t, ids):
     return jnp.sum(jnp.ones((len(ids), 2), t.dtype) @ t.T) ** 2  # output_layer
 
 
+def in_scan(t, ids):
+    def each(c, i):
+        return (c + jnp.sum((jax.nn.one_hot(i, ROWS) @ t) ** 2), None)  # in_scan
+
+    return jax.lax.scan(each, 0.0, ids)[0]
+
+
+def tied_in_scan(t, ids):
+    def each(c, i):
+        return (c + jax.nn.logsumexp(t[i] @ t.T), None)  # tied_in_scan
+
+    return jax.lax.scan(each, 0.0, ids)[0]
+
+
+def carried(t, ids):
+    def each(c, i):
+        return ((c[0], c[1] + jax.nn.logsumexp(c[0][i] @ c[0].T)), None)  # carried
+
+    return jax.lax.scan(each, (t, 0.0), ids)[0][1]
+
+
+def in_remat(t, ids):
+    def each(t):
+        return jnp.sum((jax.nn.one_hot(ids, ROWS) @ t) ** 2)  # in_remat
+
+    return jax.checkpoint(each)(t)
+
+
+def in_cond(t, ids):
+    def each(t):
+        return jnp.sum((jax.nn.one_hot(ids, ROWS) @ t) ** 2)  # in_cond
+
+    return jax.lax.cond(jnp.asarray(ids)[0] > 0, each, lambda t: 0.0, t)
+
+
 TAKE = r"jnp\.take\(table, ids, axis=0\)"
+ONE_HOT = rf"dot_general at .* If .* one-hot, read rows, {TAKE}; if it is sparse, js\.dot takes it as a BCOO\.$"
+TIED = r"(reduce_\w+|dot_general) at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$"
 ADVICE = {
-    one_hot: rf"dot_general at .* If .* one-hot, read rows, {TAKE}; if it is sparse, js\.dot takes it as a BCOO\.$",
+    one_hot: ONE_HOT,
     no_axis: rf"reshape at .* Read rows by ids, {TAKE}\.$",
     static: rf"slice at .* Read rows by ids, {TAKE}\.$",
-    tied: r"(reduce_\w+|dot_general) at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$",
+    tied: TIED,
     output_layer: r"dot_general at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$",
+    in_scan: ONE_HOT,
+    in_remat: ONE_HOT,
+    in_cond: ONE_HOT,
+    tied_in_scan: TIED,
+    carried: TIED,
 }
 
 
@@ -122,13 +164,27 @@ def test_said_once_with_the_line_and_what_to_do(loss, monkeypatch):
         forget(monkeypatch)
         lines = said_by(entry, loss)
         assert len(lines) == 1 and re.search(begin + ADVICE[loss], lines[0]), (name, lines)
-        assert f"{__file__}:{line_of(loss)} ({loss.__name__})" in lines[0], name
+        assert f"{__file__}:{line_of(loss)} ({loss.__name__}" in lines[0], name
         assert said_by(entry, loss) == [], name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the step's, which are looked at above
         for explain in (js.explain(of_params(loss)), js.explain(js.jit(sgd(loss)))):
             said = str(explain({"t": jnp.ones((ROWS, 2))}, IDS))
             assert re.search(r"\['t'\]  dense: " + ADVICE[loss], said) and f"{__file__}:{line_of(loss)}" in said
+
+
+def test_rows_that_a_while_loop_reads(nothing_said):
+    def step(t, ids):
+        def turn(c):
+            return (c[0] + 1, c[1] + jnp.sum(t[ids[c[0]]]))
+
+        total = jax.lax.while_loop(lambda c: c[0] < len(ids), turn, (0, 0.0))[1]
+        return t - 0.1 * total * jax.grad(lambda t: jnp.sum(t[ids]))(t)
+
+    said = said_by(js.jit(step).lower, jax.ShapeDtypeStruct((9, 2), jnp.float32), jnp.asarray(IDS))
+    assert len(said) == 1 and re.search(
+        r"dense, with its slots: while at .*use jax\.lax\.scan, or read rows before", said[0]
+    )
 
 
 def test_what_is_no_news(nothing_said):

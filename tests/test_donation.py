@@ -73,3 +73,27 @@ def test_explain_says_what_jax_jit_copies():
         "js.jit": {False},
         "unknown": {False},
     }
+
+
+@pytest.mark.devices(2)
+def test_explain_says_what_jax_pmap_copies():
+    """Each device's state is one of 500 rows, of which it reads those of its own batch."""
+
+    def mean_step(state, ids):
+        params, opt_state = state
+        gradient = jax.grad(lambda params: jnp.sum(params["t"][ids] @ params["w"]))(params)
+        updates, opt_state = ADAM.update(jax.lax.pmean(gradient, "device"), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    state, ids = jax.tree.map(lambda x: jnp.stack([x, x]), made()), np.stack([IDS, IDS + 1])
+    for donate in ((), 0):
+        run = jax.pmap(js.rowwise(mean_step), axis_name="device", donate_argnums=donate)
+        said = js.explain(run)(state, ids)
+        table, slot = said["[0]['t']"], said["[1][0].mu['t']"]
+        assert (table.num_rows, table.rows_read, slot.row_sparse) == (500, 3, True)
+        copies = "It is not donated, so each step copies it: 0.0 MB." in table.advice
+        assert copies == (donate == ()) and not said["[0]['w']"].row_sparse
+    with pytest.raises(
+        ValueError, match=r"'fun' argument of js\.explain must be one that was not called.*Make it anew"
+    ):
+        js.explain(run)(state, ids)

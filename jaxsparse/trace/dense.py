@@ -18,6 +18,8 @@ from jaxsparse.trace.uses import INLINED
 LARGE = 1 << 16  # rows of a table that is worth a warning if no ids read it
 
 _CONVERT, _TRANSPOSE = _jax.primitives("convert_element_type copy"), _jax.primitives("transpose")
+_MOVES, _WHILE = _CONVERT | _TRANSPOSE, _jax.primitives("while")
+_FOLLOWED = INLINED | _MOVES | _WHILE | {_jax.COND, _jax.SCAN}  # and remat, which has two forms
 _DOT = _jax.primitives("dot_general")
 _OTHER_READS = _jax.primitives("slice reshape squeeze pad select_n gather dynamic_slice")
 
@@ -25,6 +27,7 @@ _TAKE = "jnp.take(table, ids, axis=0)"
 _OUTPUT = "For an output layer, js.sampled_softmax computes the logits of few rows."
 _INPUT = f"If what it is multiplied by is one-hot, read rows, {_TAKE}; if it is sparse, js.dot takes it as a BCOO."
 _READ = f"Read rows by ids, {_TAKE}."
+_WHILE_LOOP = "How often it turns, and so which rows it reads, is not known: use jax.lax.scan, or read rows before it."
 _ALSO = f"It is read by rows elsewhere: what uses all of it makes it dense. Use rows of ids there too, {_TAKE}."
 
 
@@ -53,6 +56,8 @@ def advice_on_whole(program: Program, v: Any, why: Reason) -> str:
     """What to do about an input that is read by rows, and computed as a whole for this reason."""
     if why.closed or not why.source:
         return closed_advice(why)
+    if why.cause in map(str, _WHILE):
+        return _WHILE_LOOP
     uses = _uses(program, v, 0, ())
     is_output = any(use.eqn.primitive in _DOT and not _contracts(use) for use in uses)
     return _OUTPUT if is_output else _ALSO
@@ -89,16 +94,36 @@ def _uses(
     v: Any,
     axis: int,
     within: tuple[Equation, ...],
-    followed: Collection[Any] = INLINED | _CONVERT | _TRANSPOSE,
+    followed: Collection[Any] = _FOLLOWED,
 ) -> Iterator[_Use]:
     """The equations that use a variable, in order, through those that are followed."""
     users = ((eqn, i) for eqn in program.equations for i, operand in enumerate(eqn.inputs) if operand is v)
     for user, i in users:
-        if user.primitive not in followed:
-            yield _Use(user, i, axis, within)
-        elif user.primitive in INLINED:
-            inner = _jax.called(user)
-            yield from _uses(inner, inner.inputs[i], axis, (*within, user), followed)
-        else:
+        if user.primitive in _MOVES and user.primitive in followed:
             at = list(user.param("permutation")).index(axis) if user.primitive in _TRANSPOSE else axis
             yield from _uses(program, user.outputs[0], at, within, followed)
+        elif inner := _inside(user, i, followed):
+            for body, operand in inner:
+                yield from _uses(body, operand, axis, (*within, user), followed)
+        else:
+            yield _Use(user, i, axis, within)
+
+
+def _inside(eqn: Equation, i: int, followed: Collection[Any]) -> list[tuple[Program, Any]]:
+    """The programs in an equation that get its operand i as it is, each with its name for it. What a scan is over comes
+    in without its rows: it is not followed."""
+    if eqn.primitive not in followed and not (followed is _FOLLOWED and _jax.is_remat(eqn)):
+        return []
+    if eqn.primitive is _jax.COND:
+        return [(branch, branch.inputs[i - 1]) for branch in _jax.branches(eqn)] if i else []
+    if eqn.primitive is _jax.SCAN:
+        scan = _jax.scan_of(eqn)
+        return [(scan.body, scan.body.inputs[i])] if i < scan.num_consts + scan.num_carry else []
+    if eqn.primitive in _WHILE:
+        test, body, num_test, num_body = _jax.while_of(eqn)
+        if i < num_test:
+            return [(test, test.inputs[i])]
+        carried = i - num_test - num_body
+        return [(body, body.inputs[i - num_test]), *([(test, test.inputs[num_test + carried])] if carried >= 0 else [])]
+    inner = _jax.inlined(eqn)
+    return [] if inner is None else [(inner, inner.inputs[i])]

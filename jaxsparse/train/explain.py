@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _jax
+from jaxsparse._checks import message
 from jaxsparse.ops.rows import gather_rows, scatter_rows
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, PlannedStep
 from jaxsparse.train.grad import Tables, plan_gradient
 from jaxsparse.train.jit import JittedStep
 from jaxsparse.train.packing import copied_whole, megabytes
-from jaxsparse.train.rowwise import plan_of
+from jaxsparse.train.rowwise import plan_of, plans_seen
 
 # Below this many table rows for each row read, a dense step is about as fast: python -m tests.benchmarks.crossover.
 _CROSSOVER = 0.05
@@ -90,10 +91,14 @@ def explain(
 
     Args and errors are those of `js.value_and_grad`. A step that `js.jit` has made is explained too: which arrays of
     its state it reads by rows, and which, as an optimizer's slots, have a row for each of theirs; the other arguments
-    have no meaning then. So is one of `js.rowwise`, and jax.jit of it, with what is copied because it is not donated.
+    have no meaning then. So is one of `js.rowwise`, and jax.jit or jax.pmap of it, with what is copied because it is
+    not donated. Of jax.pmap the sizes are those on one device.
 
     Returns:
       A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
+
+    Raises:
+      ValueError: for a jax.pmap that was called before, which JAX does not trace again.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -110,8 +115,11 @@ def explain(
         return functools.partial(_explain_step, fun.plan, fun.donated)
     if (plan := plan_of(fun)) is not None:
         return functools.partial(_explain_step, plan, None)
-    if (plan := plan_of(getattr(fun, "__wrapped__", fun))) is not None and hasattr(fun, "trace"):  # jax.jit's
-        return functools.partial(_explain_step, plan, functools.partial(_donated, fun))
+    if (plan := plan_of(getattr(fun, "__wrapped__", fun))) is not None:
+        if hasattr(fun, "trace"):  # jax.jit's
+            return functools.partial(_explain_step, plan, functools.partial(_donated, fun))
+        if hasattr(fun, "lower"):  # jax.pmap's
+            return functools.partial(_explain_mapped, fun)
 
     def explain_fun(*args: Any, **kwargs: Any) -> Explanation:
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
@@ -140,12 +148,28 @@ def _donated(jitted: Any, *args: Any, **kwargs: Any) -> set[int]:
     return {i for i, x in enumerate(jax.tree.leaves(jitted.trace(*args, **kwargs).args_info)) if x.donated}
 
 
+def _explain_mapped(mapped: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Of a step under jax.pmap, which alone knows its axis and the arrays of one device: it is traced for its plan."""
+    with plans_seen() as seen:
+        info = jax.tree.leaves(mapped.lower(*args, **kwargs).args_info)
+    if not seen:
+        must, do = "one that was not called before", "Make it anew: js.explain(jax.pmap(js.rowwise(step), ...))."
+        raise ValueError(message("explain", "fun", must, "a jax.pmap that JAX has traced, and does not again,", do))
+    platform = _jax.platform_of(jax.tree.leaves((args, kwargs)))
+    return _explained(seen[0], {i for i, x in enumerate(info) if x.donated}, platform)
+
+
 def _explain_step(
     plan: Callable[..., PlannedStep], donated_of: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
 ) -> Explanation:
     """`donated_of` gives the donated leaves of such arguments, or is None if that is unknown."""
-    planned, platform = plan(*args, **kwargs), _jax.platform_of(jax.tree.leaves((args, kwargs)))
-    copied = set() if donated_of is None else planned.leaves.keys() - donated_of(*args, **kwargs)
+    donated = None if donated_of is None else donated_of(*args, **kwargs)
+    return _explained(plan(*args, **kwargs), donated, _jax.platform_of(jax.tree.leaves((args, kwargs))))
+
+
+def _explained(planned: PlannedStep, donated: set[int] | None, platform: str) -> Explanation:
+    """Of a step, whose donated leaves are None if they are unknown."""
+    copied = set() if donated is None else planned.leaves.keys() - donated
     find, traced = planned.plan.find, planned.traced
     out = {}
     for i in sorted(traced.places):

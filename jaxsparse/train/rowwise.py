@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,9 +43,9 @@ def rowwise(
     """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
 
     It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
-    compiles as well. Donate the state, or it is copied at each step: a trace does not see whether it is, but
-    `js.explain(jax.jit(js.rowwise(step)))(state, batch)` says so. What is row-sparse, and what is refused, is
-    described with `js.jit`.
+    compiles as well. Donate the state, or it is copied at each step. JAX does not tell a function that it traces
+    whether its arguments are donated, so there is no warning of it: `js.explain(jax.jit(js.rowwise(step)))(state,
+    batch)` says it, and so it does of jax.pmap. What is row-sparse, and what is refused, is described with `js.jit`.
 
     Args:
       step: step(state, ...) -> state, or (state, ...): any pytrees, and any optax transformation.
@@ -77,6 +79,8 @@ def rowwise(
     def run(*args: Any, **kwargs: Any) -> Any:
         prepared = prepare_step(step, args, kwargs, state_argnums, rows)
         announce(prepared.planned)
+        if (seen := _SEEN.get()) is not None:
+            seen.append(prepared.planned)
         leaves = jax.tree.leaves((args, kwargs), is_leaf=is_stored)
         return prepared.planned.traced.unflatten(on_rows(prepared, leaves))
 
@@ -91,6 +95,20 @@ _PLANS: weakref.WeakKeyDictionary[Any, Callable[..., PlannedStep]] = weakref.Wea
 def plan_of(fun: Callable[..., Any]) -> Callable[..., PlannedStep] | None:
     """For `js.explain`: a function of fun's arguments that gives the plan; None unless `rowwise` has made `fun`."""
     return _PLANS.get(fun)
+
+
+_SEEN: contextvars.ContextVar[list[PlannedStep] | None] = contextvars.ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def plans_seen() -> Iterator[list[PlannedStep]]:
+    """For `js.explain`: the plans of the steps that are traced within this context."""
+    seen: list[PlannedStep] = []
+    token = _SEEN.set(seen)
+    try:
+        yield seen
+    finally:
+        _SEEN.reset(token)
 
 
 def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True) -> list[Any]:
