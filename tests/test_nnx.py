@@ -472,6 +472,162 @@ def test_what_js_nnx_jit_refuses():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Steps of Flax's documentation and examples
+
+
+class InRemat(Small):
+    """The table is read under nnx.remat."""
+
+    @nnx.remat
+    def encode(self, ids):
+        return self.norm(self.embed(ids).sum(1))
+
+    def __call__(self, ids):
+        return self.head(self.encode(ids))[:, 0]
+
+
+class InCond(Small):
+    """One branch reads all ids of an example, the other one its first."""
+
+    def __call__(self, ids):
+        whole = lambda model, ids: model.embed(ids).sum(1)  # noqa: E731
+        first = lambda model, ids: model.embed(ids[:, 0])  # noqa: E731
+        return self.head(nnx.cond(ids[0, 0] % 2 == 0, whole, first, self, ids))[:, 0]
+
+
+class Layers(Small):
+    """Blocks with rngs of their own, under nnx.remat in an nnx.scan."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def towers(rngs):
+            return nnx.Dropout(0.2, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+
+        self.towers = nnx.List(towers(rngs))
+
+    def __call__(self, ids):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat
+        def through(layer, x):
+            dropout, dense = layer
+            return x + dropout(dense(x))
+
+        return self.head(through(tuple(self.towers), self.embed(ids).sum(1)))[:, 0]
+
+
+def averaged_step(model, optimizer, average, batch):
+    loss = sgd_step(model, optimizer, batch)
+    average.update(model)
+    return loss
+
+
+def two_optimizers_step(model, first, second, batch):
+    loss, grads = nnx.value_and_grad(loss_of)(model, batch)
+    first.update(model, nnx.filter_state(grads, nnx.PathContains("again")))
+    second.update(model, nnx.filter_state(grads, nnx.Not(nnx.PathContains("again"))))
+    return loss
+
+
+def accumulating_step(model, optimizer, batch):
+    """Gradients of two halves of a batch, by nnx.split and nnx.merge in a scan."""
+    graph, params, others = nnx.split(model, nnx.Param, ...)
+
+    def add(total, half):
+        loss = lambda params: nnx.merge(graph, params, others, copy=True).loss(half)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        return jax.tree.map(jnp.add, total, grads), value
+
+    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), halves)
+    optimizer.update(model, grads)
+    return losses
+
+
+def model_and_optimizer(tx, kind=Small):
+    model = kind(rngs())
+    return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def with_average(tx):
+    model, optimizer = model_and_optimizer(tx)
+    return model, optimizer, nnx.EMA(model, decay=0.9, only=nnx.Param)
+
+
+def two_optimizers(tx):
+    model, where = Small(rngs()), nnx.PathContains("again")
+    return model, nnx.Optimizer(model, tx, wrt=where), nnx.Optimizer(model, SGD, wrt=nnx.All(nnx.Param, nnx.Not(where)))
+
+
+DOCUMENTED = {
+    "remat": (sgd_step, functools.partial(model_and_optimizer, kind=InRemat)),
+    "cond": (sgd_step, functools.partial(model_and_optimizer, kind=InCond)),
+    "scan of remat": (sgd_step, functools.partial(model_and_optimizer, kind=Layers)),
+    "average": (averaged_step, with_average),
+    "two optimizers": (two_optimizers_step, two_optimizers),
+    "accumulated": (accumulating_step, model_and_optimizer),
+}
+
+
+@pytest.mark.cpu("a GPU adds up in another order each time")
+@pytest.mark.parametrize("name", slow_but(["cond"], DOCUMENTED))
+def test_documented_steps(name):
+    """As nnx.jit, with Adam after one step: rows that are not read have no moments yet. The table is row-sparse."""
+    step, make = DOCUMENTED[name]
+    ours, dense, batch = make(optax.adam(0.1)), make(optax.adam(0.1)), Small.draw_batch()
+    our_step = js.nnx.jit(step)
+    said = js.nnx.explain(our_step)(*ours, batch).parameters
+    tables = [x for path, x in said.items() if x.num_rows == V]
+    assert len(tables) >= 3 and all(x.row_sparse for x in tables)
+    got, want = our_step(*ours, batch), nnx.jit(step)(*dense, batch)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert_equal(numbers(*ours), numbers(*dense), tol=1e-4)
+
+
+@pytest.mark.slow
+def test_split_and_merge_by_hand():
+    """js.jit of a pure step whose state is an nnx.State."""
+
+    def run(jit):
+        graph, state = nnx.split(model_and_optimizer(SGD))
+
+        def step(state, batch):
+            model, optimizer = nnx.merge(graph, state, copy=True)
+            loss = sgd_step(model, optimizer, batch)
+            return nnx.state((model, optimizer)), loss
+
+        step, losses = jit(step), []
+        for batch in batches:
+            state, loss = step(state, batch)
+            losses.append(loss)
+        return numbers(nnx.merge(graph, state)), losses
+
+    batches = [Small.draw_batch() for _ in range(3)]
+    (got, losses), (want, want_losses) = run(js.jit), run(jax.jit)
+    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
+    assert_equal(got, want)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_orbax(tmp_path):
+    """What a step has updated is saved, restored into a new model, and trained on: as without the stop."""
+    orbax = pytest.importorskip("orbax.checkpoint")
+    objects, again = (model_and_optimizer(optax.adam(0.1)) for _ in range(2))
+    first, second = (Small.draw_batch() for _ in range(2))
+    step = js.nnx.jit(sgd_step)
+    step(*objects, first)
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(objects))
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", nnx.state(again))
+    nnx.update(again, restored)
+    np.testing.assert_allclose(step(*again, second), step(*objects, second), rtol=1e-6)
+    assert_equal(numbers(*again), numbers(*objects), tol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 
 
