@@ -1,7 +1,7 @@
-"""flax.nnx: the words of `nnx` for which there is one of ours, with its contract, at the cost of the rows.
+"""flax.nnx: row-sparse versions of nnx.jit, nnx.value_and_grad and nnx.grad, and `explain`.
 
-`js.nnx.jit` is `js.jit`, and `js.nnx.value_and_grad`, `grad` and `explain` are `js.value_and_grad`, `js.grad` and
-`js.explain`, for functions of nnx modules that change them in place.
+They are `js.jit`, `js.value_and_grad`, `js.grad` and `js.explain` for functions that take nnx modules and update them
+in place, as nnx's own functions do.
 """
 
 from jaxsparse.nnx.explain import explain as explain

@@ -1,8 +1,8 @@
-"""nnx objects among the arguments of a function, taken apart and put together.
+"""Splits nnx objects in a function's arguments into a static part and arrays, and merges them again.
 
-There are two ways through nnx's protocol (`nnx.update_context`), in and out: objects are taken apart outside of a pure
-function and put together inside of it, and what they have become is taken apart inside and put into the objects
-outside. Leaves that the function has left alone do not come out.
+A call crosses the border of a pure function twice, both times by nnx's own protocol (`nnx.update_context`). On the way
+in, objects are split outside and merged inside. On the way out, the objects as the function left them are split inside,
+and the caller's objects are updated. Leaves that the function did not change are not returned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import nnx
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A part of a tree that is no array."""
+    """A static part of a tree, such as a static argument."""
 
     value: Any
 
@@ -26,15 +26,15 @@ class Static:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """An nnx object without its leaves, of which there are `count`."""
+    """The structure of an nnx object, which has `count` leaves."""
 
     definition: Any  # nnx.GraphDef
     count: int
 
 
 def take_apart(tree: Any, ctxtag: Any) -> tuple[Any, list[Any]]:
-    """The tree, with a Graph for each nnx object, and the leaves of these in order. An object or variable that is there
-    twice is one."""
+    """The tree with a Graph in place of each nnx object, and the leaves of all objects in order. An object or variable
+    that occurs twice has its leaves listed once."""
     leaves: list[Any] = []
 
     def split(ctx: Any, path: Any, prefix: Any, node: Any) -> Graph:
@@ -46,7 +46,8 @@ def take_apart(tree: Any, ctxtag: Any) -> tuple[Any, list[Any]]:
 
 
 def put_together(tree: Any, leaves: Sequence[Any], ctxtag: Any, *, is_inner: bool) -> tuple[Any, list[Any]]:
-    """The inverse of `take_apart`, and the objects in order. Outside, these are the ones there were, updated."""
+    """The inverse of `take_apart`: the tree, and its nnx objects in order. With `is_inner` they are new objects;
+    otherwise the caller's own objects, updated."""
     it, nodes = iter(leaves), list[Any]()
 
     def merge(ctx: Any, path: Any, prefix: Any, graph: Graph) -> Any:
@@ -57,7 +58,7 @@ def put_together(tree: Any, leaves: Sequence[Any], ctxtag: Any, *, is_inner: boo
 
 
 def from_tree(tree: Any, kind: type, merge: Callable[..., Any], ctxtag: Any, *, is_inner: bool) -> Any:
-    """nnx.from_tree, of a tree whose objects are of this kind."""
+    """nnx.from_tree of a tree in which instances of `kind` stand for the objects."""
 
     def is_node(x: Any) -> bool:
         return isinstance(x, kind)
@@ -66,7 +67,7 @@ def from_tree(tree: Any, kind: type, merge: Callable[..., Any], ctxtag: Any, *, 
 
 
 def held_by(tree: Any) -> list[Any]:
-    """The variables, and arrays that are in none, that are the leaves of the nnx objects in a tree, in their order."""
+    """The leaves of the nnx objects in a tree, in the order of `take_apart`: variables, and arrays outside of any."""
     held: list[Any] = []
 
     def look(ctx: Any, path: Any, prefix: Any, node: Any) -> None:
@@ -77,16 +78,16 @@ def held_by(tree: Any) -> list[Any]:
 
 
 def value_of(held: Any) -> Any:
-    """What a leaf is now."""
+    """The current value of a leaf."""
     return held.get_raw_value() if isinstance(held, nnx.Variable) else held
 
 
 class Given:
-    """The objects that a function is given, inside of it: made before it is called.
+    """The objects that a pure function passes to the user's function. Make it before the call, to see what changes.
 
     Attributes:
       nodes: the objects.
-      before: what their leaves are before the call.
+      before: the values of their leaves before the call.
     """
 
     def __init__(self, nodes: list[Any]) -> None:
@@ -95,16 +96,16 @@ class Given:
         self.before = list(map(value_of, self._held))
 
     def now(self) -> list[Any]:
-        """What these leaves are now."""
+        """The current values of these leaves."""
         return list(map(value_of, self._held))
 
     def left_alone(self) -> set[int]:
-        """The numbers of those that the function has not changed."""
+        """The numbers of the leaves that the function did not change."""
         return {k for k, (old, new) in enumerate(zip(self.before, self.now(), strict=True)) if new is old}
 
     def after(self, out: Any, known: set[int], ctxtag: Any) -> Outcome:
-        """What the objects have become, and what the function returned, taken apart; the leaves `known` come out in
-        another way."""
+        """The objects after the call and the function's result `out`, split. Leaves with a number in `known` are not
+        repeated: the caller gets them elsewhere."""
         graphs, leaves = take_apart((self.nodes, out), ctxtag)
         number = {id(x): k for k, x in enumerate(self.now()) if k in known}
         sources = tuple(number.get(id(x)) for x in leaves)
@@ -114,12 +115,12 @@ class Given:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What comes out of a pure function of nnx objects.
+    """What a pure function of nnx objects returns.
 
     Attributes:
-      graphs: the objects that it was given, and what it returned: trees with a Graph for each object.
-      fresh: leaves of these that are not known.
-      sources: for each of their leaves the number of the given one that it is, or None for the next fresh one.
+      graphs: the objects it was given and the result, as trees with a Graph for each object.
+      fresh: their new leaves.
+      sources: for each leaf of `graphs`, the number of the given leaf that it equals; None for the next fresh one.
     """
 
     graphs: Any
@@ -127,7 +128,7 @@ class Outcome:
     sources: Static
 
     def put_into_objects(self, known: Sequence[Any], ctxtag: Any) -> Any:
-        """Updates the objects outside; what the function returned. `known` are the given leaves, as they are now."""
+        """Updates the caller's objects and returns the function's result. `known`: the given leaves after the call."""
         fresh: Iterator[Any] = iter(self.fresh)
         leaves = [next(fresh) if k is None else known[k] for k in self.sources.value]
         (_, out), _ = put_together(self.graphs, leaves, ctxtag, is_inner=False)

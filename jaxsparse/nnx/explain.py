@@ -20,9 +20,9 @@ def explain(
 ) -> Callable[..., Explanation]:
     """`js.explain` for functions of nnx modules: which gradients of `fun` are row-sparse, and why the others are dense.
 
-    Args and errors are those of `js.nnx.value_and_grad`. A step that `js.nnx.jit` has made is explained too: of the
-    variables that it changes, those it reads by rows, and those that have a row for each of theirs, as an optimizer's
-    slots. Nothing is computed, and no module is changed.
+    Args and errors are those of `js.nnx.value_and_grad`. `fun` may also be a step that `js.nnx.jit` returned. Of the
+    variables that the step changes, the explanation then shows which are tables (read by rows), which have one row for
+    each row of a table (an optimizer's slots), and which are dense. Nothing is computed, and no module is changed.
 
     Returns:
       A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.

@@ -1,7 +1,7 @@
-"""`js.nnx.value_and_grad` and `grad`: as in nnx, with row-sparse gradients where the function only reads rows.
+"""`js.nnx.value_and_grad` and `grad`: as in nnx, with row-sparse gradients of variables that are only read by rows.
 
-The objects are taken apart as nnx does it (`apart.py`); between stands `js.value_and_grad` of a pure function of the
-variables to differentiate, whose aux is what the objects have become.
+nnx objects are split as nnx does it (`apart.py`). `js.value_and_grad` then differentiates a pure function of their
+variables. The objects after the call are its auxiliary output.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ def value_and_grad(
     tables: Tables = None,
     **others: Any,
 ) -> Any:
-    """nnx.value_and_grad, row-sparse where `fun` only reads rows.
+    """nnx.value_and_grad, with row-sparse gradients of variables that `fun` only reads by rows.
 
-    What `fun` changes in its modules (statistics, rngs, what it sows) is changed after it. Under `js.nnx.jit` and
-    `js.jit` it is nnx.value_and_grad: there the whole step is evaluated on the rows that it reads.
+    `fun` may update its modules in place (statistics, rngs, nnx.Module.sow), as with nnx. Inside of `js.nnx.jit` and
+    `js.jit` it does what nnx.value_and_grad does, because the whole step is evaluated on the rows that it reads.
 
     Args:
       fun: returns a real scalar, or with `has_aux` a pair (scalar, aux). Its arguments are nnx objects, arrays, or
         trees of them.
-      argnums: which arguments to differentiate with respect to: positions, for the nnx.Params of the objects there, or
-        nnx.DiffState(position, filter), for the variables of a filter. Arrays there are differentiated as they are.
+      argnums: which arguments to differentiate with respect to: a position, or several. Of an nnx object, these are its
+        nnx.Params, or with nnx.DiffState(position, filter) the variables that match the filter. An argument may also
+        be arrays.
       has_aux: whether `fun` returns (scalar, aux).
-      tables: as of `js.value_and_grad`, the path of a variable being "['embed']['embedding']".
+      tables: as in `js.value_and_grad`. The path of a variable looks like "['embed']['embedding']".
 
     Returns:
-      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient). The gradient is an
-      nnx.State for each nnx object, as in nnx, in which a variable that is only read by rows has a `RowSparse`. Without
-      fun, a decorator.
+      A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient). As in nnx, the gradient
+      of an nnx object is an nnx.State. In it, variables that are only read by rows have a `RowSparse`. If `fun` is left
+      out, a decorator.
 
     Raises:
       TypeError: if `fun` does not return a real scalar, or a variable to differentiate is not floating; for other
         options of nnx.value_and_grad.
-      ValueError: if a variable is in two arguments of which one is differentiated; for a bound method; as of
-        `js.value_and_grad`.
+      ValueError: if an argument to differentiate shares a variable with another argument; for a bound method; and as
+        in `js.value_and_grad`.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -96,13 +97,13 @@ def grad(
     tables: Tables = None,
     **others: Any,
 ) -> Any:
-    """nnx.grad, row-sparse where `fun` only reads rows.
+    """nnx.grad, with row-sparse gradients of variables that `fun` only reads by rows.
 
     Arguments and errors are those of `js.nnx.value_and_grad`.
 
     Returns:
-      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux). Without fun,
-      a decorator.
+      A function of fun's arguments that returns the gradient, or with `has_aux` the pair (gradient, aux). If `fun` is
+      left out, a decorator.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -129,12 +130,13 @@ def grad(
 
 
 class Call:
-    """A call of a function of nnx objects, as one of a pure function for `js.value_and_grad`. Within an update context.
+    """One call of a function of nnx objects, as a call of a pure function that `js.value_and_grad` can differentiate.
+    Make and use it within one nnx.update_context.
 
     Attributes:
-      args: of the pure function.
-      argnums: which of them to differentiate with respect to, as `js.value_and_grad` takes it.
-      leaves: those of all nnx objects in the arguments, in order.
+      args: the arguments of the pure function.
+      argnums: which of them to differentiate with respect to, in the form that `js.value_and_grad` takes.
+      leaves: the leaves of all nnx objects in the arguments, in order.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class Call:
         self.args = nnx.to_tree(args, prefix=prefix, split_fn=_split, ctxtag=tag)
 
     def pure(self, *args: Any) -> Any:
-        """The function's value, and what else comes out of it."""
+        """(value, Outcome): the function's value, and its aux and the objects after the call."""
         nodes: list[Any] = []
 
         def merge(ctx: Any, path: Any, prefix: Any, node: _Apart) -> Any:
@@ -175,13 +177,13 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """An nnx object without the variables to differentiate.
+    """All of an nnx object but the variables to differentiate.
 
     Attributes:
       definition: its nnx.GraphDef.
-      rest: the states of other variables, if it is divided.
-      tree: definition of the tree of what is to be differentiated.
-      keys: of the leaves of this.
+      rest: the states of its other variables.
+      tree: tree definition of the state to differentiate; None if there is nothing to differentiate.
+      keys: a path for each leaf of that state.
     """
 
     definition: Any
@@ -192,14 +194,14 @@ class _Parts:
 
 @dataclasses.dataclass(frozen=True)
 class _Apart:
-    """An nnx object. Its leaves are the variables to differentiate, or their gradients; none, if there is nothing to
-    differentiate."""
+    """An nnx object as a pytree. Its leaves are the values of the variables to differentiate, or their gradients. There
+    are none if nothing is to be differentiated."""
 
     leaves: Sequence[Any]
     parts: _Parts
 
     def state(self) -> Any:
-        """Of the variables to differentiate."""
+        """The nnx.State of the variables to differentiate."""
         return self.parts.tree.unflatten(self.leaves)
 
     def states(self) -> tuple[Any, ...]:
@@ -215,11 +217,11 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class _Path(str):
-    """A path in a tree as one key: jax.tree_util.keystr prints it as it is."""
+    """A whole path as one key, which jax.tree_util.keystr prints unchanged."""
 
 
 def _split(ctx: Any, path: Any, prefix: Any, node: Any) -> _Apart:
-    """For nnx.to_tree; `prefix` is None where nothing is to be differentiated."""
+    """Splits one nnx object, for nnx.to_tree. `prefix` is None if nothing in it is to be differentiated."""
     if prefix is None:
         definition, rest = ctx.split(node)
         return _Apart((), _Parts(definition, (rest,), None, ()))
@@ -240,7 +242,7 @@ def _without_apart(gradient: Any) -> Any:
 
 
 def _filters(argnums: Argnums) -> dict[int, Any]:
-    """By position, the filter of the variables to differentiate."""
+    """By argument position, the filter of the variables to differentiate."""
     out: dict[int, Any] = {}
     for x in [argnums] if isinstance(argnums, int | nnx.DiffState) else argnums:
         n, kind = (x.argnum, x.filter) if isinstance(x, nnx.DiffState) else (x, nnx.Param)
@@ -251,7 +253,7 @@ def _filters(argnums: Argnums) -> dict[int, Any]:
 
 
 def _positional(fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """All arguments by position, as nnx has it."""
+    """All arguments by position, as nnx passes them."""
     if not kwargs:
         return tuple(args)
     bound = inspect.signature(fun).bind(*args, **kwargs)

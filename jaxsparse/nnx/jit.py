@@ -1,9 +1,9 @@
-"""`js.nnx.jit`: the one word for flax.nnx. `js.jit` of a step whose arguments are modules that it updates in place.
+"""`js.nnx.jit`: `js.jit` for steps that take nnx modules and update them in place.
 
-nnx's own protocol takes the arguments apart before the step, puts them together inside of it, and updates the objects
-after it (`nnx.update_context`): what is new in the graph, shared variables and `nnx.cached_partial` included. Between
-the two stands a pure function of arrays, as with `nnx.jit`; its first argument are the variables that the step changes,
-which is what `js.jit` takes for state. Which these are is seen by tracing the step once more, when it is new.
+As in nnx.jit, a pure function of arrays is compiled. nnx's own protocol (`nnx.update_context`) splits the arguments
+before it, merges them inside, and updates the caller's objects after it. This covers new attributes, shared variables
+and `nnx.cached_partial`. The first argument of the pure function holds the variables that the step changes: `js.jit`
+takes it for the state. To find these variables, a new step is traced one more time.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ def jit(
 ) -> Any:
     """nnx.jit for a train step, at the cost of the rows that it reads.
 
-    The step is the one that Flax's documentation writes: it is given modules, an nnx.Optimizer, metrics and a batch,
-    and updates them in place. All of `nnx.jit` holds: shared variables, rngs, statistics, what is sown, new attributes,
-    nnx.cached_partial. What is row-sparse and what is refused is described with `js.jit`: a variable that is only read
-    by rows, an nnx.Embed's for example, is a table, and so are its slots in the optimizer. Tables may be packed:
-    `nnx.update(both, js.pack(nnx.state(both)))`, both being (model, optimizer).
+    The step is written as in Flax's documentation. It takes modules, an nnx.Optimizer, metrics and a batch, and updates
+    them in place. Everything that nnx.jit supports works: shared variables, rngs, statistics, nnx.Module.sow, new
+    attributes, nnx.cached_partial. A variable that is only read by rows, such as that of an nnx.Embed, is a table, and
+    its slots in the optimizer are updated by rows too. `js.jit` describes what is row-sparse and what is refused.
+    Tables may be packed: `both = (model, optimizer); nnx.update(both, js.pack(nnx.state(both)))`.
 
-    **The variables that the step changes are donated.** They have new arrays after it, and the old ones are gone. An
-    `nnx.clone` or `nnx.state` of a module has the same arrays: copy those that are to stay, with
+    **Variables that the step changes are donated.** The step gives them new arrays, and JAX deletes the old ones.
+    `nnx.clone` and `nnx.state` share a module's arrays. To keep values from before a step, copy them first:
     `jax.tree.map(jnp.copy, nnx.state(model))`.
 
-    A function that changes nothing but scalars (a metric, a counter), as of evaluation, is that of `nnx.jit`.
+    A function that changes only scalars, such as an evaluation that counts a metric, runs as under nnx.jit.
 
     Args:
-      step: a function of any pytrees, whose nnx objects it may change.
+      step: a function of pytrees of nnx objects and arrays. It may change the objects.
       static_argnums, static_argnames: as in nnx.jit.
-      donate_argnums, donate_argnames: as in nnx.jit, so that a step that has them needs one word: they say nothing new,
-        since what the step changes is donated in any case, and nothing else.
-      graph, graph_updates: as in nnx.jit. They say nothing new either: the arguments are graphs, which trees are too.
-      rows: which rows are trained, as of `js.jit`; the paths of tables begin with the name of the argument:
+      donate_argnums, donate_argnames: accepted so that `nnx.jit` can be replaced without other edits, and ignored:
+        variables that the step changes are always donated, and nothing else is.
+      graph, graph_updates: accepted for the same reason, and ignored: arguments are always treated as graphs.
+      rows: which rows are trained, as in `js.jit`. The path of a table begins with the name of the argument:
         "['model']['embed']['embedding']".
 
     Returns:
-      A function of the step's arguments that returns what the step returns, with `lower` as in jax.jit. Without step, a
-      decorator.
+      A function of the step's arguments that returns what the step returns, with `lower` as in jax.jit. If `step` is
+      left out, a decorator.
 
     Raises:
-      ValueError: at the first call, if the step cannot be right on the rows that it reads; for a bound method.
-      TypeError: for other options of nnx.jit, such as in_shardings; for packed tables, if the step changes no table.
-      RuntimeError: if an array of the arguments is gone, because a step has updated a module that has it, too.
+      ValueError: at the first call, if the step cannot be evaluated on the rows that it reads; for a bound method.
+      TypeError: for other options of nnx.jit, such as in_shardings; for packed tables if the step changes no table.
+      RuntimeError: if an array of the arguments was deleted, because a step updated another module that shares it.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -102,7 +102,7 @@ def jit(
 
 
 def check_unbound(function: str, argument: str, fun: Callable[..., Any]) -> None:
-    """Raises ValueError for a method of a module, whose changes to it would be lost."""
+    """Raises ValueError for a bound method of a module: changes of that module would be lost."""
     inner = fun
     while isinstance(inner, functools.partial):
         inner = inner.func
@@ -129,7 +129,7 @@ class JittedModules:
         self._layouts: dict[Any, _Layout] = {}
 
         def pure(states: Any, kept: list[Any], tree: Any, layout: _Layout) -> Any:
-            given, out = self._run(tree, layout.together(states, kept))
+            given, out = self._run(tree, layout.merge(states, kept))
             now, known = given.now(), given.left_alone().union(layout.changed)
             return layout.definition.unflatten([now[k] for k in layout.changed]), given.after(out, known, self)
 
@@ -154,13 +154,13 @@ class JittedModules:
         return self if owner is None else functools.partial(self, owner)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """The program that a call with these arguments runs, lowered, as of `js.jit`: to be looked at."""
+        """The lowered program that a call with these arguments would run, for inspection, as in `js.jit`."""
         with nnx.update_context(self):
             pure, _ = self.pure_arguments(args, kwargs)
             return self._program(pure[-1]).lower(*pure)
 
     def pure_arguments(self, args: Any, kwargs: Any) -> tuple[tuple[Any, Any, Any, _Layout], list[Any]]:
-        """The arguments of the pure step, and the leaves of the nnx objects in order. Within an update context."""
+        """The arguments of the pure step, and the leaves of the nnx objects in order. Call it in an update context."""
         args, kwargs = self._with_static(args, kwargs)
         tree, leaves = take_apart((args, kwargs), self)
         others, definition = _flatten((tree, leaves))
@@ -168,10 +168,10 @@ class JittedModules:
         layout = self._layouts.get(key)
         if layout is None:
             layout = self._layouts[key] = self._layout_of(args, kwargs, tree, leaves)
-        return (*layout.apart(leaves), tree, layout), leaves
+        return (*layout.split(leaves), tree, layout), leaves
 
     def _cache_size(self) -> int:
-        """How many programs were compiled."""
+        """The number of compiled programs."""
         whole: Any = self._whole
         return self.on_rows._cache_size() + whole._cache_size()
 
@@ -188,14 +188,14 @@ class JittedModules:
         return args, {name: Static(x) if name in names else x for name, x in kwargs.items()}
 
     def _run(self, tree: Any, leaves: Sequence[Any]) -> tuple[Given, Any]:
-        """The step itself, on objects that are made of these leaves: the objects, and what it returns."""
+        """Calls the step on objects merged from these leaves. Returns the objects and the step's result."""
         (args, kwargs), nodes = put_together(tree, leaves, self, is_inner=True)
         given = Given(nodes)
         args = [x.value if isinstance(x, Static) else x for x in args]
         return given, self._step(*args, **{k: x.value if isinstance(x, Static) else x for k, x in kwargs.items()})
 
     def _layout_of(self, args: Any, kwargs: Any, tree: Any, leaves: list[Any]) -> _Layout:
-        """Traces the step, to see which variables it changes."""
+        """Traces the step to find the variables that it changes."""
         check_arguments(*tree)
         changed: list[int] = []
 
@@ -220,39 +220,39 @@ class JittedModules:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """Which leaves of the nnx objects a step changes, and how they are its state.
+    """Which leaves of the nnx objects a step changes, and the tree that they form as the state of the pure step.
 
     Attributes:
-      changed: their numbers, in the order of the state.
-      definition: of the state's tree: dictionaries by the paths of the variables.
-      has_rows: whether one of them may be a table.
+      changed: the numbers of these leaves, in the order of the state.
+      definition: tree definition of the state: nested dictionaries, keyed by the paths of the variables.
+      has_rows: whether any of them may be a table.
     """
 
     changed: tuple[int, ...]
     definition: Any
     has_rows: bool
 
-    def apart(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """The state, and all other leaves."""
+    def split(self, leaves: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Splits leaves into the state and all others."""
         changed = set(self.changed)
         kept = [x for k, x in enumerate(leaves) if k not in changed]
         return self.definition.unflatten(_jax.without_repeats([leaves[k] for k in self.changed], kept)), kept
 
-    def together(self, states: Any, kept: Sequence[Any]) -> list[Any]:
+    def merge(self, states: Any, kept: Sequence[Any]) -> list[Any]:
         by_number = dict(zip(self.changed, self.definition.flatten_up_to(states), strict=True))
         it = iter(kept)
         return [by_number[k] if k in by_number else next(it) for k in range(len(self.changed) + len(kept))]
 
 
 def _kinds(value: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """What a variable's value has to keep for its memory to be taken over: structure, shapes and dtypes."""
+    """Structure, shapes and dtypes of a variable's value. If a step keeps them, the memory can be reused."""
     leaves, definition = _flatten(value)
     return definition, [_jax.kind_of_array(x)[:2] for x in leaves]
 
 
 def _places(named: dict[str, Any], changed: Sequence[int], held: Sequence[Any]) -> dict[str, Any]:
-    """The numbers of changed leaves, in dictionaries by the paths of the variables in the arguments. The state of a
-    replaying optimizer stays what it is, whatever of it changes: `js.jit` looks for it."""
+    """The numbers of the changed leaves, in nested dictionaries keyed by the paths of the variables in the arguments.
+    The state of a replaying optimizer is kept whole even if only parts of it change: `js.jit` looks for it."""
 
     def is_variable(x: Any) -> bool:
         return isinstance(x, nnx.Variable)
@@ -273,7 +273,7 @@ def _places(named: dict[str, Any], changed: Sequence[int], held: Sequence[Any]) 
 
 
 def _positional(step: Callable[..., Any]) -> list[str]:
-    """The names of the parameters that may be given by position."""
+    """The names of the step's positional parameters."""
     try:
         parameters = inspect.signature(step).parameters.values()
     except (TypeError, ValueError):
@@ -282,7 +282,7 @@ def _positional(step: Callable[..., Any]) -> list[str]:
 
 
 def _check_there(error: Exception, layout: _Layout, leaves: Sequence[Any]) -> None:
-    """Raises RuntimeError if arrays of the arguments are gone, which the error says without a name."""
+    """Raises a RuntimeError that names the first deleted array among the arguments, which JAX's error does not."""
     paths = {
         k: path for path, k in jax.tree_util.tree_flatten_with_path(layout.definition.unflatten(layout.changed))[0]
     }
