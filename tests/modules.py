@@ -70,7 +70,7 @@ class TwoTowers(nnx.Module):
 class Ranking(nnx.Module):
     """DLRM: eight tables of different heights, their pairwise products, dense numbers."""
 
-    tables_of = 1, 1, 2, 2, 4, 4, 8, 8  # rows // n rows
+    tables_of = 1, 2, 4, 4, 8, 8, 16, 16  # rows // n rows
 
     def __init__(self, rows, dim, rngs):
         self.tables = nnx.List([nnx.Embed(rows // n, dim, rngs=rngs) for n in self.tables_of])
