@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from flax import nnx
+from jax.experimental.sparse import BCOO
 
 import jaxsparse as js
 from tests.marks import slow_but
@@ -237,6 +238,48 @@ def test_parts_of_sparse_inputs(tmp_path):
         predict(x | {"b": fewer["b"]})
 
 
+def summed(x, rows):
+    """The sum of the rows of each example's entries."""
+    return jax.ops.segment_sum(rows, x.indices[:, 0], num_segments=x.shape[0])
+
+
+OF_ENTRIES = {  # what looks like js.dot, and is not that of float32
+    "linear": lambda w, x: summed(x["a"], x["a"].data * w[x["a"].indices[:, 1], 0]),
+    "of each example": lambda w, x: summed(
+        x["a"], x["a"].data * js.embedding_lookup(x["n"], x["a"].indices[:, 0])[:, 0]
+    ),
+    "float16": lambda w, x: summed(x["a"], x["a"].data[:, None] * w[x["a"].indices[:, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["linear"], OF_ENTRIES))
+def test_entries_of_sparse_inputs(tmp_path, name):
+    dtype = np.float16 if name == "float16" else np.float32
+    x, w = {"a": mails(6), "n": numbers(6, 3)}, np.round(numbers(V, 4) * 4).astype(dtype)
+    x["a"].data = np.ceil(x["a"].data * 4)  # their sums have no rounding
+
+    def for_jax(x):
+        a = js.from_scipy(x["a"])
+        return x | {"a": BCOO((a.data.astype(dtype), a.indices), shape=a.shape)}
+
+    def for_numpy(x):
+        return x | {"a": (x["a"].data.astype(dtype), x["a"].indices, x["a"].indptr)}
+
+    fewer = {"a": x["a"][2:4], "n": x["n"][:2]}
+    check(tmp_path, OF_ENTRIES[name], w, for_jax(x), *(Pair(for_jax(part), for_numpy(part)) for part in (x, fewer)))
+
+
+class Click(NamedTuple):
+    ids: object
+    age: object
+
+
+def test_inputs_with_names(tmp_path):
+    x = Click(ids_below(30, 4, 5), numbers(4))
+    source = check(tmp_path, lambda p, x: p[x.ids].sum((1, 2)) + x.age, numbers(30, 8), x, x, first(2, x))
+    assert "array(x.ids, " in source and "array(x.age, " in source
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # equations one by one
 
@@ -301,6 +344,7 @@ EQUATIONS = {
     ],
     "products": lambda f, i, b: [f @ f.T, jnp.einsum("bi,bj->bij", f, f), jnp.einsum("bi,bi->b", f, f), i @ i.T],
     "more products": lambda f, i, b: [
+        jnp.einsum("bi,ji->bj", f, f[:3] * 2),
         jnp.einsum("bi,ijk->bjk", f, jnp.ones((6, 2, 3))),
         jnp.outer(f[:, 0], f[:, 1]),
         jnp.dot(f, f[0]),
@@ -348,7 +392,24 @@ EQUATIONS = {
     "sizes": lambda f, i, b: [f / len(f), jnp.arange(len(f)), jnp.ones((2 * len(f) + 1, 2)), f.mean(0), len(f) * i],
     "bits as floats": lambda f, i, b: jax.lax.bitcast_convert_type(f, jnp.int32),
     "nothing of x": lambda f, i, b: [jnp.ones((3, 2)) * 2, jnp.float32(3) + 1],
+    "unsigned": lambda f, i, b: [jax.lax.shift_right_logical(i.astype(jnp.uint32), jnp.uint32(3)), (i % 9).view("u4")],
+    "as they are": lambda f, i, b: [
+        jnp.sum(f, axis=()),
+        jax.lax.reduce_precision(f, 8, 23),
+        f[:, 0][:, None].ravel(),
+        {"none": None, "f": f},
+    ],
+    "small numbers": lambda f, i, b: [
+        jnp.matmul(i.astype(jnp.int8) * 9, i.T.astype(jnp.int8), preferred_element_type=jnp.int32),
+        jnp.matmul(f.astype(jnp.float16), f.T.astype(jnp.float16), preferred_element_type=jnp.float32),
+    ],
+    "promised": lambda f, i, b: [
+        jnp.asarray(HELD).at[i % 6].get(mode="promise_in_bounds"),
+        jnp.asarray(HELD).at[jnp.where(b, i.astype(jnp.uint32) % 6, 0)].get(mode="promise_in_bounds"),
+        jnp.asarray(HELD).at[(i % 6).astype(jnp.uint32)].get(mode="promise_in_bounds"),
+    ],
 }
+HELD = np.arange(6, dtype=np.float32) - 2.5
 
 
 @jax.custom_vjp
@@ -472,6 +533,32 @@ def test_what_depends_on_parameters_alone_is_computed_before(tmp_path):
     assert source.splitlines()[-1] == "    return constant[x] @ constant_2 + bias"
 
 
+def test_arrays_that_a_model_holds(tmp_path):
+    scale, rows, large = jnp.float32(2.5), jnp.asarray(HELD), jnp.asarray(numbers(6, 40))
+    source = check(tmp_path, lambda params, x: ((x * scale + rows[None]) * HELD[None]) @ large, {}, numbers(5, 6))
+    assert "np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.float32)" in source and "x * 2.5" in source
+
+
+def test_parameters_without_rows_and_with_names_of_lines(tmp_path):
+    params = {"h": numbers(6), "none": np.zeros((0, 6), np.float32)}
+
+    def apply_fn(params, x):
+        return jnp.concatenate([params["none"], jnp.sin(x) * params["h"][None] + jnp.sin(x)]), jnp.cos(x) * jnp.cos(x)
+
+    source = check(tmp_path, apply_fn, params, numbers(5, 6))
+    assert 'h = load("h")' in source and "h_2 = np.sin(x)" in source and "none = np.zeros((0, 6), np.float32)" in source
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_written(tmp_path, monkeypatch):
+    def full(path, x):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(tmp_path, bag_model, {"table": numbers(V, D), "head": numbers(D), "bias": 0.5}, ids_below(V, 3, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_packed_tables(tmp_path):
     params = {"table": jnp.asarray(numbers(300, 16)), "head": numbers(16)}
     apply_fn = lambda params, ids: params["table"][ids].mean(1) @ params["head"]  # noqa: E731
@@ -536,6 +623,88 @@ def test_refused_equations(tmp_path):
         export(tmp_path, squares, {}, x)
     assert not list(tmp_path.iterdir())
     check(tmp_path, by_batch, {}, x, batch="5, _")  # at one size there is one program
+
+
+REFUSED = {
+    "shift_right_logical of signed integers": lambda f, i: jax.lax.shift_right_logical(i, 1),
+    "reduce_precision to less than float32": lambda f, i: jax.lax.reduce_precision(f, 5, 10),
+    "bitcast_convert_type of float32 to uint8": lambda f, i: jax.lax.bitcast_convert_type(f, jnp.uint8),
+    "reduce_or of int32": lambda f, i: jnp.bitwise_or.reduce(i, axis=1),
+    "reshape with dimensions": lambda f, i: f.ravel("F"),
+    "pad that cuts off, or pads between numbers": lambda f, i: jax.lax.pad(f, 0.0, ((0, 0, 0), (-1, 0, 0))),
+    "scatter of what a function makes": lambda f, i: f.at[0].apply(jnp.sin),
+    "arrays of int4": lambda f, i: i.astype(jnp.int4),
+    "numbers of complex64": lambda f, i: f * 1j,
+    "dot_general over several sizes of the input": lambda f, i: jnp.einsum(
+        "bl,blmn->mn", f, f[..., None, None] + i[None, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_equations_without_a_rule(tmp_path, what):
+    x, sizes = {"f": numbers(5, 6), "i": ids_below(9, 5, 6)}, {"f": "b, l", "i": "m, n"}
+    batch = sizes if "dot_general" in what else "b"
+    with pytest.raises(TypeError, match=rf"NumPy can compute. Got one with {what} at .*test_export_numpy.py:\d+ "):
+        export(tmp_path, lambda params, x: REFUSED[what](x["f"], x["i"]), {}, x, batch)
+
+
+def test_outputs_that_numpy_has_not(tmp_path):
+    with pytest.raises(TypeError, match=r"NumPy can compute. Got one with arrays of key<\w+> among its outputs"):
+        export(tmp_path, lambda key, x: (x, key), jax.random.key(0), numbers(2))
+
+
+def other_by_size(x, odd, even):
+    return x.sum() + (odd if len(x) % 2 else even), x.min(), x.max()
+
+
+BY_SIZE = {  # at b = 5, 6 and 7
+    "equations": (
+        lambda x: jnp.sin(x) if len(x) % 2 else jnp.cos(x),
+        r"the equations depend on .*\(\S+test_export_numpy",
+    ),
+    "array": (lambda x: x[:, 0] * np.arange(len(x), dtype=np.float32), "an array that the model holds depends on"),
+    "number": (lambda x: x * (1 / len(x)), r"numbers such as 0\.2\d* depend on the size .*\(\S+test_export_numpy"),
+    "operand": (lambda x: other_by_size(x, x.max(), 1.0), r"the equations depend on .*\(\S+test_export_numpy"),
+    "literal": (lambda x: other_by_size(x, 1.0, x.max()), r"the equations depend on .*\(\S+test_export_numpy"),
+    "values": (lambda x: other_by_size(x, x.min(), x.max()), r"the equations depend on .*\(\S+test_export_numpy"),
+    "output": (
+        lambda x: (x.sum(), x.max())[len(x) % 2],
+        r"the equations depend on the size of the input \(its outputs\)",
+    ),
+    "rank": (lambda x: jnp.ones((2,) * len(x)), r"numbers such as \(2, 2, 2, 2, 2\) are not linear in the size"),
+}
+
+
+@pytest.mark.parametrize("name", BY_SIZE)
+def test_models_that_differ_by_size(tmp_path, name):
+    model, what = BY_SIZE[name]
+    with pytest.raises(
+        TypeError, match=rf"must be the same for every b. Got one in which {what}.* Give sizes that may"
+    ):
+        export(tmp_path, lambda params, x: model(x), {}, numbers(5, 6))
+    check(tmp_path, lambda params, x: model(x), {}, numbers(5, 6), batch="5, _")
+
+
+@jax.tree_util.register_pytree_node_class
+class WithoutKeys(list):
+    def tree_flatten(self):
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children)
+
+
+def test_refused_examples(tmp_path):
+    for example, dtype in (np.array(["a"]), "<U1"), (jax.random.split(jax.random.key(0)), "key<fry>"):
+        with pytest.raises(TypeError, match=f"'example' .* must be made of numbers. Got an array of {dtype} instead"):
+            export(tmp_path, None, {}, example)
+    must = r"must be made of dictionaries, tuples, lists and dataclasses. Got a tree with FlattenedIndexKey"
+    with pytest.raises(TypeError, match=rf"'example' argument of js.export_numpy {must}"):
+        export(tmp_path, None, {}, WithoutKeys([numbers(2)]))
+    with pytest.raises(ValueError, match=r"'batch' .* must be for rows of sparse inputs only. Got 'b, f' instead"):
+        export(tmp_path, None, {}, js.from_scipy(mails(6)), "b, f")
 
 
 def test_refused_arguments(tmp_path):

@@ -49,8 +49,6 @@ def _gather(w: Writer, op: Operation) -> Value:
         table = w.full(table)
     if simple and axis == 0:
         return _rows(w, op, table, _ids(w, places), mode, fill)
-    if table.rows_as:
-        raise UnknownError(f"gather of other parts than rows of a table that is converted to {table.rows_as}")
     if simple and mode == "any" and (ids := _from_the_end(_ids(w, places), table.shape[axis])) is not None:
         return w.out(op, f"np.take({table.text}, {ids.text}, {axis})")
     names = ["offset_dims", "collapsed_slice_dims", "start_index_map"]

@@ -113,8 +113,6 @@ def _slice(w: Writer, op: Operation) -> Value:
 
 def _transpose(w: Writer, op: Operation) -> Value:
     x, order = w.full(w.value(op.inputs[0])), [int(axis) for axis in op.param("permutation")]
-    if order == list(range(len(order))):
-        return w.out(op, x.text, x.level)
     if order == [1, 0]:
         return w.out(op, f"{x.at(ATOM)}.T")
     return w.out(op, f"{x.at(ATOM)}.transpose({', '.join(map(str, order))})")
@@ -132,8 +130,6 @@ def _list(values: Sequence[Value]) -> str:
 
 def _concatenate(w: Writer, op: Operation) -> Value:
     values, axis = [w.value(x) for x in op.inputs], int(op.param("dimension"))
-    if len(values) == 1:
-        return dataclasses.replace(values[0])
     out = w.out(op, f"np.concatenate({_list([w.full(value) for value in values])}, {axis})")
     if axis == len(out.shape) - 1 and all(value.columns is not None for value in values):
         columns = [column for value in values for column in value.columns or ()]
