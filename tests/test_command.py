@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from jaxsparse.__main__ import main
+from jaxsparse.command.checkpoints import load_checkpoint
 from jaxsparse.command.examples import Examples
 from jaxsparse.command.files import format_of, look_at
 
@@ -311,9 +312,11 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "three.txt": "a\tx\nb\tx\nc\tx\n",
         "bad.txt": "a\tx\nb\tx\nc x\n",
         "numbers.txt": "1\tx y\na\tx\n",
+        "half.jsonl": '{"y": 1, "x": 2}\n{"y": 1, "x"\n',
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(text_of(*table(99)).encode())[:-30])
     (tmp_path / "cut.csv.gz").write_bytes(gzip.compress(csv_of(*table(99)).encode())[:-30])
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "checkpoint.msgpack").write_bytes(b"no checkpoint")
@@ -339,6 +342,9 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "train one.csv --out o": "one.csv has no column but 'y', the label",
         "train bad.vw --out o": "bad.vw, line 2: there is no | before its features",
         "train bad.jsonl --out o": "bad.jsonl, line 2: it has the key 'x' twice",
+        "train half.jsonl --out o": "half.jsonl, line 2: ",
+        "train cut.txt.gz --out o": "cut.txt.gz is damaged, or no text file",
+        "train gone.txt --out o": "gone.txt is not there",
         "train no.jsonl --out o": "no.jsonl has no JSON objects in its first 1000 lines",
         "train three.txt --out o": "has the labels 'a', 'b', 'c', where there must be numbers, or two names",
         "train bad.txt --out o": "bad.txt, line 3: there is no tab between label and text",
@@ -359,3 +365,45 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         shown = capsys.readouterr()
         assert caught.value.code == 2 and shown.err.count("\n") == 1 and what in shown.err, (line, shown.err)
         assert shown.err.startswith("python -m jaxsparse")
+
+
+def test_parquet_that_cannot_be_read(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"no table")
+    pytest.importorskip("pyarrow")
+    said = []
+    for module in ("json", "pyarrow"):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setitem(sys.modules, module, None if module == "pyarrow" else json)
+            run("train a.parquet --out o")
+        said.append(capsys.readouterr().err)
+    assert "a.parquet: " in said[0] and "arquet" in said[0] and "pyarrow: pip" not in said[0]
+    assert "a.parquet wants pyarrow: pip install 'jaxsparse[arrow]'." in said[1]
+
+
+def test_examples_without_numbers(tmp_path):
+    (tmp_path / "a.csv").write_text("y,user\n1,a\n0,b\n3,a\n")
+    ((x, y, _),) = examples_of(str(tmp_path / "a.csv")).chunks()
+    assert x.shape == (3, 64) and y.tolist() == [1, 0, 3] and x.toarray().sum(1).tolist() == [1, 1, 1]
+    assert (x.toarray()[0] == x.toarray()[2]).all() and (x.toarray()[0] != x.toarray()[1]).any()
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", flax.serialization.to_bytes({"state": 1, "rest": "no JSON"})])
+def test_a_damaged_checkpoint(tmp_path, content):
+    (tmp_path / "checkpoint").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint is damaged: "):
+        load_checkpoint(1, tmp_path / "checkpoint")
+
+
+def test_a_reader_that_goes_away_is_no_error(run, tmp_path, capfd, monkeypatch):
+    """`predict ... | head`: what is still to be written goes nowhere, and nothing is said."""
+
+    def broken(options):
+        print("written before")
+        raise BrokenPipeError
+
+    monkeypatch.setattr("jaxsparse.command.run.predict", broken)
+    with open(tmp_path / "pipe", "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as caught:
+            run("predict model a.csv")
+    assert caught.value.code == 1 and (tmp_path / "pipe").read_text() == "" and capfd.readouterr() == ("", "")

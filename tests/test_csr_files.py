@@ -94,6 +94,24 @@ def test_what_is_half_written_is_not_opened(tmp_path):
         js.save_csr(tmp_path / "x", m)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("shape", lambda x: x[:1], r"whose shape.npy has two sizes. Got \[30\] in .*x instead"),
+        ("shape", lambda x: -x, r"whose shape.npy has two sizes. Got \[-30, -30\] in .*x instead"),
+        ("indices", lambda x: x[1:], r"whose indices.npy has 450 numbers. Got 449 in .*x instead"),
+        ("indptr", lambda x: x[1:], r"whose indptr.npy has 31 numbers. Got 30 in .*x instead"),
+        ("indptr", lambda x: np.minimum(x, 440), r"whose indptr.npy ends with 450. Got 440 in .*x instead"),
+    ],
+)
+def test_files_that_do_not_fit_together(tmp_path, name, change, says):
+    js.save_csr(tmp_path / "x", sp.random_array((30, 30), density=0.5, format="csr", dtype=np.float32, rng=rng_of(0)))
+    file = tmp_path / "x" / f"{name}.npy"
+    np.save(file, change(np.load(file)))
+    with pytest.raises(ValueError, match=rf"'path' argument of js.open_csr must be a folder {says}"):
+        js.open_csr(tmp_path / "x")
+
+
 @pytest.mark.parametrize("name", ["data", "indices", "indptr", "shape"])
 def test_errors_name_the_file(tmp_path, name):
     js.save_csr(tmp_path / "x", sp.random_array((30, 30), density=0.5, format="csr", dtype=np.float32, rng=rng_of(0)))

@@ -289,3 +289,13 @@ def test_gradients_by_hand_under_shard_map(check_vma):
     want = jax.jit(jax.value_and_grad(loss))(params, ids)
     np.testing.assert_allclose(value, want[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads, want[1])
+
+
+def test_sparse_inputs_of_several_hosts_want_devices(monkeypatch):
+    (batch,) = js.batches(scipy.sparse.eye_array(2, 3, format="csr", dtype=np.float32), batch_size=2)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"'batch' argument of js.global_batch must be without BCOO leaves, or with dev"
+    ):
+        js.global_batch(batch, mesh, "data")

@@ -462,6 +462,8 @@ def test_what_js_nnx_jit_refuses():
     batch = Small.draw_batch()
     with pytest.raises(ValueError, match=r"Write Small\.loss and pass the module as its first argument"):
         js.nnx.jit(model.loss)
+    with pytest.raises(ValueError, match=r"(?s)'step' .* Write Small\.loss and pass the module as its first argument"):
+        js.nnx.jit(functools.partial(model.loss, batch))
     with pytest.raises(TypeError, match=r"'in_shardings' argument of js\.nnx\.jit must be left out"):
         js.nnx.jit(sgd_step, in_shardings=None)
     with pytest.raises(TypeError, match=r"called with arrays and numbers.*Got a str at argument \[2\].*static_argnums"):
@@ -721,6 +723,27 @@ def test_explain_a_loss():
     assert model.calls[...] == 0
     with pytest.raises(ValueError, match=r"\['head'\]\['kernel'\]"):
         js.nnx.explain(loss_of, tables="kernel")(model, Small.draw_batch())
+
+
+def test_gradients_by_decorator_and_by_name():
+    fun = lambda model, ids: jnp.sum(model(ids) ** 2)  # noqa: E731
+    model, ids = nnx.Embed(6, 2, rngs=nnx.Rngs(0)), jnp.array([3, 0, 3])
+    want, expected = nnx.value_and_grad(fun)(model, ids)
+    for got, grads in [
+        js.nnx.value_and_grad(argnums=0)(fun)(model, ids),
+        js.nnx.value_and_grad(fun)(model, ids=ids),
+    ]:
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert is_row_sparse(grads["embedding"].get_value())
+        np.testing.assert_allclose(grads["embedding"].get_value().todense(), expected["embedding"][...], rtol=1e-6)
+
+
+def test_the_gradient_of_a_variable():
+    table, ids = nnx.Param(jnp.arange(12.0).reshape(6, 2)), jnp.array([3, 0, 3])
+    fun = lambda table, ids: jnp.sum(table[...][ids] ** 2)  # noqa: E731
+    ours, theirs = js.nnx.grad(fun)(table, ids), nnx.grad(fun)(table, ids)
+    got, want = (jax.tree.leaves(x, is_leaf=is_row_sparse) for x in (ours, theirs))
+    np.testing.assert_allclose(got[0].todense() if is_row_sparse(got[0]) else got[0], want[0], rtol=1e-6)
 
 
 def test_what_gradients_refuse():

@@ -277,6 +277,24 @@ def test_bad_lines_of_csv(write, tmp_path):
     fails(js.read_csv(write('a,b\n1,"2\n3,4\n'), numbers=["a"]), "line 2: unexpected end of data")
 
 
+def test_ends_of_lines_and_letters_of_csv(write):
+    """With quotes or without: CRLF, empty lines, and letters that take several bytes."""
+    names = ["Zoë", "Łukasz", "李"]
+    asked = dict(label="y", numbers=["a"], hashed=["b"], **HASHED)
+    want = [js.hash_ids([name], 2**20)[0] for name in names]
+    for end in ("\n", "\r\n", "\n\n", "\r\n\r\n"):
+        for quote in ("", '"'):
+            text = end.join(["y,a,b", *(f"1,{n},{quote}{name}{quote}" for n, name in enumerate(names)), ""])
+            x, y, _ = whole(js.read_csv(write(text), **asked))
+            assert (y, x["numbers"], x["b"]) == ([1, 1, 1], [[0], [1], [2]], want)
+    fails(js.read_csv(write('y,"a\n1,2\n'), numbers=["a"]), "line 1: unexpected end of data")
+
+
+def test_bad_lines_of_a_good_file(write, tmp_path, recwarn):
+    reader = js.read_csv(write("a\n1\n"), numbers=["a"], bad_lines=tmp_path / "bad")
+    assert len(list(reader)) == 1 and reader.num_bad == 0 and (tmp_path / "bad").read_bytes() == b"" and not recwarn
+
+
 def test_fields_of_spaces_are_empty(write):
     for spaces in ("", "  ", '" "'):
         path = write(f"y,a\n1,{spaces}\n0, 2 \n")

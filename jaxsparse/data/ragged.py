@@ -32,9 +32,6 @@ class Ragged:
     def __init__(self, arrays: tuple[np.ndarray, ...], starts: np.ndarray) -> None:
         self.arrays, self.starts = arrays, starts
 
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         return self._spans(rows)[1]
 
