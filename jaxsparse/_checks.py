@@ -35,12 +35,12 @@ def is_library(file: str) -> bool:
     return file.startswith(_HERE) or _LIBRARIES.search(file) is not None
 
 
-def warn(text: str) -> None:
+def warn(text: str, kind: type[Warning] = UserWarning) -> None:
     """Warns at the user's line that led here: the innermost frame outside of the libraries."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and is_library(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(text, kind, stacklevel=level)
 
 
 def check_transformation(function: str, argument: str, x: Any) -> None:
@@ -72,12 +72,18 @@ def as_ids(function: str, argument: str, ids: Any) -> jax.Array:
         the lower 32 bits in silence (jax#18385): 2**32 would become row 0.
     """
     if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids)
+        ids = _as_numpy(function, argument, ids)
         if ids.size == 0 and ids.dtype == np.float64:  # np.asarray([])
             ids = ids.astype(np.int32)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            message(function, argument, "an integer array", f"{ids.dtype=}", "Cast it: ids.astype('int32').")
+            message(
+                function,
+                argument,
+                "an integer array",
+                f"{argument}.dtype={ids.dtype!r}",
+                f"Cast it: {argument}.astype('int32').",
+            )
         )
     if isinstance(ids, np.ndarray) and ids.size:
         limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(ids.dtype))
@@ -94,6 +100,14 @@ def as_ids(function: str, argument: str, ids: Any) -> jax.Array:
                     )
                 )
     return jnp.asarray(ids)
+
+
+def _as_numpy(function: str, argument: str, ids: Any) -> np.ndarray:
+    try:
+        return np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        do = "Pad them, as js.batches does, or give one list of all ids with offsets= or segment_ids=."
+        raise ValueError(message(function, argument, "an array", "lists of different lengths", do)) from error
 
 
 def check_float(function: str, argument: str, x: Any) -> None:

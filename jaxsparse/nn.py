@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxsparse._names import other_names
 from jaxsparse.ops.bcoo import dot
-from jaxsparse.ops.embedding import embedding_bag
+from jaxsparse.ops.embedding import check_mode, embedding_bag
 
 
+@other_names("nn.EmbeddingBag", {"embedding_dim": "Write features=.", "num_rows": "Write num_embeddings=."})
 class EmbeddingBag(nn.Module):
     """A table and `js.embedding_bag` of it: nn.Embed for bags.
 
@@ -46,6 +48,10 @@ class EmbeddingBag(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     embedding_init: Callable[..., Any] = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+    def __post_init__(self) -> None:
+        check_mode("nn.EmbeddingBag", self.mode)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, ids: Any, **layout: Any) -> jax.Array:

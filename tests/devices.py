@@ -37,8 +37,8 @@ def loss_fn(params, batch):
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: js.lazy_adam(1e-2),
-    "adamw, replay": lambda: js.lazy_adamw(1e-2, weight_decay=1e-2, skipped="replay"),
-    "sgd, replay": lambda: js.lazy_sgd(0.1, momentum=0.9, skipped="replay"),
+    "adamw, replay": lambda: js.lazy_adamw(1e-2, weight_decay=1e-2, untouched="replay"),
+    "sgd, replay": lambda: js.lazy_sgd(0.1, momentum=0.9, untouched="replay"),
     "rowwise adagrad": lambda: js.lazy_rowwise_adagrad(0.1),
     "clip, adam": lambda: js.lazy(optax.chain(optax.clip_by_global_norm(0.05), optax.adam(1e-2))),
 }

@@ -1,7 +1,7 @@
 """`python -m tests.fidelity`: after js.flush, how far replay is from dense optax, drawn over more than 1,000 cases.
 
 **Three runs** of every case, on the same float32 rates and gradients: dense optax in float64 (the reference), dense
-optax in float32, and the jaxsparse optimizer with skipped="replay" in float32, flushed at the end. Only the reference
+optax in float32, and the jaxsparse optimizer with untouched="replay" in float32, flushed at the end. Only the reference
 runs with x64 enabled.
 
 **Deviation** of an element of a parameter or of a moment (mu, nu, trace, sum_of_squares): its distance from the
@@ -205,7 +205,7 @@ def resolve(settings):
 
 
 def lazy_optimizer(make, settings, rate, **more):
-    return make(rate, **resolve(settings), skipped="replay", **more)
+    return make(rate, **resolve(settings), untouched="replay", **more)
 
 
 def optimizers(group, rates, freeze=False):
@@ -217,7 +217,7 @@ def optimizers(group, rates, freeze=False):
         dense_settings = {k: v for k, v in settings.items() if k != "accumulator_dtype"}
     else:
         dense_settings = settings
-    more = {"before": before, "skipped": "freeze" if freeze else "replay"}
+    more = {"before": before, "untouched": "freeze" if freeze else "replay"}
     if group.injected:
         dense = optax.inject_hyperparams(dense, fixed(dense))(learning_rate=0.1, **dense_settings)
         ours = optax.inject_hyperparams(ours, fixed(ours))(learning_rate=0.1, **settings, **more)

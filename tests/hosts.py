@@ -49,7 +49,7 @@ def main() -> None:
     batches = js.batches(ids, labels[order], num_rows=ROWS, batch_size=BATCH, shuffle=True, shard=part)
 
     mesh = jax.make_mesh((options.count, 2), ("hosts", "rows"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    tx = js.lazy_adamw(1e-2, weight_decay=1e-2, skipped="replay")
+    tx = js.lazy_adamw(1e-2, weight_decay=1e-2, untouched="replay")
 
     @jax.jit
     def create(key):

@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxsparse"
 FLOORS = [
     "_jax _checks _context",
+    "_names",
     "ops data",
     "trace",
     "optim",

@@ -289,10 +289,10 @@ def test_errors():
     grads = js.grad(loss_fn)(params, jnp.array([3]))
     with pytest.raises(TypeError, match=r"Put it inside: js\.lazy\(js\.params_ema"):
         js.params_ema(js.lazy_sgd(0.1), DECAY).update(grads, opt_state, params)
-    replaying = js.lazy_sgd(0.1, 0.9, skipped="replay")
-    with pytest.raises(ValueError, match=r"'inner'.*leaves skipped rows alone.*Use skipped='freeze', or"):
+    replaying = js.lazy_sgd(0.1, 0.9, untouched="replay")
+    with pytest.raises(ValueError, match=r"'inner'.*leaves skipped rows alone.*Use untouched='freeze', or"):
         js.params_ema(optax.chain(replaying), DECAY).init(params)
-    with pytest.raises(ValueError, match=r"'opt_state'.*leaves skipped rows alone.*Use skipped='freeze', or"):
+    with pytest.raises(ValueError, match=r"'opt_state'.*leaves skipped rows alone.*Use untouched='freeze', or"):
         js.ema_params((opt_state, replaying.init(params)), params)
     for none_or_two in (optax.sgd(0.1).init(params), (opt_state, opt_state)):
         with pytest.raises(TypeError, match=r"'opt_state'.*one with one js\.params_ema. Got [02] of them"):

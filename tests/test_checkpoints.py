@@ -60,12 +60,13 @@ CASES = {
     "lazy": (lambda: jax.jit(two_words, donate_argnums=0), lambda: js.lazy(optax.chain(CLIP, optax.adam(0.1)))),
     "rowwise adagrad": (MADE, lambda: js.lazy_rowwise_adagrad(0.1, before=CLIP)),
     "ftrl": (MADE, lambda: js.lazy_ftrl(0.1)),
-    "jit, replay": (lambda: js.jit(stock), lambda: js.lazy_sgd(SCHEDULE, 0.9, skipped="replay")),
-    "replay adamw": (MADE, lambda: js.lazy_adamw(SCHEDULE, weight_decay=0.1, skipped="replay", before=CLIP)),
+    "jit, replay": (lambda: js.jit(stock), lambda: js.lazy_sgd(SCHEDULE, 0.9, untouched="replay")),
+    "replay adamw": (MADE, lambda: js.lazy_adamw(SCHEDULE, weight_decay=0.1, untouched="replay", before=CLIP)),
     "replay in groups": (
         MADE,
         lambda: optax.partition(
-            {"rows": js.lazy_sgd(0.1, 0.9, skipped="replay"), "rest": js.lazy_rmsprop(0.01, skipped="replay")}, LABELS
+            {"rows": js.lazy_sgd(0.1, 0.9, untouched="replay"), "rest": js.lazy_rmsprop(0.01, untouched="replay")},
+            LABELS,
         ),
     ),
 }

@@ -59,7 +59,7 @@ LARGE = 40_000
 
 @functools.cache
 def lazy_adam(skipped):
-    return js.lazy_adam(1e-3, skipped=skipped)
+    return js.lazy_adam(1e-3, untouched=skipped)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def test_shard_rows_under_jit_makes_no_whole_table(kind):
 
     def create(key):
         params = {"table": jax.random.normal(key, (num_rows, 4)), "head": jnp.ones(4)}
-        state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(1e-3, skipped="replay"))
+        state = TrainState.create(apply_fn=None, params=params, tx=js.lazy_adam(1e-3, untouched="replay"))
         return js.shard_rows(state, mesh, tables="table", axis="rows")
 
     make = compiled_by_default(jax.jit(create).lower(jax.random.key(0)))

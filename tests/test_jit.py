@@ -410,7 +410,7 @@ PIECES = {
         optax.stateless(lambda u, p: jax.tree.map(lambda g: g / (1 + jnp.sum(g**2, -1, keepdims=True)), u)),
         optax.sgd(0.1, momentum=0.9),
     ),
-    "replay": js.lazy_adamw(0.1, weight_decay=0.1, skipped="replay"),
+    "replay": js.lazy_adamw(0.1, weight_decay=0.1, untouched="replay"),
 }
 STEPS = {name: (plain(tx), tx) for name, tx in PIECES.items()}
 STEPS["averages"] = averaged, PIECES["adam, clipped"]

@@ -576,7 +576,10 @@ def test_shapes_that_do_not_fit():
         (lambda: js.lazy(0.1), r"'inner' argument of js\.lazy must be an optax transformation.*Got 0\.1"),
         (lambda: js.lazy(optax.adam), r"'inner'.*Got <function adam.*Call it"),
         (lambda: js.lazy_adagrad(0.1, before=1.0), r"'before' argument of js\.lazy_adagrad.*Got 1\.0"),
-        (lambda: js.lazy_sgd(0.1, before=optax.clip, skipped="replay"), r"'before' argument of js\.lazy_sgd.*Call it"),
+        (
+            lambda: js.lazy_sgd(0.1, before=optax.clip, untouched="replay"),
+            r"'before' argument of js\.lazy_sgd.*Call it",
+        ),
     ],
 )
 def test_what_is_no_transformation(make, words):
@@ -589,13 +592,13 @@ def test_what_belongs_behind_is_no_before(skipped):
     """Adam of what is turned round goes uphill."""
     clip = optax.clip_by_global_norm(1.0)
     for before in (optax.scale(-0.1), optax.sgd(0.1), optax.chain(clip, optax.scale_by_learning_rate(0.1))):
-        tx = js.lazy_adam(0.1, before=before, skipped=skipped)
+        tx = js.lazy_adam(0.1, before=before, untouched=skipped)
         with pytest.raises(ValueError, match=r"'before' argument of js\.lazy_adam .*turns them round.*behind"):
             tx.init(params())
         with pytest.raises(ValueError, match="turns them round"):
             jax.eval_shape(tx.init, params())
     for before in (optax.scale(0.1), clip, optax.identity(), optax.set_to_zero(), optax.clip(0.01)):
-        js.lazy_adam(0.1, before=before, skipped=skipped).init(params())
+        js.lazy_adam(0.1, before=before, untouched=skipped).init(params())
 
 
 def test_apply_if_finite_outside():

@@ -401,7 +401,7 @@ def test_replay_of_batches_that_know_their_ids():
     """An Adam that equals the dense one in all rows, which js.jit finds in the optimizer's variables."""
     batches = js.batches(draw(12, 3), normal(RNG, 12), batch_size=6)
     (model, optimizer), (dense, dense_optimizer) = (
-        with_optimizer(tx=js.lazy_adam(0.1, skipped="replay")),
+        with_optimizer(tx=js.lazy_adam(0.1, untouched="replay")),
         with_optimizer(tx=optax.adam(0.1)),
     )
     replaying = js.nnx.jit(lambda model, optimizer, batch: sgd_step(model, optimizer, (batch.x, batch.y)))

@@ -127,7 +127,7 @@ def test_what_a_model_goes_through(optimizer):
         "adam": optax.adam(1e-2),
         "lazy_adam": js.lazy_adam(1e-2),
         "rowwise_adagrad": js.lazy_rowwise_adagrad(1e-2),
-        "replay": js.lazy_adamw(1e-2, skipped="replay"),
+        "replay": js.lazy_adamw(1e-2, untouched="replay"),
     }[optimizer]
     state, packed = states_of(tx, params_of((16,)))
     step = js.make_train_step(loss_fn)
@@ -152,7 +152,7 @@ INITS = {
     "adam": lambda: optax.adam(1e-2),
     "rowwise_adagrad": lambda: js.lazy_rowwise_adagrad(1e-2, initial_accumulator_value=0.1),
     "ftrl": lambda: js.lazy_ftrl(1e-2),
-    "replay": lambda: js.lazy_adamw(1e-2, skipped="replay"),
+    "replay": lambda: js.lazy_adamw(1e-2, untouched="replay"),
     "ema": lambda: js.params_ema(optax.adam(1e-2), 0.9),
 }
 
@@ -214,7 +214,7 @@ def test_which_leaves_are_packed():
     assert packed["large"].data.shape == (1 << 15, 128) and packed["large"].shape == (1 << 16, 64)
     assert isinstance(js.pack(tree, tables="small")["small"], js.Packed)
     assert js.pack(packed)["large"] is packed["large"]
-    replayed = js.lazy_adamw(1e-3, skipped="replay")
+    replayed = js.lazy_adamw(1e-3, untouched="replay")
     state = jax.eval_shape(replayed.init, {"t": tree["large"]})
     named = js.pack(replayed.init({"t": jnp.ones((8, 3))}), tables=lambda path, x: True)
     assert all(not isinstance(x, js.Packed) for x in named.history.values())

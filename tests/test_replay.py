@@ -1,4 +1,4 @@
-"""skipped="replay": the rows that a step does not touch move on as under the dense optimizer.
+"""untouched="replay": the rows that a step does not touch move on as under the dense optimizer.
 
 Against dense optax here in float32, with one model that has everything; `fidelity.py` holds it against float64.
 """
@@ -30,32 +30,38 @@ MASK = {"t": True, "b": False, "w": True}
 CLIP = optax.clip_by_global_norm(0.05)
 
 PAIRS = {
-    "adam": (js.lazy_adam(0.05, skipped="replay"), optax.adam(0.05)),
-    "adam_schedule": (js.lazy_adam(SCHEDULE, 0.8, 0.95, 1e-3, skipped="replay"), optax.adam(SCHEDULE, 0.8, 0.95, 1e-3)),
+    "adam": (js.lazy_adam(0.05, untouched="replay"), optax.adam(0.05)),
+    "adam_schedule": (
+        js.lazy_adam(SCHEDULE, 0.8, 0.95, 1e-3, untouched="replay"),
+        optax.adam(SCHEDULE, 0.8, 0.95, 1e-3),
+    ),
     "adamw": (
-        js.lazy_adamw(SCHEDULE, weight_decay=0.3, skipped="replay"),
+        js.lazy_adamw(SCHEDULE, weight_decay=0.3, untouched="replay"),
         optax.adamw(SCHEDULE, weight_decay=0.3),
     ),
     "adamw_mask": (
-        js.lazy_adamw(0.05, weight_decay=0.3, mask=MASK, skipped="replay"),
+        js.lazy_adamw(0.05, weight_decay=0.3, mask=MASK, untouched="replay"),
         optax.adamw(0.05, weight_decay=0.3, mask=MASK),
     ),
-    "adamw_zero": (js.lazy_adamw(0.05, weight_decay=0.0, skipped="replay"), optax.adamw(0.05, weight_decay=0.0)),
-    "momentum_zero": (js.lazy_sgd(0.1, 0.0, skipped="replay"), optax.sgd(0.1, 0.0)),
-    "rmsprop_zero": (js.lazy_rmsprop(0.1, 0.0, momentum=0.0, skipped="replay"), optax.rmsprop(0.1, 0.0, momentum=0.0)),
-    "clip": (js.lazy_adam(0.05, before=CLIP, skipped="replay"), optax.chain(CLIP, optax.adam(0.05))),
-    "momentum": (js.lazy_sgd(SCHEDULE, 0.9, skipped="replay"), optax.sgd(SCHEDULE, 0.9)),
-    "nesterov": (js.lazy_sgd(0.1, 0.9, True, skipped="replay"), optax.sgd(0.1, 0.9, True)),
-    "sgd": (js.lazy_sgd(0.1, skipped="replay"), optax.sgd(0.1)),
-    "rmsprop": (js.lazy_rmsprop(0.05, skipped="replay"), optax.rmsprop(0.05)),
+    "adamw_zero": (js.lazy_adamw(0.05, weight_decay=0.0, untouched="replay"), optax.adamw(0.05, weight_decay=0.0)),
+    "momentum_zero": (js.lazy_sgd(0.1, 0.0, untouched="replay"), optax.sgd(0.1, 0.0)),
+    "rmsprop_zero": (
+        js.lazy_rmsprop(0.1, 0.0, momentum=0.0, untouched="replay"),
+        optax.rmsprop(0.1, 0.0, momentum=0.0),
+    ),
+    "clip": (js.lazy_adam(0.05, before=CLIP, untouched="replay"), optax.chain(CLIP, optax.adam(0.05))),
+    "momentum": (js.lazy_sgd(SCHEDULE, 0.9, untouched="replay"), optax.sgd(SCHEDULE, 0.9)),
+    "nesterov": (js.lazy_sgd(0.1, 0.9, True, untouched="replay"), optax.sgd(0.1, 0.9, True)),
+    "sgd": (js.lazy_sgd(0.1, untouched="replay"), optax.sgd(0.1)),
+    "rmsprop": (js.lazy_rmsprop(0.05, untouched="replay"), optax.rmsprop(0.05)),
     "rmsprop_all": (
-        js.lazy_rmsprop(SCHEDULE, centered=True, momentum=0.8, nesterov=True, bias_correction=True, skipped="replay"),
+        js.lazy_rmsprop(SCHEDULE, centered=True, momentum=0.8, nesterov=True, bias_correction=True, untouched="replay"),
         optax.rmsprop(SCHEDULE, centered=True, momentum=0.8, nesterov=True, bias_correction=True),
     ),
-    "adagrad": (js.lazy_adagrad(0.1, skipped="replay"), optax.adagrad(0.1)),
+    "adagrad": (js.lazy_adagrad(0.1, untouched="replay"), optax.adagrad(0.1)),
     "partition": (
         optax.partition(
-            {"slow": js.lazy_adam(0.01, skipped="replay"), "fast": js.lazy_sgd(0.1, 0.9, skipped="replay")},
+            {"slow": js.lazy_adam(0.01, untouched="replay"), "fast": js.lazy_sgd(0.1, 0.9, untouched="replay")},
             {"t": "slow", "b": "fast", "w": "fast"},
         ),
         optax.partition(
@@ -67,16 +73,16 @@ PAIRS = {
             optax.masked(adam, lambda p: {k: k != "w" for k in p}),
             optax.masked(optax.scale(-0.1), lambda p: {k: k == "w" for k in p}),
         )
-        for adam in (js.lazy_adam(0.05, skipped="replay"), optax.adam(0.05))
+        for adam in (js.lazy_adam(0.05, untouched="replay"), optax.adam(0.05))
     ),
     "inject": (
         optax.inject_hyperparams(js.lazy_adam, static_args=("b1", "b2", "eps", "eps_root"))(
-            learning_rate=SCHEDULE, skipped="replay"
+            learning_rate=SCHEDULE, untouched="replay"
         ),
         optax.inject_hyperparams(optax.adam)(learning_rate=SCHEDULE),
     ),
     "chain": (
-        optax.chain(js.lazy_adam(0.05, skipped="replay"), optax.identity()),
+        optax.chain(js.lazy_adam(0.05, untouched="replay"), optax.identity()),
         optax.chain(optax.adam(0.05), optax.identity()),
     ),
 }
@@ -206,7 +212,7 @@ def test_a_step_written_by_hand(name):
 @pytest.mark.slow
 def test_the_trace_that_dense_adam_gives():
     """DESIGN's: w = 1, lr .1, g = 1 on rows 0, 1, 0. A frozen row would be at .814153."""
-    state = state_of(js.lazy_adam(0.1, skipped="replay"), {"w": jnp.ones((2, 1))})
+    state = state_of(js.lazy_adam(0.1, untouched="replay"), {"w": jnp.ones((2, 1))})
     step, seen = js.make_train_step(lambda p, ids: jnp.sum(p["w"][ids]), jit=False), []
     step_and_flush = steps_of(step, np.array([[0], [1], [0]]))
     for i in range(3):
@@ -220,7 +226,7 @@ def test_every_row_decays_under_replay_and_only_touched_rows_under_freeze():
     p, ids = {"t": jnp.ones((4, 1)), "w": jnp.ones(1)}, np.array([[2]] * 3)  # 3 steps of rate .1 and decay 1
     three_steps = steps_of(js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids] @ p["w"]), jit=False), ids)
     for skipped, untouched in (("replay", 0.9**3), ("freeze", 1.0)):
-        tx = js.lazy_adamw(0.1, weight_decay=1.0, skipped=skipped)
+        tx = js.lazy_adamw(0.1, weight_decay=1.0, untouched=skipped)
         state, flushed, _ = three_steps(state_of(tx, p), 0, 3)
         np.testing.assert_allclose(flushed.params["t"][:2], untouched, rtol=1e-6, err_msg=skipped)
     assert js.flush(state) is state  # frozen
@@ -289,7 +295,7 @@ def test_history_that_goes_round(monkeypatch):
     """Rows are flushed before history forgets what they missed: here every 480 steps or so."""
     monkeypatch.setattr(catch_up, "HISTORY", 512)
     settings = {"learning_rate": 0.01, "b1": 0.5, "b2": 0.8, "eps": 1e-2, "weight_decay": 0.1}
-    tx, dense = js.lazy_adamw(**settings, skipped="replay"), optax.adamw(**settings)
+    tx, dense = js.lazy_adamw(**settings, untouched="replay"), optax.adamw(**settings)
     steps, ids = 1300, np.full((1300, B, L), V - 6)
     for i in (0, 1, 2, *range(3, steps, 97)):
         ids[i] = batch(i)
@@ -480,7 +486,7 @@ def test_pmap_agrees_with_one_device(name):
 @pytest.mark.slow  # test_fidelity.py has one of bfloat16
 def test_bfloat16_tables_have_float32_moments():
     p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params("t"))
-    state, flushed, _ = run(start(js.lazy_adam(0.05, skipped="replay"), "t", **p), 0, 30)
+    state, flushed, _ = run(start(js.lazy_adam(0.05, untouched="replay"), "t", **p), 0, 30)
     mu, nu = (optax.tree_utils.tree_get(state.opt_state, name)["t"] for name in ("mu", "nu"))
     assert mu.dtype == nu.dtype == jnp.float32 and state.params["t"].dtype == jnp.bfloat16
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
@@ -492,7 +498,7 @@ def test_bfloat16_tables_have_float32_moments():
 
 
 def test_the_state_is_one_of_optax():
-    tx = js.lazy_adamw(0.1, skipped="replay")
+    tx = js.lazy_adamw(0.1, untouched="replay")
     state = tx.init(params())
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params()), state)
     assert optax.tree_utils.tree_get(state, "count") == 0
@@ -503,31 +509,31 @@ def test_the_state_is_one_of_optax():
 
 def test_parameters_whose_joined_names_are_the_same():
     p = {"a.b": jnp.ones((2, 1)), "a": {"b": jnp.zeros(3)}}
-    stamps = js.lazy_sgd(0.1, 0.9, skipped="replay").init(p).plain
+    stamps = js.lazy_sgd(0.1, 0.9, untouched="replay").init(p).plain
     assert {name: s.rows.shape for name, s in stamps.items()} == {"['a']['b']": (3,), "['a.b']": (2,)}
 
 
 def inject(**kwargs):
-    return optax.inject_hyperparams(js.lazy_adam)(learning_rate=0.1, skipped="replay", **kwargs).init(params())
+    return optax.inject_hyperparams(js.lazy_adam)(learning_rate=0.1, untouched="replay", **kwargs).init(params())
 
 
 REFUSED = {
-    "b1": (lambda: js.lazy_adam(0.1, 0.9, 0.9, skipped="replay"), ValueError, "'b1'.*b2=0.9.*die away"),
-    "close": (lambda: js.lazy_adam(0.1, 0.9999, 0.99999, skipped="replay"), ValueError, "'b1'.*history"),
-    "eps_root": (lambda: js.lazy_adamw(0.1, eps_root=1e-8, skipped="replay"), ValueError, "'eps_root'.*must be 0"),
-    "nesterov": (lambda: js.lazy_adam(0.1, nesterov=True, skipped="replay"), ValueError, "'nesterov'"),
+    "b1": (lambda: js.lazy_adam(0.1, 0.9, 0.9, untouched="replay"), ValueError, "'b1'.*b2=0.9.*die away"),
+    "close": (lambda: js.lazy_adam(0.1, 0.9999, 0.99999, untouched="replay"), ValueError, "'b1'.*history"),
+    "eps_root": (lambda: js.lazy_adamw(0.1, eps_root=1e-8, untouched="replay"), ValueError, "'eps_root'.*must be 0"),
+    "nesterov": (lambda: js.lazy_adam(0.1, nesterov=True, untouched="replay"), ValueError, "'nesterov'"),
     "injected": (inject, TypeError, "'b1'.*Python number.*static_args"),
-    "momentum": (lambda: js.lazy_sgd(0.1, 0.99999, skipped="replay"), ValueError, "'momentum'"),
-    "array": (lambda: js.lazy_sgd(0.1, jnp.float32(0.9), skipped="replay"), TypeError, "'momentum'.*Python number"),
-    "decay": (lambda: js.lazy_rmsprop(0.1, 1.0, skipped="replay"), ValueError, "'decay'"),
-    "word": (lambda: js.lazy_adam(0.1, skipped="catch up"), ValueError, "'skipped'.*freeze.*replay"),
+    "momentum": (lambda: js.lazy_sgd(0.1, 0.99999, untouched="replay"), ValueError, "'momentum'"),
+    "array": (lambda: js.lazy_sgd(0.1, jnp.float32(0.9), untouched="replay"), TypeError, "'momentum'.*Python number"),
+    "decay": (lambda: js.lazy_rmsprop(0.1, 1.0, untouched="replay"), ValueError, "'decay'"),
+    "word": (lambda: js.lazy_adam(0.1, untouched="catch up"), ValueError, "'untouched'.*freeze.*replay"),
     "coupled": (
-        lambda: js.lazy_adam(0.1, skipped="replay", before=optax.add_decayed_weights(0.1)).init(params()),
+        lambda: js.lazy_adam(0.1, untouched="replay", before=optax.add_decayed_weights(0.1)).init(params()),
         ValueError,
         r"'before' argument of js\.lazy_adam must be.*zeros of zeros.*at \['b'\].*weight_decay=",
     ),
     "trace": (
-        lambda: js.lazy_adam(0.1, skipped="replay", before=optax.trace(0.9)).init(params()),
+        lambda: js.lazy_adam(0.1, untouched="replay", before=optax.trace(0.9)).init(params()),
         ValueError,
         "'before'.*without state by row",
     ),
@@ -543,7 +549,7 @@ def test_what_cannot_be_replayed_is_refused(name):
 
 def test_ids_made_of_rows_that_are_not_up_to_date_are_refused():
     loss = lambda p, ids: jnp.sum(p["t"][jnp.argmax(p["t"][ids[0, :1]], axis=1)])  # noqa: E731
-    with pytest.raises(ValueError, match=r"row ids made of rows of \.params\['t'\].*skipped='freeze'"):
+    with pytest.raises(ValueError, match=r"row ids made of rows of \.params\['t'\].*untouched='freeze'"):
         js.make_train_step(loss)(start(PAIRS["adam"][0], "t"), batch(0))
     _, metrics = js.make_train_step(loss)(start(js.lazy_adam(0.1), "t"), batch(0))  # but not if rows are frozen
     assert math.isfinite(metrics["loss"])

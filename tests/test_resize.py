@@ -71,9 +71,9 @@ CASES = {
     "partition": (optax.partition({"rows": js.lazy_adam(0.1), "rest": js.lazy_sgd(0.1)}, GROUPS), two_words),
     "schedule_free": (optax.contrib.schedule_free_sgd(0.1), whole_step),
     "dense multi_steps": (optax.MultiSteps(optax.adam(0.1), 2), dense),
-    "replay adam": (js.lazy_adam(0.1, skipped="replay"), made),
-    "replay adamw": (js.lazy_adamw(0.1, weight_decay=0.5, skipped="replay"), made),
-    "replay sgd": (js.lazy_sgd(0.1, 0.9, skipped="replay"), made),
+    "replay adam": (js.lazy_adam(0.1, untouched="replay"), made),
+    "replay adamw": (js.lazy_adamw(0.1, weight_decay=0.5, untouched="replay"), made),
+    "replay sgd": (js.lazy_sgd(0.1, 0.9, untouched="replay"), made),
 }
 
 
@@ -326,7 +326,7 @@ def test_split_tables_stay_split(kind):
 def test_no_device_holds_more_than_its_part(kind, monkeypatch):
     """A few rows at a time go to all devices; no table is gathered."""
     rows, programs, jit = 200_000, [], jax.jit
-    state = start(js.lazy_adam(0.1, skipped="replay"), V)
+    state = start(js.lazy_adam(0.1, untouched="replay"), V)
     state = state.replace(params={"t": jnp.ones((rows, D))})
     state = js.shard_rows(
         state.replace(opt_state=state.tx.init(state.params)), mesh_of((8,), ("rows",), kind), "", "rows"
@@ -427,7 +427,7 @@ def test_refused(name):
 @pytest.mark.slow  # refuses and takes what other states do, by the same code
 def test_states_as_dictionaries():
     """js.flush and js.refresh take what js.grow takes."""
-    tx, p, ids = js.lazy_sgd(1.0, momentum=0.5, skipped="replay"), jnp.zeros((3, 1)), jnp.array([[0], [1], [0]])
+    tx, p, ids = js.lazy_sgd(1.0, momentum=0.5, untouched="replay"), jnp.zeros((3, 1)), jnp.array([[0], [1], [0]])
     state, refresh = {"params": p, "opt_state": tx.init(p), "epoch": 7}, js.refresh(lambda t, ids: jnp.sum(t[ids]))
     for i in range(2):
         state = refresh(state, ids[i])

@@ -171,7 +171,7 @@ def test_a_gradient_alone_has_whole_tables_and_says_so(name, monkeypatch):
 def test_optimizers_that_ask_which_rows(road, monkeypatch):
     """They keep something for each row of the first axis: each table is one row."""
     made = {
-        "replay": lambda: (js.lazy_adam(0.1, skipped="replay"), js.flush),
+        "replay": lambda: (js.lazy_adam(0.1, untouched="replay"), js.flush),
         "average": lambda: (js.lazy(js.params_ema(optax.adam(0.1), 0.9)), lambda state: state),
     }
     tx, after = made[road]()

@@ -129,7 +129,7 @@ def test_bad_rows():
             js.jit(step, rows=rows)(copied(state), ids)
     with pytest.raises(ValueError, match=r"'rows'.*js\.jit or js\.rowwise, give it to that"):
         js.jit(functools.partial(step, tx=js.lazy(TX, rows={"words": [0]})))(state, ids)
-    tx = js.lazy_adam(0.1, skipped="replay")
+    tx = js.lazy_adam(0.1, untouched="replay")
     with pytest.raises(ValueError, match=r"'rows' argument of js\.lazy .*replays"):
         js.lazy(tx, rows={"words": [0]}).init(state[0])
     with pytest.raises(ValueError, match=r"'rows'.*replays"):

@@ -24,12 +24,21 @@ import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
 from jaxsparse._context import is_at_once, is_tracing
+from jaxsparse._names import other_names
 from jaxsparse.ops.rows import at_least_int32, gather_rows, in_range, row_ids
 
 _MODES = ("fill", "drop", "clip", "promise_in_bounds")
+_COMBINERS = ("sum", "mean", "sqrtn", "max")
+_OF_TORCH = {
+    "input": "Write ids=; the table comes first.",
+    "weight": "torch's weight is table= here, the first argument; weights of samples are weights=.",
+    "sparse": "Gradients are row-sparse in js.jit, js.make_train_step and js.value_and_grad.",
+}
+_OF_BAGS = _OF_TORCH | {"per_sample_weights": "Write weights=."}
 _UNROLL = 64  # past this many ids a bag, one gather and a sum: unrolling would cost compile time
 
 
+@other_names("embedding_lookup", _OF_TORCH)
 def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mode: str = "fill") -> jax.Array:
     """Rows of a table: out[...] = table[ids[...]].
 
@@ -54,11 +63,12 @@ def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mo
     """
     table, ids = jnp.asarray(table), as_ids("embedding_lookup", "ids", ids)
     check_table("embedding_lookup", table)
-    check_choice("embedding_lookup", "mode", mode, _MODES)
+    check_mode("embedding_lookup", mode)
     safe, kept, outside = _resolve("embedding_lookup", ids, table.shape[0], padding_idx, mode)
     return _poison(gather_rows(table, safe), outside & kept, mode)
 
 
+@other_names("embedding_bag", _OF_BAGS)
 def embedding_bag(
     table: Any,
     ids: Any,
@@ -117,8 +127,8 @@ def embedding_bag(
     f = "embedding_bag"
     table, ids = jnp.asarray(table), as_ids(f, "ids", ids)
     check_table(f, table)
-    check_choice(f, "combiner", combiner, ("sum", "mean", "sqrtn", "max"))
-    check_choice(f, "mode", mode, _MODES)
+    check_choice(f, "combiner", combiner, _COMBINERS)
+    check_mode(f, mode)
     if offsets is not None and segment_ids is not None:
         raise ValueError(message(f, "segment_ids", "None when offsets are given", "both", "Give one layout."))
     ragged = offsets is not None or segment_ids is not None
@@ -182,6 +192,15 @@ def embedding_bag(
             lambda w: sum_by_bag(w, bags, num_bags), weights, kept, combiner, table,
         )  # fmt: skip
     return _poison(out, bad, mode)
+
+
+def check_mode(function: str, mode: str) -> None:
+    """Raises ValueError for an unknown mode; for torch's mode= of EmbeddingBag it names combiner=."""
+    if mode in _COMBINERS:
+        do = f"torch's mode= is combiner= of js.embedding_bag: combiner={mode!r}."
+        must = "one of " + ", ".join(map(repr, _MODES)) + ", what an id outside of the table reads"
+        raise ValueError(message(function, "mode", must, repr(mode), do))
+    check_choice(function, "mode", mode, _MODES)
 
 
 def _resolve(

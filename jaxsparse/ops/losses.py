@@ -48,6 +48,9 @@ def weighted_mean(values: Any, weight: Any) -> jax.Array:
 def inverse_frequency_weights(labels: Any, num_classes: int | None = None) -> np.ndarray:
     """A weight for each class: log(total / count). Host side.
 
+    Not scikit-learn's class_weight="balanced", which is total / (num_classes * count): a class half as frequent has
+    twice its weight there, and log(2) more here.
+
     Args:
       labels: integers >= 0, any shape.
       num_classes: the number of classes; the largest label + 1 by default.

@@ -1,7 +1,7 @@
 """Lazy optimizers under which a row without a gradient does not move: Adagrad, by element and by row, and FTRL.
 
 There is nothing to replay: the dense optimizer, too, changes only the rows that a gradient touches. The Adagrads take
-`skipped=` like other optimizers, and both values do the same.
+`untouched=` like other optimizers, and both values do the same.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse._checks import check_choice, message
+from jaxsparse._names import other_names
 from jaxsparse.ops.rows import is_stored
-from jaxsparse.optim.optimizers import SKIPPED, lazy_chain
+from jaxsparse.optim.optimizers import OF_SGD, RENAMED, UNTOUCHED, lazy_chain
 
 
+@other_names("lazy_adagrad", OF_SGD, renamed=RENAMED)
 def lazy_adagrad(
     learning_rate: Any,
     initial_accumulator_value: float = 0.1,
     eps: float = 1e-7,
     *,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad on the rows that a gradient touches: s = s + g^2; p = p - lr g / sqrt(s + eps).
@@ -34,7 +36,7 @@ def lazy_adagrad(
       learning_rate: a number, or an optax schedule of the number of updates before this one.
       initial_accumulator_value: what s starts from.
       eps: added inside the root, as in optax.adagrad.
-      skipped: "freeze" or "replay", which are the same here.
+      untouched: "freeze" or "replay", which are the same here.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -51,7 +53,7 @@ def lazy_adagrad(
     References:
       Duchi et al., "Adaptive subgradient methods for online learning and stochastic optimization", JMLR 2011
     """
-    check_choice("lazy_adagrad", "skipped", skipped, SKIPPED)
+    check_choice("lazy_adagrad", "untouched", untouched, UNTOUCHED)
     return lazy_chain("lazy_adagrad", before, optax.adagrad(learning_rate, initial_accumulator_value, eps))
 
 
@@ -61,12 +63,13 @@ class RowwiseAdagradState(NamedTuple):
     sum_of_squares: Any  # like params, shape (num_rows,), float32
 
 
+@other_names("lazy_rowwise_adagrad", OF_SGD, renamed=RENAMED)
 def lazy_rowwise_adagrad(
     learning_rate: Any,
     initial_accumulator_value: float = 0.0,
     eps: float = 1e-8,
     *,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adagrad with one accumulator a row: s = s + mean_d(g^2); p = p - lr g / (sqrt(s) + eps).
@@ -77,7 +80,7 @@ def lazy_rowwise_adagrad(
       learning_rate: a number, or an optax schedule of the number of updates before this one.
       initial_accumulator_value: what s starts from.
       eps: added to the root.
-      skipped: "freeze" or "replay", which are the same here.
+      untouched: "freeze" or "replay", which are the same here.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -95,7 +98,7 @@ def lazy_rowwise_adagrad(
       FBGEMM's EXACT_ROWWISE_ADAGRAD; Gupta et al., "Training recommender systems at scale",
       https://arxiv.org/abs/2010.11305
     """
-    check_choice("lazy_rowwise_adagrad", "skipped", skipped, SKIPPED)
+    check_choice("lazy_rowwise_adagrad", "untouched", untouched, UNTOUCHED)
 
     def init_fn(params: Any) -> RowwiseAdagradState:
         def start(p: Any) -> jax.Array:
@@ -127,6 +130,7 @@ class FtrlState(NamedTuple):
     n: Any  # like params: the sum of squared gradients
 
 
+@other_names("lazy_ftrl", OF_SGD | {"alpha": "Write learning_rate=."})
 def lazy_ftrl(
     learning_rate: float,
     beta: float = 1.0,

@@ -27,7 +27,7 @@ from jaxsparse.optim.lazy import named_leaves, per_leaf
 from jaxsparse.optim.replaying import replay_states
 
 _FROZEN = "an optimizer that leaves skipped rows alone, as the average takes it"
-_INSTEAD = "Use skipped='freeze', or optax.incremental_update on what js.flush returns."
+_INSTEAD = "Use untouched='freeze', or optax.incremental_update on what js.flush returns."
 
 
 class ParamsEmaState(flax.struct.PyTreeNode):
@@ -103,7 +103,7 @@ def params_ema(
     def init_fn(params: Any) -> ParamsEmaState:
         inner_state = inner.init(params)
         if replay_states(inner_state):
-            raise ValueError(message("params_ema", "inner", _FROZEN, "one with skipped='replay'", _INSTEAD))
+            raise ValueError(message("params_ema", "inner", _FROZEN, "one with untouched='replay'", _INSTEAD))
 
         def start(p: Any) -> jax.Array:
             dtype = jnp.promote_types(jnp.result_type(p), jnp.float32)
@@ -150,7 +150,7 @@ def ema_params(opt_state: Any, params: Any) -> Any:
 
     Raises:
       TypeError: if opt_state has no such state, or several.
-      ValueError: if it has been kept of other parameters, or opt_state is of an optimizer with skipped="replay" beside.
+      ValueError: if it has been kept of other parameters, or opt_state is of one with untouched="replay".
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -165,7 +165,7 @@ def ema_params(opt_state: Any, params: Any) -> Any:
         do = "Make the optimizer with js.params_ema, around all others."
         raise TypeError(message("ema_params", "opt_state", "one with one js.params_ema", f"{len(found)} of them", do))
     if replay_states(opt_state):
-        must, got = f"of {_FROZEN}", "of one with skipped='replay'"
+        must, got = f"of {_FROZEN}", "of one with untouched='replay'"
         raise ValueError(message("ema_params", "opt_state", must, got, _INSTEAD))
     (state,) = found
     values, tree = named_leaves(params)

@@ -43,11 +43,11 @@ def check_by_row(function: str, before: optax.GradientTransformation, params: An
     )
     if kept:
         got = f"one with state of shape {kept[0]}"
-        raise ValueError(message(function, "before", "without state by row for skipped='replay'", got, do))
+        raise ValueError(message(function, "before", "without state by row for untouched='replay'", got, do))
     moved = [path for path, x in _made_of(before, params, 0) if (x != 0).any()]
     if moved:
         got = "one that makes something else of them" + (f", at {moved[0]}" if moved[0] else "")
-        raise ValueError(message(function, "before", "one that makes zeros of zeros for skipped='replay'", got, do))
+        raise ValueError(message(function, "before", "one that makes zeros of zeros for untouched='replay'", got, do))
 
 
 def _made_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:

@@ -202,21 +202,23 @@ def check_adam(function: str, b1: Any, b2: Any, eps: Any, eps_root: Any, nestero
     for name, value in (("b1", b1), ("b2", b2), ("eps", eps), ("eps_root", eps_root)):
         if not isinstance(value, int | float):
             do = "The history depends on it: with optax.inject_hyperparams, list it in static_args."
-            raise TypeError(message(function, name, "a Python number with skipped='replay'", type(value).__name__, do))
+            raise TypeError(
+                message(function, name, "a Python number with untouched='replay'", type(value).__name__, do)
+            )
     if not 0 <= b1 < b2 < 1:
         do = "Otherwise the steps that a row missed do not die away."
         raise ValueError(
-            message(function, "b1", f"at least 0 and below {b2=}, itself below 1, with skipped='replay'", b1, do)
+            message(function, "b1", f"at least 0 and below {b2=}, itself below 1, with untouched='replay'", b1, do)
         )
     if b1 / math.sqrt(b2) >= 1 or Adam(b1, b2, eps).window > HISTORY // 4:
         do = f"The window of missed steps would not fit a history of {HISTORY} steps."
         raise ValueError(message(function, "b1", f"so small that (b1 / sqrt(b2))^{HISTORY // 4} < 2^-24", b1, do))
     if eps_root != 0:
         do = "It changes how a missed step depends on the element; eps is supported."
-        raise ValueError(message(function, "eps_root", "0 with skipped='replay'", eps_root, do))
+        raise ValueError(message(function, "eps_root", "0 with untouched='replay'", eps_root, do))
     if nesterov:
         do = "Its missed steps have another bias correction, which the history does not keep."
-        raise ValueError(message(function, "nesterov", "False with skipped='replay'", nesterov, do))
+        raise ValueError(message(function, "nesterov", "False with untouched='replay'", nesterov, do))
 
 
 def check_rates(function: str, **rates: Any) -> None:
@@ -231,9 +233,9 @@ def check_rates(function: str, **rates: Any) -> None:
             continue
         if not isinstance(rate, int | float):
             do = "The history depends on it: with optax.inject_hyperparams, list it in static_args."
-            raise TypeError(message(function, name, "a Python number with skipped='replay'", type(rate).__name__, do))
+            raise TypeError(message(function, name, "a Python number with untouched='replay'", type(rate).__name__, do))
         if not 0 <= rate < 1 or Decay((("trace", rate),)).window > HISTORY // 4:
-            must = f"at least 0 and so small that {name}^{HISTORY // 4} < 2^-24 (1 - {name}), with skipped='replay'"
+            must = f"at least 0 and so small that {name}^{HISTORY // 4} < 2^-24 (1 - {name}), with untouched='replay'"
             raise ValueError(message(function, name, must, rate))
 
 

@@ -104,7 +104,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
     def init_fn(params: Any) -> Any:
         state = inner.init(params)
         if rows is not None and any(map(_replays, jax.tree.leaves(state, is_leaf=_replays))):
-            do = "Its rows move on where they are not read. Use skipped='freeze'."
+            do = "Its rows move on where they are not read. Use untouched='freeze'."
             raise ValueError(message("lazy", "rows", "left out where an optimizer replays", "both", do))
         return state
 

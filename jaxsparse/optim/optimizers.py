@@ -1,6 +1,6 @@
 """Named lazy optimizers: short aliases of `lazy(optax...)` with long docstrings.
 
-What happens to the rows that a gradient does not touch is the choice of `skipped=`. "freeze": nothing; the parameter
+What happens to the rows that a gradient does not touch is the choice of `untouched=`. "freeze": nothing; the parameter
 and its moments wait, as in torch's SparseAdam and every other lazy Adam. "replay": what the dense optimizer does to
 them, worked out when the row is needed next: see `replaying.py`.
 
@@ -17,14 +17,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxsparse._checks import check_choice
+from jaxsparse._names import OF_ADAM, OF_OPTIMIZERS, other_names
 from jaxsparse.optim.before import first
 from jaxsparse.optim.catch_up import Adam, Decay, check_adam, check_rates
 from jaxsparse.optim.lazy import lazy
 from jaxsparse.optim.replaying import replay
 
-SKIPPED = ("freeze", "replay")
+UNTOUCHED = ("freeze", "replay")
+RENAMED = {"skipped": "untouched"}
+OF_SGD = OF_OPTIMIZERS | {"weight_decay": "Use before=optax.add_decayed_weights(...)."}
+OF_RMSPROP = OF_SGD | {"alpha": "Write decay=.", "rho": "Write decay=."}
 
 
+@other_names("lazy_adam", OF_ADAM, renamed=RENAMED)
 def lazy_adam(
     learning_rate: Any,
     b1: float = 0.9,
@@ -34,7 +39,7 @@ def lazy_adam(
     mu_dtype: Any = None,
     *,
     nesterov: bool = False,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam on the rows that a gradient touches; all other rows are frozen, or replayed when they are needed.
@@ -55,7 +60,7 @@ def lazy_adam(
       eps, eps_root: added outside and inside the root.
       mu_dtype: dtype of the first moment; the parameter's by default.
       nesterov: Nesterov momentum, as in optax.adam.
-      skipped: what happens to rows without a gradient. "freeze": nothing. "replay": what dense optax.adam does, which
+      untouched: what happens to rows without a gradient. "freeze": nothing. "replay": what dense optax.adam does, which
         moves them on along their momentum. The row is brought up to date before it is next read: by
         js.make_train_step, by js.refresh in a step written by hand, and all rows by js.flush, before evaluation or
         export. A row that was not is NaN after its next update.
@@ -67,7 +72,7 @@ def lazy_adam(
       "replay", its state also has an int32 for each row and about 2 MB of history.
 
     Raises:
-      TypeError, ValueError: with skipped="replay", if b1, b2, eps are not Python numbers with b1 < b2, or eps_root or
+      TypeError, ValueError: with untouched="replay", if b1, b2, eps are not Python numbers with b1 < b2, or eps_root or
         nesterov is set, or `before` keeps state by row or makes something of zeros (decay): it cannot be replayed.
 
     After "replay" and js.flush, parameters and moments are those of dense optax.adam to float32 rounding, for any
@@ -90,14 +95,15 @@ def lazy_adam(
     References:
       Kingma and Ba, "Adam: a method for stochastic optimization", https://arxiv.org/abs/1412.6980
     """
-    check_choice("lazy_adam", "skipped", skipped, SKIPPED)
+    check_choice("lazy_adam", "untouched", untouched, UNTOUCHED)
     adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    if skipped == "freeze":
+    if untouched == "freeze":
         return lazy_chain("lazy_adam", before, adam)
     check_adam("lazy_adam", b1, b2, eps, eps_root, nesterov)
     return replay("lazy_adam", _wide(adam), Adam(b1, b2, eps), learning_rate, before=before)
 
 
+@other_names("lazy_adamw", OF_ADAM, renamed=RENAMED)
 def lazy_adamw(
     learning_rate: Any,
     b1: float = 0.9,
@@ -109,12 +115,12 @@ def lazy_adamw(
     mask: Any = None,
     *,
     nesterov: bool = False,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with decoupled weight decay, on the rows that a gradient touches.
 
-    As `lazy_adam`, with p = p - lr (... + weight_decay p). With skipped="freeze" only touched rows decay, and only in
+    As `lazy_adam`, with p = p - lr (... + weight_decay p). With untouched="freeze" only touched rows decay, and only in
     the steps that touch them: a rare row decays less than under dense optax.adamw. With "replay" every row decays in
     every step, as there.
 
@@ -122,7 +128,7 @@ def lazy_adamw(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov: as in `lazy_adam`.
       weight_decay: the decay rate, multiplied by the learning rate, as in optax.adamw.
       mask: which parameters decay: a tree of bools, or a function of the parameters that makes one.
-      skipped: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
+      untouched: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -141,8 +147,8 @@ def lazy_adamw(
       Loshchilov and Hutter, "Decoupled weight decay regularization", https://arxiv.org/abs/1711.05101
     """
     adamw = optax.adamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
-    check_choice("lazy_adamw", "skipped", skipped, SKIPPED)
-    if skipped == "freeze":
+    check_choice("lazy_adamw", "untouched", untouched, UNTOUCHED)
+    if untouched == "freeze":
         return lazy_chain("lazy_adamw", before, adamw)
     check_adam("lazy_adamw", b1, b2, eps, eps_root, nesterov)
     decays = not isinstance(weight_decay, int | float) or weight_decay != 0
@@ -150,26 +156,27 @@ def lazy_adamw(
     return replay("lazy_adamw", _wide(adamw), rule, learning_rate, before=before, weight_decay=weight_decay, mask=mask)
 
 
+@other_names("lazy_sgd", OF_SGD, renamed=RENAMED)
 def lazy_sgd(
     learning_rate: Any,
     momentum: float | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     *,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent on the rows that a gradient touches, with momentum if asked.
 
     trace = g + momentum trace; p = p - lr trace. A row's momentum waits, frozen, until the row is touched again, or
-    with skipped="replay" moves the row on and dies away, as under dense optax.sgd.
+    with untouched="replay" moves the row on and dies away, as under dense optax.sgd.
 
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.
       momentum: the decay rate of the trace; None for none.
       nesterov: Nesterov momentum, as in optax.sgd.
       accumulator_dtype: dtype of the trace; the parameter's by default.
-      skipped: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
+      untouched: what happens to rows without a gradient: "freeze" or "replay", as in `lazy_adam`.
       before: a transformation of the coalesced gradient, run first.
 
     Returns:
@@ -186,9 +193,9 @@ def lazy_sgd(
     References:
       Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013
     """
-    check_choice("lazy_sgd", "skipped", skipped, SKIPPED)
+    check_choice("lazy_sgd", "untouched", untouched, UNTOUCHED)
     sgd = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    if skipped == "freeze":
+    if untouched == "freeze":
         return lazy_chain("lazy_sgd", before, sgd)
     check_rates("lazy_sgd", momentum=momentum)
     return replay(
@@ -200,6 +207,7 @@ def lazy_sgd(
     )
 
 
+@other_names("lazy_rmsprop", OF_RMSPROP, renamed=RENAMED)
 def lazy_rmsprop(
     learning_rate: Any,
     decay: float = 0.9,
@@ -211,7 +219,7 @@ def lazy_rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    skipped: str = "freeze",
+    untouched: str = "freeze",
     before: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """RMSProp on the rows that a gradient touches: nu = decay nu + (1 - decay) g^2; p = p - lr g / sqrt(nu + eps).
@@ -219,7 +227,7 @@ def lazy_rmsprop(
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.
       decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction: as in optax.rmsprop.
-      skipped: what happens to rows without a gradient. "freeze": nothing. "replay": their averages decay, and their
+      untouched: what happens to rows without a gradient. "freeze": nothing. "replay": their averages decay, and their
         momentum moves them, as under dense optax.rmsprop.
       before: a transformation of the coalesced gradient, run first.
 
@@ -227,7 +235,7 @@ def lazy_rmsprop(
       A transformation for dense and row-sparse gradients.
 
     Raises:
-      TypeError: with skipped="replay", if decay or momentum is not a Python number.
+      TypeError: with untouched="replay", if decay or momentum is not a Python number.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -243,8 +251,8 @@ def lazy_rmsprop(
     rmsprop = optax.rmsprop(
         learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, bias_correction
     )
-    check_choice("lazy_rmsprop", "skipped", skipped, SKIPPED)
-    if skipped == "freeze":
+    check_choice("lazy_rmsprop", "untouched", untouched, UNTOUCHED)
+    if untouched == "freeze":
         return lazy_chain("lazy_rmsprop", before, rmsprop)
     check_rates("lazy_rmsprop", decay=decay, momentum=momentum)
     rates = [

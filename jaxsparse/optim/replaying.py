@@ -1,4 +1,4 @@
-"""`skipped="replay"`: rows that a step does not touch move on as they would under the dense optimizer.
+"""`untouched="replay"`: rows that a step does not touch move on as they would under the dense optimizer.
 
 A replaying optimizer is a lazy one with two things more: a stamp for each table row, the step after which the row was
 last brought up to date, and a history of the steps (`catch_up.py`). A row must be brought up to date before the

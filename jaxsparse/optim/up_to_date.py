@@ -39,7 +39,7 @@ def find_replayed(tree: Any) -> list[Replayed]:
     found, alone = _find(tree, 0)
     if alone:
         names = [name for view in alone for name in view.stamps]
-        got = f"the state of an optimizer with skipped='replay', and not just one tree with its parameters {names}"
+        got = f"the state of an optimizer with untouched='replay', and not just one tree with its parameters {names}"
         must = "one whose arguments have parameters beside their optimizer's state"
         raise ValueError(message("jit", "step", must, got, "Pass a TrainState, or (params, opt_state)."))
     return found

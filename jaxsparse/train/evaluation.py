@@ -34,7 +34,7 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
 
     Raises:
       TypeError: if metric_fn returns anything else.
-      ValueError: if there are no batches; or, with skipped="replay", if the state needs js.flush.
+      ValueError: if there are no batches; or, with untouched="replay", if the state needs js.flush.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -151,7 +151,7 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches | Stream)
 
     Raises:
       TypeError: if batches are of neither, or apply_fn returns no array (B, ...).
-      ValueError: if the batches leave examples out or have another order; or, with skipped="replay", if the state needs
+      ValueError: if the batches leave examples out or have another order; or, under untouched="replay", if it needs
         js.flush.
 
     Example:

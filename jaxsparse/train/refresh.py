@@ -24,7 +24,7 @@ from jaxsparse.train.rowwise import on_rows, prepare_step
 def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
     """A function refresh(state, batch, *args) -> state that brings the rows up to date which loss_fn is about to read.
 
-    For steps written by hand, with an optimizer of skipped="replay": call it first, on the same batch, inside the same
+    For steps written by hand, with an optimizer of untouched="replay". Call it first, on the same batch, in the same
     jit. It costs what the rows cost. Optimizers that freeze skipped rows are left alone.
 
     Args:
@@ -38,7 +38,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
-      >>> tx, params = js.lazy_sgd(1.0, momentum=0.5, skipped="replay"), jnp.zeros((3, 1))
+      >>> tx, params = js.lazy_sgd(1.0, momentum=0.5, untouched="replay"), jnp.zeros((3, 1))
       >>> loss_fn = lambda table, ids: jnp.sum(table[ids])
       >>> opt_state = tx.init(params)
       >>> for row in (0, 1, 0):
@@ -70,7 +70,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 def flush(state: Any) -> Any:
     """Brings every row of every table up to date, as the dense optimizer would have it after as many steps.
 
-    For optimizers of skipped="replay", before parameters are evaluated on other rows, exported, or handed to plain
+    For optimizers of untouched="replay", before parameters are evaluated on other rows, exported, or handed to plain
     optax. Doing it twice changes nothing, nor does it for optimizers that freeze skipped rows. It costs about as much
     as one dense step, in chunks, with a few MB of memory besides the state.
 
@@ -87,7 +87,7 @@ def flush(state: Any) -> Any:
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> from flax.training.train_state import TrainState
-      >>> tx = js.lazy_sgd(1.0, momentum=0.5, skipped="replay")
+      >>> tx = js.lazy_sgd(1.0, momentum=0.5, untouched="replay")
       >>> state = TrainState.create(apply_fn=None, params={"t": jnp.zeros((3, 1))}, tx=tx)
       >>> step = js.make_train_step(lambda params, ids: jnp.sum(params["t"][ids]))
       >>> for row in (0, 1, 1):
@@ -156,7 +156,7 @@ def to_optax_state(opt_state: Any) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = jnp.ones((3, 2))
-      >>> state = js.to_optax_state(js.lazy_adam(0.1, skipped="replay").init(params))
+      >>> state = js.to_optax_state(js.lazy_adam(0.1, untouched="replay").init(params))
       >>> jax.tree.structure(state) == jax.tree.structure(optax.adam(0.1).init(params))
       True
     """
@@ -185,7 +185,7 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
       >>> params = jnp.ones((3, 2))
-      >>> tx = js.lazy_adam(0.1, skipped="replay")
+      >>> tx = js.lazy_adam(0.1, untouched="replay")
       >>> state = js.from_optax_state(tx, optax.adam(0.1).init(params), params)
       >>> jax.tree.structure(state) == jax.tree.structure(tx.init(params))
       True

@@ -47,7 +47,7 @@ def grow(
 
     The new rows are behind the old ones, and with them go those of all arrays of the optimizer that have a row for each
     row of the table: moments, accumulators, stamps. Old rows keep their values, in the table and in these arrays.
-    Counters go on: bias correction counts updates, as for a row that is first touched late. With skipped="replay" the
+    Counters go on: bias correction counts updates, as for a row that is first touched late. With untouched="replay" the
     new rows are up to date, so that they do not move or decay for steps before they existed; the old ones need no
     js.flush.
 

@@ -194,12 +194,12 @@ def _prepare(
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
         got = f"row ids made of rows of {traced.paths[i]}"
-        raise refused(got, "They are needed before these rows can be brought up to date: use skipped='freeze' here.")
+        raise refused(got, "They are needed before these rows can be brought up to date: use untouched='freeze' here.")
     tables = {i: (traced.paths[i], planned.classes[c], c) for i, c in planned.leaves.items()}
     dense = [path for i, path in traced.paths.items() if i not in tables]
     trained = trained_rows("jit or js.rowwise", rows, tables, dense)
     if trained and replayed:
-        do = "Use skipped='freeze'."
+        do = "Use untouched='freeze'."
         raise ValueError(message("jit or js.rowwise", "rows", "left out where an optimizer replays", "both", do))
     return Prepared(planned, replayed, trained)
 

@@ -39,7 +39,7 @@ def make_train_step(
       the step is one of `js.jit`; without, of `js.rowwise`.
 
     Raises:
-      ValueError: as in `js.jit`; or, with skipped="replay", if row ids are made from rows that are not up to date.
+      ValueError: as in `js.jit`; or, with untouched="replay", if row ids are made from rows that are not up to date.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

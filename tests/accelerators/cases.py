@@ -29,7 +29,7 @@ STOCK = {
 LAZY = {name: lambda make=make: js.lazy(make()) for name, make in STOCK.items()} | {
     "rowwise": lambda: js.lazy_rowwise_adagrad(1e-2),
     "ftrl": lambda: js.lazy_ftrl(1e-2),
-    "replay": lambda: js.lazy_adamw(1e-3, skipped="replay"),
+    "replay": lambda: js.lazy_adamw(1e-3, untouched="replay"),
 }
 # jit: the stock step under js.jit. hand: js.value_and_grad and js.lazy under jax.jit. unknown: the same, of a batch
 # that does not know its distinct ids. step: js.make_train_step.

@@ -28,7 +28,7 @@ def measure(num_rows: int, rounds: int) -> dict[str, float]:
     sparse, table = js.make_train_step(loss_fn), rng.standard_normal((num_rows, DIM), dtype=np.float32)
     contestants = {
         "freeze": (sparse, js.lazy_adam(1e-3)),
-        "replay": (sparse, js.lazy_adam(1e-3, skipped="replay")),
+        "replay": (sparse, js.lazy_adam(1e-3, untouched="replay")),
         "dense": (jax.jit(dense_step, donate_argnums=0), optax.adam(1e-3)),
     }
     states, times = {}, {name: [] for name in (*contestants, "flush")}

@@ -1,8 +1,8 @@
 """`python -m tests.benchmarks.skipped_rows`: what freezing the rows that a step skips loses, on real data.
 
 One model is trained three ways, from the same parameters on the same batches with the same schedule: dense
-(jax.value_and_grad, optax.adamw), and by rows with js.lazy_adamw, skipped="replay" and skipped="freeze". Replay claims
-to be the dense optimizer, freeze does not: its rare rows neither follow their momentum nor decay between two touches.
+(jax.value_and_grad, optax.adamw), and by rows with js.lazy_adamw, untouched="replay" and "freeze". Replay claims to
+be the dense optimizer, freeze does not: its rare rows neither follow their momentum nor decay between two touches.
 
 Freezing is another optimizer, so it may lose or win, and which of the two depends on the rate and the decay. A job runs
 at the settings that were best for dense and for freeze on a part of the training data, in most of SWEEP; `--sweep`
@@ -164,7 +164,7 @@ def run_arm(
     if arm == "dense":
         tx, step = optax.adamw(schedule, **settings), make_dense_step(loss_fn)
     else:
-        tx, step = js.lazy_adamw(schedule, **settings, skipped=arm), js.make_train_step(loss_fn)
+        tx, step = js.lazy_adamw(schedule, **settings, untouched=arm), js.make_train_step(loss_fn)
     params = jax.jit(job.model.init)(jax.random.key(seed), next(iter(batches)).x)
     before = [np.array(p) for p in jax.tree.leaves(params)]
     state = TrainState.create(apply_fn=job.model.apply, params=params, tx=tx)

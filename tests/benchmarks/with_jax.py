@@ -43,7 +43,7 @@ def linen_logits(case: Case, params: Any, x: Any) -> jax.Array:
 def make_optimizer(case: Case, *, lazy: bool) -> optax.GradientTransformation:
     rule, rate = case.rule, RATES.get(case.rule)
     if rule == "adam":
-        skipped = {"skipped": "replay" if case.optimizer == "adam_replay" else "freeze"} if lazy else {}
+        skipped = {"untouched": "replay" if case.optimizer == "adam_replay" else "freeze"} if lazy else {}
         return (js.lazy_adam if lazy else optax.adam)(ADAM["lr"], ADAM["b1"], ADAM["b2"], ADAM["eps"], **skipped)
     if rule == "adagrad":
         return (js.lazy_adagrad if lazy else optax.adagrad)(rate, 0.0, EPS**2)  # inside the root
