@@ -1,9 +1,8 @@
-"""`python -m jaxsparse`: a spam classifier on real e-mails, trained with row-sparse gradients and timed against dense
-ones.
+"""`python -m jaxsparse`: a spam classifier on real e-mails, row-sparse and dense side by side.
 
-The whole way through the library on one page: texts -> SciPy CSR of hashed word uni- and bigrams -> js.batches ->
+The library on one page: texts -> SciPy CSR of hashed word uni- and bigrams -> js.batches ->
 js.dot in a Flax model -> js.make_train_step with js.lazy_adam. The dense contestant is the same model and loss with
-jax.value_and_grad and optax.adam, timed in turn with it.
+jax.value_and_grad and optax.adam. The two are timed in turns.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from jaxsparse.command.run import Parser, command, number
 
 
 def load_mails() -> tuple[list[str], np.ndarray]:
-    """The texts, and 1. where a text is spam."""
+    """The texts (n), and float32 labels (n,): 1 for spam."""
     packed = importlib.resources.files("jaxsparse").joinpath("data/spamassassin.tsv.xz").read_bytes()
     lines = [line.split("\t", 2) for line in lzma.decompress(packed).decode().splitlines()]
     return [text for _, _, text in lines], np.array([label == "spam" for label, _, _ in lines], np.float32)
 
 
 def hash_words(texts: list[str], num_rows: int) -> scipy.sparse.csr_matrix:
-    """A row a text: 1 / n at each of its n distinct word uni- and bigrams, hashed into num_rows columns."""
+    """One row for each text: 1 / n at its n distinct words and word pairs, hashed into num_rows columns."""
     columns, starts = [], [0]
     for text in texts:
         words = re.findall(r"\w+", text.lower())
@@ -53,7 +52,7 @@ def hash_words(texts: list[str], num_rows: int) -> scipy.sparse.csr_matrix:
 
 
 def split_by_text(texts: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training and the test mails: 20 % of the distinct texts are held out, copies stay together."""
+    """Positions of training and test mails. 20 % of the distinct texts are held out; copies are on the same side."""
     numbers: dict[str, int] = {}
     which = np.array([numbers.setdefault(text, len(numbers)) for text in texts])
     held_out = np.random.default_rng(seed).permutation(len(numbers)) < 0.2 * len(numbers)
@@ -83,12 +82,16 @@ def main(argv: list[str] | None = None) -> Any:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["train"], ["predict"]):  # of the user's own file
         return command(argv)
-    description = f"{__doc__.splitlines()[0]} Of your own file: train FILE --out DIR, predict DIR FILE (--help)."
+    if argv[:1] and not argv[0].startswith("-"):
+        print(f"python -m jaxsparse: {argv[0]!r} is no command. Commands are train and predict.", file=sys.stderr)
+        raise SystemExit(2)
+    description = "Without a command: trains a spam classifier on real e-mails, and times it beside dense steps. "
+    description += "With your own file: `train FILE --out DIR`, then `predict DIR FILE`; each has --help."
     parser = Parser(prog="python -m jaxsparse", description=description)
     parser.add_argument("--rows", type=number(int, 0, 2**30), default=2**20, help="rows of the table (default 2^20)")
     parser.add_argument("--dim", type=number(int, 0), default=64, help="columns of the table (default 64)")
-    parser.add_argument("--epochs", type=number(int, 0), default=3)
-    parser.add_argument("--batch-size", type=number(int, 0), default=32)
+    parser.add_argument("--epochs", type=number(int, 0), default=3, help="passes over the mails (3)")
+    parser.add_argument("--batch-size", type=number(int, 0), default=32, help="mails a step (32)")
     parser.add_argument("--seed", type=number(int, -1), default=0, help="of split, initialisation and order")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     options = parser.parse_args(argv)
@@ -112,6 +115,7 @@ def main(argv: list[str] | None = None) -> Any:
     state = new_state(js.lazy_adam(3e-3))
     step = js.make_train_step(loss_fn)
     touched = []
+    print("The first step compiles, which takes a few seconds.", file=sys.stderr)
     with tqdm(total=options.epochs * len(batches), desc="training", unit="step") as bar:
         for _ in range(options.epochs):
             for batch in batches:
@@ -145,7 +149,7 @@ def main(argv: list[str] | None = None) -> Any:
 
 
 def make_dense_step(loss_fn: Any) -> Any:
-    """The same step as everybody writes it."""
+    """The dense step, with jax.value_and_grad and optax."""
 
     @partial(jax.jit, donate_argnums=0)
     def dense_step(state: TrainState, batch: js.Batch) -> tuple[TrainState, jax.Array]:
@@ -158,7 +162,7 @@ def make_dense_step(loss_fn: Any) -> Any:
 def time_steps(
     step: Any, state: Any, dense_step: Any, dense_state: Any, batches: list[js.Batch]
 ) -> tuple[float, float]:
-    """Median milliseconds of the two, in turns of a few steps each on the same batches, after one turn to compile."""
+    """Median milliseconds of both steps, in turns on the same batches. The first turn compiles and is left out."""
     times: dict[str, list[float]] = {"sparse": [], "dense": []}
     for round in range(4):
         for batch in batches * 2:
@@ -177,7 +181,7 @@ def time_steps(
 
 
 def report(figures: dict[str, float], num_train: int, num_test: int) -> None:
-    """The short table."""
+    """Prints the figures."""
     ratio = figures["dense_step_ms"] / figures["sparse_step_ms"]
     print(f"""
 SpamAssassin e-mails: {num_train} to train, {num_test} held out by distinct text

@@ -56,3 +56,31 @@ def test_skipped_still_works(make):
 def test_signatures_are_those_of_the_functions():
     tx = optax.inject_hyperparams(js.lazy_adam)(learning_rate=0.1, untouched="freeze")
     assert float(tx.init(TABLE).hyperparams["learning_rate"]) == np.float32(0.1)
+
+
+def a_step(state, ids):
+    gradient = jax.grad(lambda table: jnp.sum(table[ids] ** 2))(state)
+    return state - 0.1 * gradient
+
+
+def test_a_state_that_was_donated_is_named():
+    step, state = js.jit(a_step), TABLE + 0
+    step(state, IDS)
+    with pytest.raises((ValueError, RuntimeError), match=r"'state'.*deleted.*state, loss = step"):
+        step(state, IDS)
+
+
+def test_a_state_without_params_is_answered():
+    step = js.make_train_step(lambda params, ids: jnp.sum(params["t"][ids]))
+    with pytest.raises(TypeError, match=r"'state'.*Got dict.*TrainState\.create"):
+        step({"t": TABLE}, IDS)
+
+
+def test_orders_of_other_libraries_are_answered():
+    with pytest.raises(TypeError, match=r"Write \(table, ids\)"):
+        js.embedding_bag(IDS, TABLE)
+    scores, labels = np.linspace(0, 1, 9), np.arange(9) % 2
+    assert float(js.auc(scores, labels)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"Write js\.auc\(scores, labels\)"):
+        js.auc(labels, scores)
+    assert repr(js.auc(scores, labels)) == "Auc(0.5000, of 9 examples; float() gives the number)"

@@ -57,34 +57,58 @@ def number(kind: type, low: float, high: float = float("inf")) -> Any:
 
 
 def parser_of_train() -> Parser:
-    parser = Parser(prog="python -m jaxsparse train", description="A model of a file of examples, of any size.")
-    parser.add_argument("file", help="svmlight, CSV, TSV, Parquet, VW, JSON lines, or label<tab>text; .gz")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where model, figures and checkpoints go")
-    parser.add_argument("--model", choices=["linear", "fm", "mlp"], default="linear", help="default: linear")
-    parser.add_argument("--format", choices=list(files.FORMATS), help="by default from the file's name")
-    parser.add_argument("--label", metavar="COLUMN", help="by default the first column")
-    parser.add_argument("--hashed", metavar="A,B", default="", help="columns of numbers that are categories")
-    parser.add_argument("--no-header", action="store_true", help="of CSV: columns are c0, c1, ...")
-    parser.add_argument("--zero-based", action="store_true", help="of svmlight: the first index is 0")
-    parser.add_argument("--rows", type=number(int, 0, 2**30), default=2**20, help="that strings are hashed into (2^20)")
-    parser.add_argument("--dim", type=number(int, 0), default=16, help="of the embeddings of fm and mlp (16)")
-    parser.add_argument("--epochs", type=number(int, 0), default=5)
-    parser.add_argument("--batch-size", type=number(int, 0), default=256)
-    parser.add_argument("--learning-rate", type=number(float, 0), default=1e-2, help="of Adam (0.01)")
-    parser.add_argument("--held-out", type=number(float, 0, 0.9), default=0.1, help="share to measure on (0.1)")
-    parser.add_argument("--seed", type=number(int, -1), default=0)
-    parser.add_argument("--bad-lines", metavar="FILE", help="where bad lines go; by default they are errors")
-    parser.add_argument("--buffer", type=number(int, 0), default=2**16, help="examples shuffled together (2^16)")
-    parser.add_argument("--save-every", type=number(float, 0), default=10, metavar="MINUTES", help="and an epoch (10)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR")
+    parser = Parser(prog="python -m jaxsparse train", description="Trains a model on a file of any size.")
+    parser.add_argument("file", help="svmlight, CSV, TSV, Parquet, VW, JSON lines, or label<tab>text; also gzipped")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder for the model, curves.png and checkpoints"
+    )
+    parser.add_argument(
+        "--model", choices=["linear", "fm", "mlp"], default="linear", help="the model; linear by default"
+    )
+    parser.add_argument("--format", choices=list(files.FORMATS), help="the format; by default the file's name tells it")
+    parser.add_argument("--label", metavar="COLUMN", help="the column to predict; the first one by default")
+    parser.add_argument(
+        "--hashed", metavar="A,B", default="", help="columns of numbers that are categories, to be hashed like strings"
+    )
+    parser.add_argument("--no-header", action="store_true", help="CSV without a line of names: columns are c0, c1, ...")
+    parser.add_argument("--zero-based", action="store_true", help="svmlight with a first index of 0, not 1")
+    parser.add_argument(
+        "--rows",
+        type=number(int, 0, 2**30),
+        default=2**20,
+        help="rows of the table that strings are hashed into (2^20)",
+    )
+    parser.add_argument("--dim", type=number(int, 0), default=16, help="columns of the embeddings of fm and mlp (16)")
+    parser.add_argument("--epochs", type=number(int, 0), default=5, help="passes over the file (5)")
+    parser.add_argument("--batch-size", type=number(int, 0), default=256, help="examples a step (256)")
+    parser.add_argument("--learning-rate", "--lr", type=number(float, 0), default=1e-2, help="of Adam (0.01)")
+    parser.add_argument(
+        "--held-out", type=number(float, 0, 0.9), default=0.1, help="share of the examples to measure on (0.1)"
+    )
+    parser.add_argument("--seed", type=number(int, -1), default=0, help="of split, order and initialisation")
+    parser.add_argument("--bad-lines", metavar="FILE", help="a file for bad lines; by default they are errors")
+    parser.add_argument(
+        "--buffer", type=number(int, 0), default=2**16, help="examples that are shuffled together (2^16)"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=number(float, 0),
+        default=10,
+        metavar="MINUTES",
+        help="between checkpoints (10); each epoch ends with one",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the --out folder")
     return parser
 
 
 def parser_of_predict() -> Parser:
-    parser = Parser(prog="python -m jaxsparse predict", description="What a trained model says of a file's examples.")
-    parser.add_argument("dir", help="--out of the training")
+    parser = Parser(
+        prog="python -m jaxsparse predict",
+        description="Prints a prediction a line: a probability for labels of two classes, else a number.",
+    )
+    parser.add_argument("dir", help="the --out folder of the training")
     parser.add_argument("file", help="examples of the same format and columns; CSV and Parquet need no label")
-    parser.add_argument("--out", metavar="FILE", help="a line an example; by default they are printed")
+    parser.add_argument("--out", metavar="FILE", help="a file to write to; by default predictions are printed")
     return parser
 
 
@@ -112,24 +136,32 @@ class Interrupted(Exception):  # noqa: N818
 
 
 @contextlib.contextmanager
-def _said() -> Iterator[None]:
-    """What readers raise about a file is said to the user; what is wrong elsewhere is a fault, with its traceback."""
+def _file_errors(label: str | None = None) -> Iterator[None]:
+    """Errors of readers about a file end the process with one sentence. Other errors keep their traceback.
+
+    Args:
+      label: the first column, where it is the label because no --label was given.
+    """
     try:
         yield
     except (ValueError, TypeError, OverflowError, ImportError) as error:
-        raise UserError(str(error)) from error
+        text = str(error).replace("bad_lines=", "--bad-lines")
+        if label is not None and f": column {label!r} is " in text:
+            text += f" Without --label the first column is the label, here {label!r}."
+        raise UserError(text) from error
 
 
 def train(options: argparse.Namespace) -> list[dict[str, float]]:
     out = Path(options.out)
     kept = ("model", "rows", "dim", "batch_size", "learning_rate", "held_out", "seed", "zero_based", "buffer")
-    with _said():
+    with _file_errors():
         kind = options.format or files.format_of(options.file)
         given = vars(options)
         files.check_options(options.file, kind, {f"--{name.replace('_', '-')}": given[name] for name in given})
         hashed = [name for name in options.hashed.split(",") if name]
         settings: dict[str, Any] = {"format": kind} | {name: getattr(options, name) for name in kept}
         settings |= files.look_at(options.file, kind, not options.no_header, options.label, hashed, options.rows)
+    with _file_errors(settings.get("label") if options.label is None else None):
         examples = Examples(options.file, settings, options.bad_lines)
         examples.scan()
     count, num_held_out = settings["num_examples"], examples.num_held_out
@@ -186,7 +218,7 @@ def _run(examples: Examples, out: Path, options: argparse.Namespace) -> list[dic
     test_set = examples.stream(lambda: examples.part(True))
     run = Run(new_state(settings), train_set, out / CHECKPOINT, 60 * options.save_every)
     if options.resume:
-        with _said():
+        with _file_errors():
             run.load()
     if len(run.history) < run.epochs_begun:  # it was stopped between an epoch and its validation
         run.end_epoch(evaluate(metric_fn, run.state, test_set))
@@ -213,7 +245,7 @@ def predict(options: argparse.Namespace) -> None:
     folder = Path(options.dir)
     if not (folder / SETTINGS).exists() or not (folder / CHECKPOINT).exists():
         raise UserError(f"{folder} has no trained model: it is --out of python -m jaxsparse train.")
-    with _said():
+    with _file_errors():
         settings = json.loads((folder / SETTINGS).read_text())
         examples = Examples(options.file, settings)
         stream = examples.stream(lambda: ((x,) for x, _, _ in examples.chunks(labeled=False)))

@@ -61,6 +61,7 @@ def embedding_lookup(table: Any, ids: Any, *, padding_idx: int | None = None, mo
       >>> js.embedding_lookup(jnp.array([[1., 2.], [3., 4.]]), jnp.array([1, 0, 7]), padding_idx=7).tolist()
       [[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]]
     """
+    check_order("embedding_lookup", table, ids)
     table, ids = jnp.asarray(table), as_ids("embedding_lookup", "ids", ids)
     check_table("embedding_lookup", table)
     check_mode("embedding_lookup", mode)
@@ -125,6 +126,7 @@ def embedding_bag(
       torch.nn.EmbeddingBag (layouts, max), tf.nn.embedding_lookup_sparse (mean, sqrtn).
     """
     f = "embedding_bag"
+    check_order(f, table, ids)
     table, ids = jnp.asarray(table), as_ids(f, "ids", ids)
     check_table(f, table)
     check_choice(f, "combiner", combiner, _COMBINERS)
@@ -192,6 +194,16 @@ def embedding_bag(
             lambda w: sum_by_bag(w, bags, num_bags), weights, kept, combiner, table,
         )  # fmt: skip
     return _poison(out, bad, mode)
+
+
+def check_order(function: str, table: Any, ids: Any) -> None:
+    """Raises TypeError for torch's order of arguments, the ids first."""
+    first, second = getattr(table, "dtype", None), getattr(ids, "dtype", None)
+    if first is None or second is None:
+        return
+    if jnp.issubdtype(first, jnp.integer) and jnp.issubdtype(second, jnp.floating):
+        got, do = f"ids, {first}, and then a table, {second},", "torch has the ids first. Write (table, ids)."
+        raise TypeError(message(function, "table", "the first one", got, do))
 
 
 def check_mode(function: str, mode: str) -> None:

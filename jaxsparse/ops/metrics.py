@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import message
+from jaxsparse._jax import is_traced
 from jaxsparse.ops.losses import weighted_mean
 
 
@@ -30,6 +31,11 @@ class Auc:
     def __float__(self) -> float:
         return area([self])
 
+    def __repr__(self) -> str:
+        if not all(isinstance(x, np.ndarray | jax.Array) and not is_traced(x) for x in jax.tree.leaves(self)):
+            return f"Auc(scores={self.scores}, labels={self.labels}, weight={self.weight})"
+        return f"Auc({float(self):.4f}, of {np.size(self.scores)} examples; float() gives the number)"
+
 
 def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
     """The area under the ROC curve: how probable it is that a positive example outranks a negative one, ties by half.
@@ -46,7 +52,7 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
       An `Auc`. The area is NaN where there are no positive or no negative examples, or a score, label or weight is NaN.
 
     Raises:
-      ValueError: if the shapes differ.
+      ValueError: if the shapes differ, or labels stand before scores, as in scikit-learn's roc_auc_score.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -58,8 +64,18 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
     for name, x in (("labels", labels), ("weight", weight)):
         if x.shape != scores.shape:
             raise ValueError(message("auc", name, f"of the shape of scores, {scores.shape}", x.shape))
+    if not is_traced(scores) and not is_traced(labels):
+        _check_order(np.asarray(scores), np.asarray(labels))
     weight = jnp.where(jnp.isnan(labels) & (weight != 0), jnp.nan, weight)  # neither positive nor negative
     return Auc(scores, labels > 0, weight)
+
+
+def _check_order(scores: np.ndarray, labels: np.ndarray) -> None:
+    """Raises ValueError where labels stand first, as in scikit-learn: the area would be another, and look right."""
+    of_scores, of_labels = (np.unique(x[x == x]) for x in (scores, labels))  # without NaN
+    if len(of_scores) <= 2 < len(of_labels):
+        got, do = f"{len(of_labels)} of them, and {len(of_scores)} scores", "Write js.auc(scores, labels)."
+        raise ValueError(message("auc", "labels", "of two values, behind the scores", got, do))
 
 
 def area(parts: Sequence[Auc]) -> float:

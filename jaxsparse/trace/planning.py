@@ -310,7 +310,10 @@ def check(
     """Refuses what cannot be right on some rows. The other args are as of `settle` and `Settled`."""
     plan, find = walked.plan, walked.plan.find
     classes = {find(i) for i in chosen}
-    across = "It looks across rows. Keep it for dense parameters, with optax.partition."
+    across = (
+        "It looks across rows, as LAMB, LARS and Adafactor do. Keep it for dense parameters, with optax.partition, "
+    )
+    across += "and give tables an optimizer that does not, such as optax.adamw."
     for node, why in plan.refused.items():
         if find(node) in classes:
             raise refused(str(why), across)

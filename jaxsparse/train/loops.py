@@ -73,7 +73,8 @@ def fit(
       rng: a jax.random key. The step gets another key at each step, behind args: jax.random.fold_in(rng, n), where n is
         `state.step` before the step. A resumed run goes on with the same keys. n is 0, 1, ... for a state without step.
       validation: batches to evaluate `metrics` on after each epoch.
-      metrics: metric_fn of `js.evaluate`; required with validation, and only there.
+      metrics: metric_fn of `js.evaluate`; required with validation, and only there. A metric named "loss" replaces the
+        training loss in the history.
       callback: callback(event) is called with a `js.FitEvent` after each step and after each epoch. If it returns
         True, the run ends.
       stop_on_nan: whether a NaN loss raises. Losses are looked at every ten steps and at the end of an epoch, so that

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxsparse import _jax
+from jaxsparse._checks import message
 from jaxsparse.ops.rows import as_whole, is_stored
 from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.planning import announce
@@ -101,6 +102,18 @@ class StepProgram:
         ]
 
     def __call__(self, leaves: list[Any]) -> Any:
+        try:
+            return self._run(leaves)
+        except (RuntimeError, ValueError) as error:
+            paths = self.planned.traced.paths
+            deleted = next((i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and x.is_deleted()), None)
+            if deleted is None or not str(error).count("deleted"):
+                raise
+            must, got = "the one that the last call returned", f"one whose {paths[deleted]} is donated and deleted"
+            do = "Write state, loss = step(state, batch), or copy what you keep before the step."
+            raise type(error)(message("jit", "state", must, got, do)) from error
+
+    def _run(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]
         donated, kept = self._apart(leaves)
         if self._leaves_ids_to_device(leaves, used):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse._checks import message
 from jaxsparse._context import rows_of
 from jaxsparse._jax import vary, varying_axes
 from jaxsparse.train.jit import jit as js_jit
@@ -39,6 +40,7 @@ def make_train_step(
       the step is one of `js.jit`; without, of `js.rowwise`.
 
     Raises:
+      TypeError: if `state` has no params.
       ValueError: as in `js.jit`; or, with untouched="replay", if row ids are made from rows that are not up to date.
 
     Example:
@@ -54,6 +56,9 @@ def make_train_step(
     """
 
     def train_step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        if not hasattr(state, "params"):
+            must, do = "a TrainState, or another object with params", "Make one with TrainState.create(...)."
+            raise TypeError(message("make_train_step", "state", must, type(state).__name__, do))
         rows = [rows_of(p)[0] for p in jax.tree.leaves(state.params)]
 
         def loss_and_aux(params: Any) -> Any:

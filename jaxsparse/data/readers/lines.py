@@ -91,7 +91,7 @@ class Reader:
             return
         where = f"{path}, line {line}: {reason}"
         if self._aside is None:
-            do = "Mend the line, or give bad_lines=, a file for the lines that are left out."
+            do = "Mend the line, or give bad_lines= a file for bad lines."
             shown = raw.decode(errors="replace").rstrip("\r\n")
             shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
             raise ValueError(f"js.{self.function}: {where}. The line is {shown!r}. {do}")
