@@ -52,20 +52,20 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
       An `Auc`. The area is NaN where there are no positive or no negative examples, or a score, label or weight is NaN.
 
     Raises:
-      ValueError: if the shapes differ, or labels stand before scores, as in scikit-learn's roc_auc_score.
+      ValueError: if the shapes differ, or NumPy labels stand before NumPy scores, as in scikit-learn's roc_auc_score.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> float(js.auc(jnp.array([0.1, 0.4, 0.35, 0.8]), jnp.array([0, 0, 1, 1])))
       0.75
     """
+    if isinstance(scores, np.ndarray) and isinstance(labels, np.ndarray):  # reading a JAX array waits for its device
+        _check_order(scores, labels)
     scores, labels = jnp.asarray(scores), jnp.asarray(labels)
     weight = jnp.ones(scores.shape, jnp.float32) if weight is None else jnp.asarray(weight)
     for name, x in (("labels", labels), ("weight", weight)):
         if x.shape != scores.shape:
             raise ValueError(message("auc", name, f"of the shape of scores, {scores.shape}", x.shape))
-    if not is_traced(scores) and not is_traced(labels):
-        _check_order(np.asarray(scores), np.asarray(labels))
     weight = jnp.where(jnp.isnan(labels) & (weight != 0), jnp.nan, weight)  # neither positive nor negative
     return Auc(scores, labels > 0, weight)
 
