@@ -108,6 +108,18 @@ def test_a_resumed_run_is_the_run(run, tmp_path, model):
     for name in ("one", "two"):
         run(f"predict {name} a.svm --out {name}.txt")
     assert (tmp_path / "one.txt").read_text() == (tmp_path / "two.txt").read_text() and parts_equal("one", "two")
+    assert drop(run(f"{whole} --out two --epochs 4 --resume")) == drop(want)  # there is nothing left to train
+    before_validation(tmp_path / "two" / "checkpoint.msgpack")
+    assert drop(run(f"{whole} --out two --epochs 4 --resume")) == drop(want) and parts_equal("one", "two")
+
+
+def before_validation(path):
+    """Makes a checkpoint what it was when its last epoch was trained, and not yet validated."""
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    rest = json.loads(tree["rest"])
+    last, weight = rest["history"].pop(), 1.0
+    rest["running"] = {"steps": last["steps"], "total": last["loss"] * weight, "weight": weight, "seconds": 0.0}
+    path.write_bytes(flax.serialization.msgpack_serialize(tree | {"rest": json.dumps(rest)}))
 
 
 def parts_equal(one, two):
