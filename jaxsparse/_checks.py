@@ -1,7 +1,7 @@
-"""Static checks, and the one way this library phrases an error.
+"""Static checks of arguments, and the wording of all errors: `message`.
 
-Everything here looks at types, shapes and dtypes only, so it works on tracers and costs nothing on the device.
-Checks that need values live on the host, in `inputs.py`.
+These checks use types, shapes and dtypes only. They work on tracers and cost nothing on the device. Values are checked
+on the host, in `data/inputs.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-# Row ids travel as int32 words, and a block of k rows pads its ids with num_rows, num_rows + 1, ...
+# Row ids are int32. A block of k rows pads its ids with num_rows, num_rows + 1, ...
 MAX_ROWS = 2**31 - 1
 
 _HERE = os.path.dirname(__file__) + os.sep
@@ -26,17 +26,17 @@ _LIBRARIES = re.compile(r"[/\\\\](jax|jaxlib|flax|optax|chex|equinox|haiku|conte
 
 
 def message(function: str, argument: str, must: str, got: object, do: str = "") -> str:
-    """Names the argument, what it must be, what it was, and what to do about it."""
+    """An error message: the argument, what it must be, what it was, and what to do."""
     return f"The '{argument}' argument of js.{function} must be {must}. Got {got} instead.{' ' + do if do else ''}"
 
 
 def is_library(file: str) -> bool:
-    """Whether a source file belongs to this library, or to one that calls it or is called for the user."""
+    """Whether a source file belongs to this library, or to another one that stands between it and the user's code."""
     return file.startswith(_HERE) or _LIBRARIES.search(file) is not None
 
 
 def warn(text: str, kind: type[Warning] = UserWarning) -> None:
-    """Warns at the user's line that led here: the innermost frame outside of the libraries."""
+    """Warns at the user's line: the innermost frame outside of the libraries."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and is_library(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -53,7 +53,7 @@ def check_transformation(function: str, argument: str, x: Any) -> None:
 def chosen_paths(
     function: str, tables: Any, paths: Sequence[str], leaves: Sequence[Any], argument: str = "tables"
 ) -> list[bool]:
-    """Which leaves such an argument means: a part of their paths, several, or a function of (path, leaf)."""
+    """Whether `tables` selects each leaf: by a part of its path, a list of parts, or a function of (path, leaf)."""
     if callable(tables):
         return [bool(tables(path, leaf)) for path, leaf in zip(paths, leaves, strict=True)]
     names = [tables] if isinstance(tables, str) else tables
@@ -68,8 +68,9 @@ def as_ids(function: str, argument: str, ids: Any) -> jax.Array:
 
     Raises:
       TypeError: for any other dtype.
-      OverflowError: if NumPy ids do not fit the widest integer JAX has switched on, where JAX itself would keep
-        the lower 32 bits in silence (jax#18385): 2**32 would become row 0.
+      ValueError: for lists of different lengths.
+      OverflowError: if NumPy ids do not fit JAX's widest enabled integer. JAX would keep the lower 32 bits without a
+        warning (jax#18385), so 2**32 would become row 0.
     """
     if not isinstance(ids, jax.Array):
         ids = _as_numpy(function, argument, ids)
@@ -117,7 +118,7 @@ def check_float(function: str, argument: str, x: Any) -> None:
 
 
 def check_table(function: str, table: Any) -> None:
-    """Raises unless `table` is a floating array of shape (num_rows, ...) with num_rows addressable by int32."""
+    """Raises unless `table` is a floating array of shape (num_rows, ...) whose rows int32 ids can address."""
     if table.ndim < 1:
         raise ValueError(message(function, "table", "an array of shape (num_rows, ...)", f"{table.shape=}"))
     check_float(function, "table", table)
@@ -125,7 +126,7 @@ def check_table(function: str, table: Any) -> None:
 
 
 def check_num_rows(function: str, argument: str, num_rows: int) -> None:
-    """Raises ValueError if `num_rows` rows cannot be addressed by int32 ids."""
+    """Raises ValueError if int32 ids cannot address `num_rows` rows."""
     if not 0 <= num_rows < MAX_ROWS:
         raise ValueError(
             message(function, argument, f"fewer than {MAX_ROWS} rows", num_rows, "Split it into several tables.")
@@ -139,7 +140,7 @@ def check_choice(function: str, argument: str, value: object, choices: tuple[str
 
 
 def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2,)) -> None:
-    """Raises unless `x` is a BCOO with only sparse dimensions, their number being one of `ndims`."""
+    """Raises unless `x` is a BCOO whose dimensions are all sparse, with a number of them in `ndims`."""
     if not isinstance(x, BCOO):
         raise TypeError(
             message(
@@ -163,13 +164,16 @@ def check_bcoo(function: str, argument: str, x: Any, ndims: tuple[int, ...] = (2
 
 
 def _is_module(x: Any) -> bool:
-    nnx: Any = sys.modules.get("flax.nnx")  # not imported: there are none
+    nnx: Any = sys.modules.get("flax.nnx")  # if nnx is not imported, there are no modules
     return nnx is not None and isinstance(x, nnx.Pytree)
 
 
 def check_no_modules(function: str, argument: str, tree: Any) -> None:
-    """Raises TypeError if there is an nnx module in a tree, which JAX's trees tear apart: a variable that is there
-    twice would be two, and what a call changes in it would be lost."""
+    """Raises TypeError if a tree contains an nnx module.
+
+    JAX would flatten the module and rebuild a copy: a shared variable would become two, and changes in a call would be
+    lost.
+    """
     for path, module in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_module)[0]:
         if _is_module(module):
             leaves = jax.tree_util.tree_flatten_with_path(module)[0]
@@ -182,10 +186,10 @@ def check_no_modules(function: str, argument: str, tree: Any) -> None:
 
 
 class Modules:
-    """The nnx modules among some arguments, and what was in them.
+    """The nnx modules among some arguments, and their arrays before a call.
 
     Args:
-      tree: the arguments that a function is called with, made anew for this call.
+      tree: the arguments of the call.
     """
 
     def __init__(self, tree: Any) -> None:
@@ -193,7 +197,7 @@ class Modules:
         self._before = list(map(jax.tree.leaves, self._modules))
 
     def check_unchanged(self, function: str) -> None:
-        """Raises TypeError if the function that was called has changed a module, which would be lost."""
+        """Raises TypeError if the call has changed a module: the change would be lost."""
         for module, before in zip(self._modules, self._before, strict=True):
             after = jax.tree_util.tree_flatten_with_path(module)[0]
             same = len(after) == len(before) and all(x is y for (_, x), y in zip(after, before, strict=True))

@@ -1,4 +1,4 @@
-"""What code knows of the step that it is traced in: that arrays have their full shapes, and which rows are computed."""
+"""What a function can ask about the step that it is traced in: whether there is one, and which rows it computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Around the tracing of what is to be evaluated on rows."""
+    """Marks the tracing of a program that will be evaluated on rows."""
     token = _TRACING.set(True)
     try:
         yield
@@ -25,14 +25,14 @@ _TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", defau
 
 
 def is_tracing() -> bool:
-    """Whether a step is being traced, in which all arrays have their full shapes: js.value_and_grad and js.lazy, which
-    would choose the rows themselves, have nothing to do there."""
+    """Whether a step is being traced. All arrays have their full shapes there, and js.value_and_grad and js.lazy leave
+    the choice of rows to the step."""
     return _TRACING.get()
 
 
 @contextlib.contextmanager
 def bags_at_once() -> Iterator[None]:
-    """Around the tracing of what is written down for a reader: a bag is one read and one sum, however long it is."""
+    """Marks the tracing of a program that people will read: each bag is one gather and one sum, however long it is."""
     token = _AT_ONCE.set(True)
     try:
         yield
@@ -44,15 +44,18 @@ _AT_ONCE: contextvars.ContextVar[bool] = contextvars.ContextVar("at_once", defau
 
 
 def is_at_once() -> bool:
+    """Whether bags are one gather and one sum."""
     return _AT_ONCE.get()
 
 
-ROWS_OF = "jaxsparse_rows_of"  # the name under which a walk knows rows_of
+ROWS_OF = "jaxsparse_rows_of"  # the name by which trace/walk.py recognises rows_of
 
 
 def rows_of(x: Any) -> tuple[jax.Array, jax.Array]:
-    """Where a step computes some rows of an array (n, ...), how many, int32 (), and which, bool (n,). Where it computes
-    all of them, and outside of such a step, -1 and none."""
+    """The rows of an array (n, ...) that the step computes: their number, int32 (), and a mask, bool (n,).
+
+    If the step computes all rows, or outside of a step: -1, and a mask of False.
+    """
     return _ROWS_OF(x)
 
 
@@ -64,11 +67,11 @@ _rows_of.__name__ = ROWS_OF
 _ROWS_OF = jax.jit(_rows_of)
 
 
-ROW_NUMBERS = "jaxsparse_row_numbers"  # the name under which a walk knows row_numbers
+ROW_NUMBERS = "jaxsparse_row_numbers"  # the name by which trace/walk.py recognises row_numbers
 
 
 def row_numbers(x: Any) -> jax.Array:
-    """The numbers of an array's rows, int32 (n,): a step that computes some of its rows has theirs."""
+    """The row numbers of an array, int32 (n,). In a step that computes some rows, the numbers of these rows."""
     return _ROW_NUMBERS(x)
 
 

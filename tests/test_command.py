@@ -20,7 +20,7 @@ import pytest
 from jaxsparse.__main__ import main
 from jaxsparse.command.checkpoints import load_checkpoint
 from jaxsparse.command.examples import Examples
-from jaxsparse.command.files import format_of, look_at
+from jaxsparse.command.files import format_of, inspect_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::tqdm.TqdmExperimentalWarning")
 QUICK = ["--rows", "64", "--batch-size", "64", "--learning-rate", "0.05"]
@@ -62,7 +62,7 @@ FORMATS = {"a.csv": csv_of, "a.svm": svm_of, "a.vw": vw_of, "a.jsonl": jsonl_of,
 def examples_of(path, held_out=0.1, seed=0, batch_size=8, bad_lines=None):
     settings = {"format": format_of(path), "rows": 64, "zero_based": False}
     settings |= {"seed": seed, "held_out": held_out, "batch_size": batch_size}
-    settings |= look_at(path, settings["format"], True, None, [], 64)
+    settings |= inspect_file(path, settings["format"], True, None, [], 64)
     examples = Examples(path, settings, bad_lines)
     examples.scan()
     return examples
@@ -343,26 +343,26 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "train a.csv": "required: --out",
         "train a.csv --out o --held-out 1": "--held-out: it must be a number above 0 and at most 0.9",
         "train a.csv --out o --model deep": "--model: invalid choice: 'deep'",
-        "train gone.csv --out o": "gone.csv is not there",
-        "train . --out o --format csv": ". is no file",
+        "train gone.csv --out o": "gone.csv does not exist",
+        "train . --out o --format csv": ". is not a file",
         "train odd --out o": "which format is it?",
         "train empty.csv --out o": "empty.csv has no rows",
         "train none.svm --out o": "none.svm has no examples",
         "train one.svm --out o": "1 examples, too few",
         "train two.csv --out o": "two columns have one name",
         "train cut.csv.gz --out o": "cut.csv.gz is damaged",
-        "train cr.csv --out o": "cr.csv is damaged, or no CSV file",
+        "train cr.csv --out o": "cr.csv is damaged, or not a CSV file",
         "train bad.svm --out o": "bad.svm, line 2: '2' is not index:value",
-        "train line.csv --out o": "line.csv, line 1102: column 'x' is 'a', no number",
+        "train line.csv --out o": "line.csv, line 1102: column 'x' is 'a', not a number",
         "train one.csv --out o": "one.csv has no column but 'y', the label",
-        "train bad.vw --out o": "bad.vw, line 2: there is no | before its features",
+        "train bad.vw --out o": "bad.vw, line 2: it has no | before the features",
         "train bad.jsonl --out o": "bad.jsonl, line 2: it has the key 'x' twice",
         "train half.jsonl --out o": "half.jsonl, line 2: ",
         "train cut.txt.gz --out o": "cut.txt.gz is damaged, or no text file",
         "train gone.txt --out o": "gone.txt is not there",
         "train no.jsonl --out o": "no.jsonl has no JSON objects in its first 1000 lines",
-        "train three.txt --out o": "has the labels 'a', 'b', 'c', where there must be numbers, or two names",
-        "train bad.txt --out o": "bad.txt, line 3: there is no tab between label and text",
+        "train three.txt --out o": "has the labels 'a', 'b', 'c'. Labels must be numbers, or two names",
+        "train bad.txt --out o": "bad.txt, line 3: it has no tab between label and text",
         "train numbers.txt --out o": "numbers.txt, line 2: 'a' is no number",
         "train bad.svm --out o --label y": "--label is for csv and jsonl and parquet, and bad.svm is read as svmlight",
         "train a.csv --out o --zero-based": "--zero-based is for svmlight, and a.csv is read as csv",
@@ -370,7 +370,7 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "train a.csv --out o --buffer 0": "--buffer: it must be an integer above 0",
         "train a.csv --out o --label who": "a.csv has no column 'who'. Its columns are 'click', 'user', 'age'",
         "train a.csv --out o --resume": "o has no checkpoint",
-        "train a.csv --out trained": "trained has a checkpoint: go on with --resume",
+        "train a.csv --out trained": "trained has a checkpoint. Go on with --resume",
         "train a.csv --out trained --resume": "the checkpoint in trained has another format, model",
         "train a.csv --out a.csv": "File exists",
         "predict nowhere a.csv": "nowhere has no trained model",

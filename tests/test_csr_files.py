@@ -217,7 +217,7 @@ def test_entries_behind_the_last_row_are_no_entries():
 
 
 def test_sizes_learnt_from_some_batches_have_room(monkeypatch):
-    monkeypatch.setattr("jaxsparse.data.pipeline._EXAMPLES_AHEAD", 1)
+    monkeypatch.setattr("jaxsparse.data.pipeline._SAMPLED_EXAMPLES", 1)
     lengths = rng_of(0).poisson(3, 20_000)
     m = sp.csr_array(
         (np.ones(lengths.sum()), np.concatenate([np.arange(k) for k in lengths]), np.cumsum([0, *lengths])),

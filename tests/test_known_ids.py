@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxsparse as js
-from jaxsparse.data.distinct import NO_ID, Scratch, distinct_ids, room_for
+from jaxsparse.data.distinct import NO_ID, Scratch, capacity_for, distinct_ids
 from jaxsparse.trace.known_ids import Coded, Shared
 from jaxsparse.train.device_rows import _part, ids_of
 from tests.marks import slow_but
@@ -32,7 +32,7 @@ HEADS = {"a": IDS, "b": IDS[:, 0], "dense": RNG.normal(size=(N, 2))}
 
 @given(hnp.arrays(np.int32, st.tuples(st.integers(1, 6), st.integers(0, 5)), elements=st.integers(-3, 20)))
 def test_distinct_ids(ids):
-    (found,) = distinct_ids([ids], room_for(4), Scratch())
+    (found,) = distinct_ids([ids], capacity_for(4), Scratch())
     unique, inverse = np.unique(ids, return_inverse=True)
     flat = found.ids.reshape(-1)
     assert flat[: len(unique)].tolist() == unique.tolist() and set(flat[len(unique) :].tolist()) <= {-(2**31)}

@@ -106,14 +106,14 @@ def test_svmlight_with_queries_and_labels(write):
 
 BAD_SVM = {
     "1 3": "'3' is not index:value",
-    "1 2:": "the value of 2 is '', no finite number",
+    "1 2:": "the value of 2 is '', not a finite number",
     "1 2: 3:4": "the value of 2 is ''",
     "1 2:3:4": "the value of 2 is '3:4'",
     "1 4 5:6:7": "'4' is not index:value",
-    "1 2:nan": "'nan', no finite number",
-    "1 2:1e39": "'1e39', no finite number",
+    "1 2:nan": "'nan', not a finite number",
+    "1 2:1e39": "'1e39', not a finite number",
     "1 2:1-2": "'1-2'",
-    "1 1_0:1": "the index is '1_0', no integer",
+    "1 1_0:1": "the index is '1_0', not an integer",
     "1 1.5:1": "the index is '1.5'",
     "1 1e1:1": "the index is '1e1'",
     "1 1e0:1": "the index is '1e0'",
@@ -121,8 +121,8 @@ BAD_SVM = {
     "1 0:1": "index 0 is outside 1 to 4; if indices begin at 0, give zero_based=True",
     "1 5:1": "index 5 is outside 1 to 4",
     "1 -1:1": "index -1 is outside",
-    "1 2:1 2:3": "an index is there twice",
-    "1 3:1 2:1 3:2": "an index is there twice",
+    "1 2:1 2:3": "it has an index twice",
+    "1 3:1 2:1 3:2": "it has an index twice",
     "a 2:1": "the label is 'a'",
     "2:1": "the label is '2:1'",
     "1 qid:x 2:1": "the qid is 'x'",
@@ -146,8 +146,8 @@ def test_bad_lines_of_svmlight(write, tmp_path):
     with pytest.warns(UserWarning, match="bad lines"):
         list(js.read_svmlight(path, bad_lines=aside))
     fails(lambda: js.read_svmlight(write("1 1:1\n"), query_id=True), "no qid")
-    fails(lambda: js.read_svmlight(write("1.5 1:1\n"), multilabel=True), "the label is '1.5', no integer")
-    fails(lambda: js.read_svmlight(write("2,2 1:1\n"), multilabel=True), "a label is there twice")
+    fails(lambda: js.read_svmlight(write("1.5 1:1\n"), multilabel=True), "the label is '1.5', not an integer")
+    fails(lambda: js.read_svmlight(write("2,2 1:1\n"), multilabel=True), "it has a label twice")
     fails(lambda: js.read_svmlight(write("4 1:1\n"), multilabel=True, num_labels=4), "label 4 is outside 0 to 3")
 
 
@@ -163,9 +163,9 @@ def test_what_readers_are_given(write, tmp_path):
             js.read_svmlight(path, **bad)
     with pytest.raises(ValueError, match=r"'paths'.*empty list"):
         js.read_svmlight([])
-    with pytest.raises(FileNotFoundError, match=r"'paths'.*nowhere.*not there"):
+    with pytest.raises(FileNotFoundError, match=r"'paths'.*nowhere.*does not exist"):
         js.read_svmlight(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="not a file"):
         js.read_vw(tmp_path, num_rows=4)
     packed = gzip.compress(b"1 1:1\n" * 1000, mtime=0)
     for damaged in (packed[:-20], packed[:30] + b"xxxx" + packed[34:]):
@@ -242,14 +242,14 @@ def test_readers_are_streams(write):
 BAD_CSV = {
     "1,2,3": "3 fields, where there are 5 columns",
     "1,2,3,4,5,6": "6 fields",
-    "1,,3,x,y": "column 'a' is empty; fill=",
-    "1,abc,3,x,y": "column 'a' is 'abc', no number",
-    "1,1_0,3,x,y": "column 'a' is '1_0', no number",
-    "1,nan,3,x,y": "column 'a' is 'nan', no finite number",
-    "1,1e39,3,x,y": "column 'a' is '1e39', no finite",
+    "1,,3,x,y": "column 'a' is empty; give fill=",
+    "1,abc,3,x,y": "column 'a' is 'abc', not a number",
+    "1,1_0,3,x,y": "column 'a' is '1_0', not a number",
+    "1,nan,3,x,y": "column 'a' is 'nan', not a finite number",
+    "1,1e39,3,x,y": "column 'a' is '1e39', not a finite",
     ",1,3,x,y": "column 'y' is empty",
-    "1,1,-3,x,y": "column 'b' is '-3', no integer from 0",
-    "1,1,3.0,x,y": "column 'b' is '3.0', no integer",
+    "1,1,-3,x,y": "column 'b' is '-3', not an integer from 0",
+    "1,1,3.0,x,y": "column 'b' is '3.0', not an integer",
     "1,1,99999999999999999999,x,y": "column 'b' is '9",
     '1,1,3,"x"z,y': "expected after",
     "1,1,3,\udcff,y": "it is not in UTF-8",
@@ -299,7 +299,7 @@ def test_fields_of_spaces_are_empty(write):
     for spaces in ("", "  ", '" "'):
         path = write(f"y,a\n1,{spaces}\n0, 2 \n")
         assert joined([x["numbers"] for x, _, _ in js.read_csv(path, numbers=["a"], fill=7)]) == [[7], [2]]
-        fails(js.read_csv(path, numbers=["a"]), "line 2: column 'a' is empty; fill=")
+        fails(js.read_csv(path, numbers=["a"]), "line 2: column 'a' is empty; give fill=")
         fails(js.read_csv(write(f"a,y\n1,{spaces}\n"), label="y", numbers=["a"], fill=7), "column 'y' is empty")
 
 
@@ -314,7 +314,7 @@ def test_columns_that_cannot_be(write):
     fails(js.read_csv(write("a,a\n1,2\n"), numbers=["a"]), "several columns 'a'")
     fails(js.read_csv(write(""), numbers=["a"]), "is empty")
     for asked, error, match in [
-        ({}, ValueError, "the features"),
+        ({}, ValueError, "given, or ids, hashed or crosses"),
         ({"numbers": "abc"}, TypeError, "'numbers'.*list of names"),
         ({"crosses": ["a", "b"]}, TypeError, "'crosses'.*list of lists"),
         ({"crosses": [["a"]], "num_rows": 3}, ValueError, r"crosses\[0\].*two names"),
@@ -365,13 +365,13 @@ def test_jsonl(write):
 
 def test_bad_lines_of_jsonl(write, tmp_path):
     bad = {
-        "{": "it is no JSON, Expecting property name",
-        "[1]": "it is no object",
-        "3": "it is no object",
+        "{": "it is not JSON: Expecting property name",
+        "[1]": "it is not an object",
+        "3": "it is not an object",
         '{"n": 1}': "it has no 'y'",
-        '{"y": "1"}': "column 'y' is \"1\", no number",
-        '{"n": null}': "column 'n' is empty; fill=",
-        '{"n": NaN}': "no finite number",
+        '{"y": "1"}': "column 'y' is \"1\", not a number",
+        '{"n": null}': "column 'n' is empty; give fill=",
+        '{"n": NaN}': "not a finite number",
         '{"u": -1}': "column 'u' is -1, where there are integers from 0",
         '{"u": true}': "column 'u' is true",
         '{"u": 9223372036854775808}': "column 'u' is 9223372036854775808",
@@ -382,7 +382,7 @@ def test_bad_lines_of_jsonl(write, tmp_path):
         '{"k": null}': "column 'k' is null, where there are strings",
         '{"t": "a"}': "column 't' is \"a\", where there are lists of strings",
         '{"t": [["a"]]}': "where there are lists of strings",
-        '{"k": "\\ud800"}': "half of a surrogate pair",
+        '{"k": "\\ud800"}': "a lone surrogate",
         '{"y": 1, "k": "a", "k": "b"}': "it has the key 'k' twice",
     }
     lines = []
@@ -432,16 +432,16 @@ def test_vw(write):
 
 def test_bad_lines_of_vw(write, tmp_path):
     bad = {
-        "1 a b": "no | before its features",
-        "|a x": "it has no label; labeled=False",
+        "1 a b": "no | before the features",
+        "|a x": "it has no label; give labeled=False",
         "1| x": "it has no label",
-        "1 2 0.5 |a x": "initial predictions are not read",
+        "1 2 0.5 |a x": "initial predictions are not supported",
         "1:2 |a x": "the label is '1:2'",
         "1 -2 |a x": "importance is negative",
         "1 |a :5": "':5' has no name",
         "1 |a x:": "the value of 'x' is ''",
         "1 |a x:abc": "the value of 'x' is 'abc'",
-        "1 |a x:nan": "no finite number",
+        "1 |a x:nan": "not a finite number",
         "1 |a:b x": "the scale of 'a' is 'b'",
         "1 |a x\r-1 |a y": "a carriage return in it",
     }
@@ -555,18 +555,18 @@ def test_parquet(tmp_path, kind):
     nulls = {"n": pa.array([1, None, 3]), "k": pa.array(["x", None, "y"]), "f": [True, False, True]}
     x, _, _ = whole(js.read_parquet(save(nulls), numbers=["n", "f"], hashed=["k"], num_rows=99, fill=9, missing="?"))
     assert x == {"numbers": [[1, 1], [9, 0], [3, 1]], "k": js.hash_ids(["x", "?", "y"], 99).tolist()}
-    fails_at(nulls, "0, row 1: column 'n' is null; fill=", numbers=["n"])
-    fails_at(nulls, "0, row 1: column 'k' is null; missing=", hashed=["k"], num_rows=9)
+    fails_at(nulls, "0, row 1: column 'n' is null; give fill=", numbers=["n"])
+    fails_at(nulls, "0, row 1: column 'k' is null; give missing=", hashed=["k"], num_rows=9)
     fails_at(nulls, "0, row 1: column 'n' is null", ids=["n"])
-    fails_at({"n": [1.0, 2, float("nan")]}, "1, row 0: column 'n' is nan, no finite number", numbers=["n"])
+    fails_at({"n": [1.0, 2, float("nan")]}, "1, row 0: column 'n' is nan, not a finite number", numbers=["n"])
     fails_at(
         {"n": [1.0, 2, 3], "w": [1, 1, -1]}, "1, row 0: column 'w' is -1.0, and a weight", numbers=["n"], weight="w"
     )
-    fails_at({"l": [[1], [2], [3, -1]]}, "1, row 0: column 'l' has -1, no id", ids=["l"])
+    fails_at({"l": [[1], [2], [3, -1]]}, "1, row 0: column 'l' has -1, which is not an id", ids=["l"])
     fails_at({"l": [[1], None, [3]]}, "0, row 1: column 'l' is null", ids=["l"])
     fails_at({"l": [["a"], ["b", None], []]}, "0, row 1: column 'l' is null", hashed=["l"], num_rows=9)
-    fails_at({"l": ["a", "b", "c"]}, "column 'l' is of string, no integers", ids=["l"])
-    fails_at({"l": ["a", "b", "c"]}, "column 'l' is of string, no numbers", numbers=["l"])
+    fails_at({"l": ["a", "b", "c"]}, "column 'l' is of string, not of integers", ids=["l"])
+    fails_at({"l": ["a", "b", "c"]}, "column 'l' is of string, not of numbers", numbers=["l"])
     fails(js.read_parquet(save({"a": [1]}), numbers=["z"]), "no column 'z'")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

@@ -1,5 +1,5 @@
-"""`python -m jaxsparse train` and `predict`: a model of a file of any size, without a line of Python.
+"""`python -m jaxsparse train` and `predict`: models of files of any size, without Python code.
 
-`files` says which format and columns it has, `examples` streams it, `models` has what can be trained, `checkpoints` is
-a training that stops and goes on at any step, `run` trains, measures and predicts.
+`files` finds a file's format and columns, `examples` streams its examples, `models` has the three models, `checkpoints`
+saves and restores a run at any step, `run` has the options and trains, measures and predicts.
 """

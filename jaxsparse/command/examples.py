@@ -1,4 +1,4 @@
-"""The examples of a user's file, chunk by chunk: never more of it in memory than the readers and streams hold."""
+"""The examples of a user's file, read chunk by chunk. Memory holds only the chunks of readers and streams."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from jaxsparse.data.stream import Stream, stream
 
 
 class Examples:
-    """A file, and what its settings say of it: format, columns and model.
+    """The examples of a file, in the format and with the columns of its settings.
 
     Args:
       path: the file.
-      settings: of `files.look_at`, with "format", "rows", "seed", "batch_size" and "held_out". `scan` adds to them.
-      bad_lines: a file for the bad lines; by default they raise ValueError.
+      settings: those of `files.inspect_file`, with "format", "rows", "seed", "batch_size" and "held_out". `scan` adds
+        to them.
+      bad_lines: a file for bad lines; by default they raise ValueError.
     """
 
     def __init__(self, path: str, settings: dict[str, Any], bad_lines: str | None = None) -> None:
         self.path, self.settings, self._bad_lines = path, settings, bad_lines
-        self._are_bad_told = bad_lines is None
+        self._has_reported_bad = bad_lines is None
 
     def chunks(self, labeled: bool = True) -> Iterator[tuple[Any, Any, Any]]:
-        """Some examples at a time: a CSR matrix (n, num_columns), y (n,) or None, and the weights (n,) or None.
+        """Chunks of examples: a CSR matrix (n, num_columns), y (n,) or None, and weights (n,) or None.
 
-        Hashed columns share the first settings["rows"] columns, each with a seed of its own. Numbers have a column each
-        behind them, as sign(v) log(1 + |v|); an empty one is 0.
+        Hashed columns share the first settings["rows"] columns, each with another seed. Each column of numbers has one
+        column after these, with sign(v) log(1 + |v|); an empty number is 0.
         """
         reader, is_empty = self._reader(labeled), True
         for x, y, weight in reader:
             is_empty = False
             yield self._matrix(x) if isinstance(x, dict) else x, y, weight
-        self._are_bad_told = True
+        self._has_reported_bad = True
         if is_empty:
             raise ValueError(f"{self.path} has no examples.")
 
     def scan(self) -> None:
-        """Goes through the file once, so that what is bad in it is known before training, and adds to the settings how
-        many examples and columns there are, the entries that a batch may have, and whether labels are two classes."""
+        """Reads the file once, so that bad lines are found before training. Adds to the settings the number of examples
+        and columns, the longest row, and whether labels are two classes."""
         columns = count = longest = 0
         labels: set[float] = set()
         for x, y, _ in self.chunks():
@@ -68,64 +69,64 @@ class Examples:
         return math.ceil(self.settings["held_out"] * self.settings["num_examples"])
 
     def part(self, held_out: bool) -> Iterator[tuple[Any, ...]]:
-        """The chunks of the examples that are held out, or of the others: by their number in the file, so that neither
-        is copied. An order of all of them, drawn with the seed, says which: those that come first in it.
+        """Chunks of the held-out examples, or of the others. Nothing is copied: a random order of all examples, from
+        the seed, says which ones are held out, its first ones.
 
         Raises:
-          OSError: if the file has another number of examples than in `scan`.
+          OSError: if the number of examples has changed since `scan`.
         """
         count, at = self.settings["num_examples"], 0
         order = order_of(count, [self.settings["seed"]])
         for x, y, weight in self.chunks():
             if at + len(y) > count:
                 break
-            own = np.flatnonzero((order[at : at + len(y)] < self.num_held_out) == held_out)
+            selected = np.flatnonzero((order[at : at + len(y)] < self.num_held_out) == held_out)
             at += len(y)
             target = (y > 0).astype(np.float32) if self.settings["binary"] else y
-            yield (x[own], target[own], *([] if weight is None else [weight[own]]))
+            yield (x[selected], target[selected], *([] if weight is None else [weight[selected]]))
         if at != count:
             raise OSError(f"{self.path} has changed: it had {count:,} examples.")
 
     def stream(self, chunks: Callable[[], Iterator[Any]], **options: Any) -> Stream:
-        """Of these chunks, in at most three shapes: the largest has room for the longest rows that the file has."""
+        """A stream of these chunks with at most three shapes. The largest one fits the longest rows of the file."""
 
         def make(**sizes: Any) -> Stream:
             return stream(chunks, batch_size=self.settings["batch_size"], prefetch=2, **sizes, **options)
 
         made = make()
-        most = {"nse": self.settings["batch_size"] * max(self.settings.get("longest", 0), 1)}
-        most["distinct"] = min(most["nse"], self.settings["num_columns"]) + 1
-        sizes = {name: max(size, -(-most[name] // 8)) for name, size in made.sizes.items()}
+        max_sizes = {"nse": self.settings["batch_size"] * max(self.settings.get("longest", 0), 1)}
+        max_sizes["distinct"] = min(max_sizes["nse"], self.settings["num_columns"]) + 1
+        sizes = {name: max(size, -(-max_sizes[name] // 8)) for name, size in made.sizes.items()}
         return made if sizes == made.sizes else make(**sizes)
 
     def _reader(self, labeled: bool) -> Any:
-        path, of, rows = self.path, self.settings, self.settings["rows"]
-        aside: dict[str, Any] = (
-            {} if self._are_bad_told or of["format"] == "parquet" else {"bad_lines": self._bad_lines}
+        path, settings, rows = self.path, self.settings, self.settings["rows"]
+        bad_lines_option: dict[str, Any] = (
+            {} if self._has_reported_bad or settings["format"] == "parquet" else {"bad_lines": self._bad_lines}
         )
         reader: Any
-        if of["format"] == "svmlight":
-            columns = of.get("num_columns", MAX_ROWS - 1)
-            reader = read_svmlight(path, num_features=columns, zero_based=of["zero_based"], **aside)
-        elif of["format"] == "vw":
-            reader = read_vw(path, num_rows=rows, labeled=labeled, **aside)
-        elif of["format"] == "text":
-            reader = read_text(path, num_rows=rows, labels=of["labels"], labeled=labeled, **aside)
+        if settings["format"] == "svmlight":
+            columns = settings.get("num_columns", MAX_ROWS - 1)
+            reader = read_svmlight(path, num_features=columns, zero_based=settings["zero_based"], **bad_lines_option)
+        elif settings["format"] == "vw":
+            reader = read_vw(path, num_rows=rows, labeled=labeled, **bad_lines_option)
+        elif settings["format"] == "text":
+            reader = read_text(path, num_rows=rows, labels=settings["labels"], labeled=labeled, **bad_lines_option)
         else:
-            asked: dict[str, Any] = {
-                "label": of["label"] if labeled else None,
-                "numbers": of["numbers"],
-                "hashed": of["hashed"],
+            column_options: dict[str, Any] = {
+                "label": settings["label"] if labeled else None,
+                "numbers": settings["numbers"],
+                "hashed": settings["hashed"],
                 "num_rows": rows,
-                "seed": {name: n for n, name in enumerate(of["hashed"])},
+                "seed": {name: n for n, name in enumerate(settings["hashed"])},
                 "fill": 0.0,
             }
-            if of["format"] == "csv":
-                reader = read_csv(path, columns=of["names"], **aside, **asked)
+            if settings["format"] == "csv":
+                reader = read_csv(path, columns=settings["names"], **bad_lines_option, **column_options)
             else:
-                read = read_jsonl if of["format"] == "jsonl" else read_parquet
-                reader = read(path, missing="", **aside, **asked)
-        reader.quiet = self._are_bad_told and self._bad_lines is not None
+                read = read_jsonl if settings["format"] == "jsonl" else read_parquet
+                reader = read(path, missing="", **bad_lines_option, **column_options)
+        reader.quiet = self._has_reported_bad and self._bad_lines is not None
         return reader
 
     def _matrix(self, x: dict[str, Any]) -> Any:

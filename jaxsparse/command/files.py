@@ -1,4 +1,4 @@
-"""Which format a user's file has, and which columns."""
+"""Finds the format and the columns of a user's file."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from jaxsparse.data.readers.text import label_number
 FORMATS = {"svmlight": (".svm", ".svmlight", ".libsvm", ".txt"), "csv": (".csv", ".tsv", ".tab")}
 FORMATS |= {"parquet": (".parquet", ".pq", ".arrow", ".feather"), "vw": (".vw",), "jsonl": (".jsonl", ".ndjson")}
 FORMATS |= {"text": (".text",)}
-_LOOK_AT = 1000  # rows that say which columns are numbers
+_SAMPLE_ROWS = 1000  # rows that decide which columns are numbers
 _WITH_COLUMNS = ("csv", "parquet", "jsonl")
 
 
 def format_of(path: str) -> str:
-    """By the end of the name, but for .gz. A .txt file is svmlight, or text if a word stands behind its first tab.
+    """The format of a file by the end of its name, without .gz. A .txt file is svmlight, or text if a word follows its
+    first tab.
 
     Raises:
-      ValueError: if that says nothing.
+      ValueError: if the name does not tell.
     """
     name = path.lower().removesuffix(".gz")
     for kind, ends in FORMATS.items():
         if name.endswith(ends):
             return "text" if name.endswith(".txt") and _is_text(path) else kind
     known = ", ".join(end for ends in FORMATS.values() for end in ends)
-    raise ValueError(f"{path}: which format is it? Its name ends in none of {known}; give --format.")
+    raise ValueError(f"{path}: which format is it? Its name ends in none of {known}. Give --format.")
 
 
-def look_at(path: str, kind: str, header: bool, label: str | None, hashed: list[str], rows: int) -> dict[str, Any]:
-    """What the settings say of a file: which columns it has, and as what. The label is the first one by default, what
-    is all numbers in the first rows is numbers, and all else is hashed. Of text, the names of the labels."""
+def inspect_file(path: str, kind: str, header: bool, label: str | None, hashed: list[str], rows: int) -> dict[str, Any]:
+    """The settings of a file: its columns and their roles. The label is the first column by default. A column with only
+    numbers in the first rows is numbers, all others are hashed. For text files: the names of the labels."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is {'no file' if os.path.exists(path) else 'not there'}.")
+        raise ValueError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}.")
     if kind == "svmlight":
         return {}
     if kind == "text":
@@ -62,7 +63,7 @@ def look_at(path: str, kind: str, header: bool, label: str | None, hashed: list[
 
 
 def check_options(path: str, kind: str, given: dict[str, Any]) -> None:
-    """Raises ValueError for an option that this format has not."""
+    """Raises ValueError for an option that does not apply to this format."""
     kinds = {"--label": _WITH_COLUMNS, "--hashed": _WITH_COLUMNS, "--no-header": ("csv",)}
     kinds |= {"--zero-based": ("svmlight",), "--bad-lines": tuple(set(FORMATS) - {"parquet"})}
     for option, of in kinds.items():
@@ -75,7 +76,7 @@ def _lines(path: str, what: str) -> Iterator[bytes]:
         with open_file(path) as file:
             yield from file
     except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no {what} file: {error}") from error
+        raise ValueError(f"{path} is damaged, or not a {what} file: {error}") from error
 
 
 def _is_text(path: str) -> bool:
@@ -87,7 +88,7 @@ def _is_text(path: str) -> bool:
 
 
 def _text_labels(path: str) -> list[str] | None:
-    """The names of the two classes in a text file, in order; None if its labels are numbers."""
+    """The names of the two classes in a text file, sorted; None if its labels are numbers."""
     names: set[str] = set()
     for raw in _lines(path, "text"):
         label, tab, _ = raw.removeprefix(b"\xef\xbb\xbf").partition(b"\t")
@@ -100,21 +101,21 @@ def _text_labels(path: str) -> list[str] | None:
             break
     if len(names) not in (0, 2):
         shown = ", ".join(repr(name[:40]) for name in sorted(names))
-        raise ValueError(f"{path} has the labels {shown}, where there must be numbers, or two names.")
+        raise ValueError(f"{path} has the labels {shown}. Labels must be numbers, or two names.")
     return sorted(names) or None
 
 
 def _json_columns(path: str) -> tuple[list[str], dict[str, bool]]:
     rows = []
-    for line in itertools.islice(_lines(path, "JSON lines"), _LOOK_AT):
+    for line in itertools.islice(_lines(path, "JSON lines"), _SAMPLE_ROWS):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # which is said when it is read
+        except (ValueError, RecursionError):  # reported when the file is read
             continue
         if isinstance(row, dict):
             rows.append(row)
     if not rows:
-        raise ValueError(f"{path} has no JSON objects in its first {_LOOK_AT} lines.")
+        raise ValueError(f"{path} has no JSON objects in its first {_SAMPLE_ROWS} lines.")
     kinds = (int, float, bool, type(None))
     return list(rows[0]), {name: all(type(row.get(name)) in kinds for row in rows) for name in rows[0]}
 
@@ -123,9 +124,9 @@ def _csv_columns(path: str, header: bool) -> tuple[list[str], dict[str, bool]]:
     try:
         with open_file(path) as file:
             lines = (line.decode("utf-8-sig", errors="replace") for line in file)
-            rows = [row for row in itertools.islice(csv.reader(lines, delimiter=_delimiter(path)), _LOOK_AT) if row]
+            rows = [row for row in itertools.islice(csv.reader(lines, delimiter=_delimiter(path)), _SAMPLE_ROWS) if row]
     except (csv.Error, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged, or no CSV file: {error}") from error
+        raise ValueError(f"{path} is damaged, or not a CSV file: {error}") from error
     if not rows or (header and len(rows) < 2):
         raise ValueError(f"{path} has no rows.")
     names = rows.pop(0) if header else [f"c{n}" for n in range(len(rows[0]))]
@@ -150,7 +151,7 @@ def _parquet_columns(path: str) -> tuple[list[str], dict[str, bool]]:
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise ValueError(f"{path} wants pyarrow: pip install 'jaxsparse[arrow]'.") from None
+        raise ValueError(f"{path} needs pyarrow: pip install 'jaxsparse[arrow]'.") from None
     try:
         with open(path, "rb") as file:
             is_arrow = file.read(6) == b"ARROW1"

@@ -1,4 +1,4 @@
-"""Models of a sparse row: a dict of arrays, and what they say of x (B, num_columns), (B,)."""
+"""The models of `python -m jaxsparse train`: parameters, a dict of arrays, and outputs (B,) for x (B, num_columns)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HIDDEN = 64
 
 
 def init(model: str, num_columns: int, dim: int, key: Any) -> dict[str, jax.Array]:
-    """The parameters: float32."""
+    """The initial parameters, float32."""
     keys = jax.random.split(key, 3)
     params = {"bias": jnp.zeros(())}
     if model in ("linear", "fm"):
@@ -29,8 +29,11 @@ def init(model: str, num_columns: int, dim: int, key: Any) -> dict[str, jax.Arra
 
 
 def apply(model: str, params: dict[str, jax.Array], x: BCOO) -> jax.Array:
-    """linear: x w + b. fm adds sum_{j < k} <v_j, v_k> x_j x_k, by (sum_j v_j x_j)^2 - sum_j v_j^2 x_j^2. mlp: a layer
-    over the sum of x_j v_j."""
+    """The outputs of a model, (B,).
+
+    linear: x w + b. fm: the same plus sum_{j < k} <v_j, v_k> x_j x_k, which is half of
+    (sum_j v_j x_j)^2 - sum_j v_j^2 x_j^2, summed over the columns of v. mlp: one hidden layer over sum_j x_j v_j.
+    """
     if model == "linear":
         return dot(x, params["weights"]) + params["bias"]
     total = dot(x, params["table"])  # (B, dim)

@@ -1,4 +1,4 @@
-"""Training of a file's model, with checkpoints that it goes on from, and predictions."""
+"""The options of train and predict, training with checkpoints, and predictions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from jaxsparse.command import files, models
-from jaxsparse.command.checkpoints import Run, load_checkpoint, replaced
+from jaxsparse.command.checkpoints import Run, load_checkpoint, replaced_file
 from jaxsparse.command.examples import Examples
 from jaxsparse.ops.losses import weighted_mean
 from jaxsparse.ops.metrics import binary_metrics
@@ -33,14 +33,14 @@ SETTINGS, CHECKPOINT, CURVES = "settings.json", "checkpoint.msgpack", "curves.pn
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are one sentence."""
+    """A parser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Any:
-    """A type of argparse: a number above low, up to high."""
+    """A type for argparse: a number above low and up to high."""
 
     def parse(text: str) -> Any:
         try:
@@ -113,12 +113,12 @@ def parser_of_predict() -> Parser:
 
 
 def command(argv: list[str]) -> Any:
-    """train or predict. What is wrong with files and options ends the process with one sentence."""
+    """Runs train or predict. An error in a file or an option ends the process with one sentence."""
     parser = parser_of_train() if argv[0] == "train" else parser_of_predict()
     options = parser.parse_args(argv[1:])
     try:
         return train(options) if argv[0] == "train" else predict(options)
-    except BrokenPipeError:  # of head, say: what is still to be written goes nowhere
+    except BrokenPipeError:  # stdout was closed, by head say: drop the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit(1)
     except (UserError, OSError) as error:
@@ -128,11 +128,11 @@ def command(argv: list[str]) -> Any:
 
 
 class UserError(Exception):
-    """What is wrong with a file or an option."""
+    """An error in a file or an option."""
 
 
 class Interrupted(Exception):  # noqa: N818
-    """By Ctrl-C; the checkpoint is saved."""
+    """Ctrl-C ended the run; the checkpoint is saved."""
 
 
 @contextlib.contextmanager
@@ -160,7 +160,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         files.check_options(options.file, kind, {f"--{name.replace('_', '-')}": given[name] for name in given})
         hashed = [name for name in options.hashed.split(",") if name]
         settings: dict[str, Any] = {"format": kind} | {name: getattr(options, name) for name in kept}
-        settings |= files.look_at(options.file, kind, not options.no_header, options.label, hashed, options.rows)
+        settings |= files.inspect_file(options.file, kind, not options.no_header, options.label, hashed, options.rows)
     with _file_errors(settings.get("label") if options.label is None else None):
         examples = Examples(options.file, settings, options.bad_lines)
         examples.scan()
@@ -175,7 +175,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
         if differing:
             raise UserError(f"--resume: the checkpoint in {out} has another {', '.join(sorted(differing))}.")
     elif (out / CHECKPOINT).exists():
-        raise UserError(f"--out: {out} has a checkpoint: go on with --resume, or give another directory.")
+        raise UserError(f"--out: {out} has a checkpoint. Go on with --resume, or give another folder.")
     out.mkdir(parents=True, exist_ok=True)
     saved.write_text(json.dumps(settings, indent=1))
     print(
@@ -191,7 +191,7 @@ def train(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def _run(examples: Examples, out: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Trains for the epochs that are left, and saves on the way."""
+    """Trains the remaining epochs with checkpoints, and returns the history."""
     settings = examples.settings
     model, binary = settings["model"], settings["binary"]
 
@@ -202,10 +202,10 @@ def _run(examples: Examples, out: Path, options: argparse.Namespace) -> list[dic
         return weighted_mean(losses(models.apply(model, params, batch.x), batch.y), batch.weight)
 
     def metric_fn(params: Any, batch: Any) -> dict[str, Any]:
-        said = models.apply(model, params, batch.x)
+        outputs = models.apply(model, params, batch.x)
         if not binary:
-            return {"held out mse": weighted_mean((said - batch.y) ** 2, batch.weight)}
-        return {f"held out {k}": v for k, v in binary_metrics(said, batch.y, batch.weight).items()}
+            return {"held out mse": weighted_mean((outputs - batch.y) ** 2, batch.weight)}
+        return {f"held out {k}": v for k, v in binary_metrics(outputs, batch.y, batch.weight).items()}
 
     row_sparse_step = make_train_step(loss_fn)
 
@@ -220,13 +220,13 @@ def _run(examples: Examples, out: Path, options: argparse.Namespace) -> list[dic
     if options.resume:
         with _file_errors():
             run.load()
-    if len(run.history) < run.epochs_begun:  # it was stopped between an epoch and its validation
+    if len(run.history) < run.epochs_begun:  # the run stopped between an epoch and its validation
         run.end_epoch(evaluate(metric_fn, run.state, test_set))
         run.save(run.state)
     epochs = options.epochs - len(run.history)
     if epochs > 0:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "js.fit was interrupted")  # and is_over says so
+            warnings.filterwarnings("ignore", "js.fit was interrupted")  # Interrupted says so
             run.state, _ = fit(
                 step, run.state, train_set, epochs=epochs, validation=test_set, metrics=metric_fn, callback=run.callback
             )
@@ -244,24 +244,24 @@ def new_state(settings: dict[str, Any]) -> TrainState:
 def predict(options: argparse.Namespace) -> None:
     folder = Path(options.dir)
     if not (folder / SETTINGS).exists() or not (folder / CHECKPOINT).exists():
-        raise UserError(f"{folder} has no trained model: it is --out of python -m jaxsparse train.")
+        raise UserError(f"{folder} has no trained model. Give the --out folder of python -m jaxsparse train.")
     with _file_errors():
         settings = json.loads((folder / SETTINGS).read_text())
         examples = Examples(options.file, settings)
         stream = examples.stream(lambda: ((x,) for x, _, _ in examples.chunks(labeled=False)))
         state, _ = load_checkpoint(new_state(settings), folder / CHECKPOINT)
         apply = jax.jit(lambda params, x: models.apply(settings["model"], params, x))
-        with replaced(Path(options.out)) if options.out else contextlib.nullcontext(sys.stdout) as file:
+        with replaced_file(Path(options.out)) if options.out else contextlib.nullcontext(sys.stdout) as file:
             for batch, count in stream.counted_epoch():
-                said = np.asarray(apply(state.params, batch.x))[:count].astype(np.float64)
-                said = 1 / (1 + np.exp(-said)) if settings["binary"] else said
-                file.writelines(f"{value:.6g}\n" for value in said)
+                outputs = np.asarray(apply(state.params, batch.x))[:count].astype(np.float64)
+                outputs = 1 / (1 + np.exp(-outputs)) if settings["binary"] else outputs
+                file.writelines(f"{value:.6g}\n" for value in outputs)
 
 
 def _plot(history: list[dict[str, float]], path: Path) -> str:
-    """Draws the curves, if matplotlib is there, and says which."""
+    """Draws the curves if matplotlib is installed. Returns a line for the user."""
     if importlib.util.find_spec("matplotlib") is None:
-        return f"There is no matplotlib, and so no {path.name}: pip install 'jaxsparse[plot]'"
+        return f"No {path.name}, because matplotlib is not installed: pip install 'jaxsparse[plot]'"
     figures = importlib.import_module("matplotlib.figure")
     names = [k for k in history[0] if k not in ("steps", "seconds")]
     figure = figures.Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a batch is, and how one is put together."""
+"""`Batch`, and how one is assembled."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Batch:
     """One batch, a pytree.
 
     Attributes:
-      x: what `js.batches` was given, cut to this batch: BCOO (B, num_features) for a SciPy matrix, int32 (B, L) for id
+      x: the features of the batch: BCOO (B, num_features) for a SciPy matrix, int32 (B, L) for id
         lists, arrays (B, ...) for arrays, a dict of these for a dict.
       y: the targets, (B, ...), or None.
       weight: float32 (B,): 0 on padding, elsewhere 1 or the weight that was given. Multiply the examples' losses by it:
         `js.weighted_mean(losses, batch.weight)`.
-      distinct: like x, the `DistinctIds` of what is ids there. A step that is given the batch need not look for the
-        distinct ids itself. Where x is changed, leave it out: dataclasses.replace(batch, x=x, distinct=None). A step
-        whose ids are not what it says returns NaN, and changes no row.
+      distinct: a tree like x: the `DistinctIds` of features that are ids, None for others. With it a step need not
+        find the distinct ids itself. If you change x, drop it: dataclasses.replace(batch, x=x, distinct=None). A step
+        whose ids do not match it returns NaN and changes no row.
     """
 
     x: Any
@@ -32,7 +32,7 @@ class Batch:
 
 
 def weights(given: int | np.ndarray, length: int) -> np.ndarray:
-    """The weights of some examples, or 1 for so many, and 0 up to this length."""
+    """float32 (length,): the given weights, or `given` ones, followed by zeros for padding."""
     out = np.zeros(length, np.float32)
     if isinstance(given, int):
         out[:given] = 1
@@ -41,8 +41,8 @@ def weights(given: int | np.ndarray, length: int) -> np.ndarray:
     return out
 
 
-def put_together(shards: list[tuple[Any, Any, Any, Any]], devices: int | None) -> Batch:
-    """The batch of (x, distinct, y, weight) for each device: stacked, or on the default device."""
+def assemble_batch(shards: list[tuple[Any, Any, Any, Any]], devices: int | None) -> Batch:
+    """A batch of the (x, distinct, y, weight) of each device: stacked for several devices, else on the default one."""
     stack = lambda *leaves: np.stack(leaves)  # noqa: E731
     x, distinct, y, weight = jax.tree.map(stack, *shards) if devices else _on_device(shards[0])
     return Batch(x, y, weight, distinct)
@@ -50,5 +50,5 @@ def put_together(shards: list[tuple[Any, Any, Any, Any]], devices: int | None) -
 
 @jax.jit
 def _on_device(arrays: Any) -> Any:
-    """These arrays, in a third of the time that jnp.asarray takes for them one by one."""
+    """The arrays on the device: one call, in a third of the time of jnp.asarray for each."""
     return arrays

@@ -1,4 +1,4 @@
-"""The chunks of a stream, read one after the other, and windows of them in which examples are shuffled."""
+"""The chunks of a stream, read one by one, and windows of consecutive chunks whose examples are shuffled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxsparse.data.ragged import Ragged, as_ragged, rows_of
 
 
 class Chunk:
-    """Some examples of a stream. Its columns are those of x, y if there is one, and the weights if there are any."""
+    """Some examples of a stream. The columns are the features of x, then y and the weights where they are given."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples, self.num_examples = examples, examples.num_examples
@@ -32,7 +32,7 @@ class Chunk:
         return {column.name: column.kind for column in self.columns}
 
     def check_like(self, first: dict[str, str]) -> None:
-        """Raises ValueError unless this one has the columns of the first chunk, whose kinds these are."""
+        """Raises ValueError unless the columns are of the same kinds as `first`, those of the first chunk."""
         ours = self.kinds()
         for name in first | ours:
             must, got = first.get(name, "left out"), ours.get(name, "left out")
@@ -41,20 +41,20 @@ class Chunk:
                 raise ValueError(message("stream", "source", must, got))
 
 
-def joined(cuts: Sequence[list[Any]]) -> list[Any]:
-    """The cuts of several chunks as one, column by column."""
+def concatenated(cuts: Sequence[list[Any]]) -> list[Any]:
+    """The cuts of several chunks, concatenated column by column."""
     return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *of) for of in zip(*cuts, strict=True)]
 
 
 class Window:
-    """Consecutive chunks, and an order of their examples."""
+    """Consecutive chunks, and the order of their examples: shuffled by `key`, or unchanged if it is None."""
 
     def __init__(self, chunks: Sequence[Chunk], key: Sequence[int] | None) -> None:
         self._length = sum(chunk.num_examples for chunk in chunks)
         self._order = order_of(self._length, key)
         self._chunk, self._columns = (chunks[0] if len(chunks) == 1 else None), list[Any]()
         if self._chunk is None:
-            columns = joined([chunk.cut(np.arange(chunk.num_examples)) for chunk in chunks])
+            columns = concatenated([chunk.cut(np.arange(chunk.num_examples)) for chunk in chunks])
             self._columns = [as_ragged(c) if isinstance(c, tuple) else c for c in columns]
 
     def __len__(self) -> int:
@@ -68,11 +68,11 @@ class Window:
 
 
 class Source:
-    """Where the chunks come from: files and a reader, or a function, which counts as one file.
+    """The source of chunks: files with a reader, or a function, which counts as one file.
 
     Args:
-      checked: makes a `Chunk` of what was read.
-      counts: how many examples each file has, if that is given.
+      checked: turns what the reader returned into a `Chunk`.
+      counts: the number of examples of each file, or None.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Source:
         self.files, self._reader, self._counts, self._checked = files, reader, counts, checked
 
     def chunks(self, file: int, skip: Callable[[int], bool]) -> Iterator[tuple[int, int, Chunk | None]]:
-        """Of each chunk of a file its number, how many examples it has, and itself, or None where it is skipped."""
+        """For each chunk of a file: its number, its number of examples, and the chunk, or None if it is skipped."""
         name = self.files[file]
         where = "" if name is None else f" of {name!r}"
         read = self._reader(name)
-        # what can be gone through and has no length is chunks: an iterator, or a reader such as js.read_csv
+        # an iterable without a length has several chunks: an iterator, or a reader such as js.read_csv
         is_chunks = hasattr(read, "__iter__") and not hasattr(read, "__len__")
         parts = read if hasattr(read, "__next__") or is_chunks else [read]
         total = 0
@@ -111,26 +111,26 @@ class Source:
 T = TypeVar("T")
 
 
-def ahead(items: Generator[T], count: int, pool: ThreadPoolExecutor) -> Iterator[T]:
-    """The same items in the same order, `count` of them made ahead in a pool of one thread. What they raise comes in
-    its place.
+def prefetched(items: Generator[T], count: int, pool: ThreadPoolExecutor) -> Iterator[T]:
+    """The same items in the same order, `count` of them made in advance by a pool of one thread. An exception is raised
+    in place of the item that caused it.
 
-    Each item is a task of its own, so that the thread never waits for one to be taken, and ends when Python does.
+    Each item is a separate task. So the thread never waits for the consumer, and ends when Python does.
     """
-    is_ending = sys.is_finalizing  # a local, since Python takes modules apart when it ends
+    is_ending = sys.is_finalizing  # a local name: Python clears modules when it exits
     made = collections.deque(pool.submit(next, items, None) for _ in range(count))
     try:
         while (item := made.popleft().result()) is not None:
             made.append(pool.submit(next, items, None))
             yield item
     finally:
-        if not is_ending():  # else the thread has ended
+        if not is_ending():  # at exit the thread has ended
             wait([task for task in made if not task.cancel()])
-        items.close()  # and its files
+        items.close()  # closes its files, too
 
 
 def files_of(source: Any, reader: Any) -> tuple[list[Any], Callable[[Any], Any]]:
-    """The source and reader of `js.stream` as files, None being the one of a function, and a reader."""
+    """The files and the reader of a `js.stream`. A source that is a function is one file, None."""
     must, do = "a function that gives an iterator of chunks", "A list of files wants reader=."
     if reader is None:
         if not callable(source):
@@ -155,7 +155,7 @@ def files_of(source: Any, reader: Any) -> tuple[list[Any], Callable[[Any], Any]]
 
 
 def split(part: Any) -> tuple[Any, Any, Any]:
-    """x, y and weight of a chunk."""
+    """x, y and weight of a chunk; None for those that are not given."""
     if not isinstance(part, tuple):
         return part, None, None
     if not 1 <= len(part) <= 3:

@@ -1,4 +1,4 @@
-"""SciPy matrices as CSR with sorted, distinct indices: one that is so already is taken as it is, and looked at in
+"""SciPy matrices as CSR with sorted, distinct indices. A matrix that has these is used without a copy, and checked in
 pieces."""
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jaxsparse.data.ragged import PIECE, Ragged
 
 
 class Csr:
-    """A matrix whose rows have increasing indices.
+    """A CSR matrix whose rows have increasing indices.
 
     Attributes:
-      rows: data and indices, in the dtypes in which they came.
+      rows: data and indices, in their given dtypes.
       shape: (rows, columns).
-      dtype: the one that JAX keeps the data in.
+      dtype: the dtype that JAX keeps the data in.
     """
 
     def __init__(self, matrix: Any, function: str, argument: str) -> None:
@@ -27,13 +27,13 @@ class Csr:
         self.shape = int(csr.shape[0]), int(csr.shape[1])
         self.nnz = int(csr.indptr[-1])
         self.rows = Ragged((csr.data[: self.nnz], csr.indices[: self.nnz]), csr.indptr)
-        # SciPy takes rows out in half the time, and converts all indices where they are of several dtypes
+        # SciPy slices rows in half the time, but converts all indices if indices and indptr differ in dtype
         is_one_dtype = csr.indices.dtype == csr.indptr.dtype and csr.indptr.dtype in (np.int32, np.int64)
         self._scipy = csr if is_one_dtype else None
         self.dtype = jax_dtype(self.rows.arrays[0], function, argument, self.entry_at)
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of some rows, data, indices and lengths."""
+        """Data, indices and lengths of some rows."""
         if self._scipy is None:
             data, indices, lengths = self.rows.take(rows)
         else:
@@ -50,7 +50,7 @@ def row_of(indptr: np.ndarray, at: int) -> int:
 
 
 def _canonical(matrix: Any, function: str, argument: str) -> Any:
-    """The matrix as CSR with sorted indices and no duplicates; the caller's own is left as it is."""
+    """The matrix as CSR with sorted indices and no duplicates. The caller's matrix is not changed."""
     if not scipy.sparse.issparse(matrix):
         do = "Dense arrays need no conversion."
         raise TypeError(message(function, argument, "a SciPy sparse matrix", type(matrix).__name__, do))
@@ -59,7 +59,7 @@ def _canonical(matrix: Any, function: str, argument: str) -> Any:
     for size in matrix.shape:
         if size >= MAX_ROWS:
             raise OverflowError(message(function, argument, f"of dimensions below {MAX_ROWS}", f"shape {matrix.shape}"))
-    # SciPy's constructors do not look, and its conversions then write anywhere
+    # SciPy's constructors do not check indices, and its conversions then write out of bounds
     if matrix.format in ("csr", "csc") and _is_sorted(matrix, function, argument) and matrix.format == "csr":
         return matrix
     csr = matrix.tocsr(copy=True)
@@ -68,12 +68,12 @@ def _canonical(matrix: Any, function: str, argument: str) -> Any:
 
 
 def _is_sorted(matrix: Any, function: str, argument: str) -> bool:
-    """Whether the indices of each row of a CSR, or of each column of a CSC, increase, if they are inside the matrix."""
+    """Whether the indices of each row of a CSR, or column of a CSC, increase. Raises if an index is out of bounds."""
     major, minor = (0, 1) if matrix.format == "csr" else (1, 0)
     indptr, indices, size = matrix.indptr, matrix.indices, matrix.shape[minor]
     if len(indptr) != matrix.shape[major] + 1 or len(indices) != len(matrix.data):
-        got = f"{len(indptr)}, {len(indices)} and {len(matrix.data)} of them for shape {matrix.shape}"
-        raise ValueError(message(function, argument, "of as many indptr, indices and data as belong together", got))
+        got = f"lengths {len(indptr)}, {len(indices)} and {len(matrix.data)} for shape {matrix.shape}"
+        raise ValueError(message(function, argument, "of arrays indptr, indices and data with matching lengths", got))
     axes, increases = ("row", "column"), True
     for first in range(0, len(indptr) - 1, PIECE):
         ends = indptr[first : first + PIECE + 1]
@@ -92,7 +92,7 @@ def _is_sorted(matrix: Any, function: str, argument: str) -> bool:
 
 
 def _increases(indices: np.ndarray, ends: np.ndarray, start: int, stop: int) -> bool:
-    """Whether each of these indices is larger than the one before it, or the first of its row."""
+    """Whether each index from start to stop is larger than the one before it, or the first of its row."""
     before = max(start - 1, 0)
     rises = indices[before + 1 : stop] > indices[before : stop - 1]  # of before + 1, before + 2, ...
     firsts = ends[np.searchsorted(ends, before + 1) : np.searchsorted(ends, stop)]

@@ -19,21 +19,21 @@ _DTYPES = {"data": None, "indices": np.dtype(np.int32), "indptr": np.dtype(np.in
 
 
 def save_csr(path: str | os.PathLike[str], matrix: Any) -> None:
-    """Writes a matrix for `open_csr`, from parts that need not fit into memory together.
+    """Writes a matrix for `open_csr`. Its parts are written one by one and need not fit into memory together.
 
-    The folder has data.npy, indices.npy (int32), indptr.npy (int64) and shape.npy, as numpy.load reads them. Rows get
-    increasing indices, duplicates being summed. It is written under another name beside it, and renamed when it is
-    whole.
+    The folder has data.npy, indices.npy (int32), indptr.npy (int64) and shape.npy, for numpy.load. Indices of a row are
+    sorted and duplicates summed. The folder is written under a temporary name and renamed at the end, so it is complete
+    or absent.
 
     Args:
-      path: the folder, which must not be there yet.
-      matrix: a SciPy sparse matrix, or an iterable of them, which are its rows one after the other.
+      path: the folder to make. It must not exist.
+      matrix: a SciPy sparse matrix, or an iterable of matrices that are stacked row-wise.
 
     Raises:
       FileExistsError: if there is something at `path`.
-      TypeError: for parts that are no SciPy matrices, or none of whose dtypes JAX has.
-      ValueError: for parts of different numbers of columns or dtypes, or no parts.
-      OverflowError: if the columns, or all rows together, do not fit int32.
+      TypeError: if a part is no SciPy matrix, or of a dtype that JAX does not have.
+      ValueError: if parts differ in columns or dtype, or there are none.
+      OverflowError: if the number of columns, or of rows in all, does not fit int32.
 
     Example:
       >>> import tempfile, scipy.sparse, jaxsparse as js
@@ -92,11 +92,11 @@ def _write(folder: Path, parts: Iterable[Any]) -> None:
 
 
 class _Npy:
-    """A .npy file of one axis that grows. Its header has room for any length, and gets the last one at the end."""
+    """A growing .npy file of one axis. The length in its header is written at the end, into reserved space."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._length = path, 0
-        self._dtype: np.dtype | None = None  # of what is written first
+        self._dtype: np.dtype | None = None  # that of the first values
 
     def __enter__(self) -> _Npy:
         self._file: BinaryIO = open(self._path, "wb")
@@ -110,7 +110,7 @@ class _Npy:
         self._length += len(values)
 
     def write_all(self, values: np.ndarray, dtype: np.dtype) -> None:
-        self.write(np.zeros(0, dtype))  # also where there are no values
+        self.write(np.zeros(0, dtype))  # the dtype, even if there are no values
         for _, piece in pieces(values):
             self.write(piece.astype(dtype, copy=False))
 
@@ -130,18 +130,18 @@ class _Npy:
 
 
 def open_csr(path: str | os.PathLike[str]) -> scipy.sparse.csr_array:
-    """A matrix that `save_csr` wrote, memory-mapped: nothing of it is read before it is used.
+    """Opens a matrix that `save_csr` wrote, memory-mapped: data are read when they are used.
 
     Args:
       path: the folder.
 
     Returns:
-      A scipy.sparse.csr_array whose arrays are read-only. `js.batches` takes it as it is. Operations of SciPy may copy
-      its indices, as rows are counted in 64 bits and columns in 32.
+      A scipy.sparse.csr_array with read-only arrays. `js.batches` uses it without a copy. SciPy's own operations may
+      copy the indices, because indptr is int64 and indices are int32.
 
     Raises:
-      FileNotFoundError: if one of its files is missing, as where the folder is not whole.
-      ValueError: if a file is not as save_csr writes it. Both name the file.
+      FileNotFoundError: if a file of the folder is missing.
+      ValueError: if a file is not one of save_csr. Both errors name the file.
 
     Example:
       >>> import tempfile, scipy.sparse, jaxsparse as js

@@ -1,4 +1,4 @@
-"""The distinct ids of arrays, and where each id is among them: found on the host, with NumPy."""
+"""The distinct ids of an array, and the position of each id among them. NumPy, on the host."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistinctIds:
-    """The distinct ids in an array, and where each of its elements is among them.
+    """The distinct ids of an array, and the position of each of its elements among them.
 
-    Both arrays have the leading axis of the array itself, so that a batch can be split along it over devices. Split in
-    another way, for micro-batches say, it is not known any more which ids are distinct: `shape` tells.
+    Both arrays have the leading axis of the array, so a batch can be split along it over devices. After another split,
+    such as into micro-batches, the distinct ids are no longer known: `shape` differs from that of `positions`.
 
     Attributes:
-      ids: int32 (n, m), read row after row: the distinct ids in order, then -2**31.
-      positions: int32 of the array's shape (n, ...), of a BCOO's entries (nse,): of each id, where it is in `ids`.
-      shape: the positions' when the ids were counted.
-      size: how many elements of `ids` count.
+      ids: int32 (n, m). Flattened: the distinct ids in increasing order, then padding, -2**31.
+      positions: int32, the array's shape (n, ...), for a BCOO (nse,): the position of each id in the flat `ids`.
+      shape: the shape of `positions` when the ids were counted.
+      size: the first `size` elements of the flat `ids` count.
 
     Example:
       >>> import jaxsparse as js
@@ -42,15 +42,15 @@ NO_ID = -(2**31)
 
 
 class Scratch:
-    """Where ids are among distinct ones, by looking them up in an array that is kept from call to call: few of its
-    pages are used. For one thread at a time: the one that holds `lock`."""
+    """A lookup array from id to position, which is reused in each call. It has one element for each row, but only few
+    of its memory pages are touched. Only the thread that holds `lock` may use it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._array = np.empty(1, np.int32)  # something to read for ids that are no row
+        self._array = np.empty(1, np.int32)  # never empty, so that `take` works
 
     def positions(self, unique: np.ndarray) -> np.ndarray:
-        """An array that has at each of these ids, none of them negative, where it is."""
+        """An array whose element at each of these ids, all of them >= 0, is its position in `unique`."""
         if len(unique) and unique[-1] >= len(self._array):
             self._array = np.empty(int(unique[-1]) + 1, np.int32)
         self._array[unique] = np.arange(len(unique), dtype=np.int32)
@@ -58,7 +58,7 @@ class Scratch:
 
 
 def sorted_distinct(ids: np.ndarray) -> np.ndarray:
-    """The distinct ones of ids (k,), in order. np.unique, which looks for more, takes much longer."""
+    """The distinct ids among ids (k,), in increasing order. np.unique is much slower."""
     ordered = np.sort(ids)
     new = np.empty(len(ordered), bool)
     new[:1] = True
@@ -67,44 +67,44 @@ def sorted_distinct(ids: np.ndarray) -> np.ndarray:
 
 
 def round_up(n: int) -> int:
-    """The next of eight sizes an octave: at most an eighth more than n, and at least 1."""
+    """n rounded up to one of eight sizes between two powers of 2: at most an eighth more than n, and at least 1."""
     step = 1 << max(int(n).bit_length() - 4, 0)
     return max(-(-int(n) // step) * step, 1)
 
 
-def room_for(count: int) -> int:
-    """For so many distinct ids in one batch, a size that is enough for others like it, and one more."""
+def capacity_for(count: int) -> int:
+    """A number of distinct ids that is enough for batches like one with `count` of them, and one more for padding."""
     return round_up(count + count // 16 + 3 * math.isqrt(count) + 1)
 
 
-def distinct_ids(shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:
-    """The `DistinctIds` of each shard, all of one size.
+def distinct_ids(shards: list[np.ndarray], capacity: int, scratch: Scratch) -> list[DistinctIds]:
+    """The `DistinctIds` of each shard, all of the same size.
 
     Args:
       shards: int32 (n, ...), of one shape.
-      room: the size. If some shard has as many distinct ids or more, there is room for all ids to be distinct, and it
-        is never larger than that: any size in between is one more shape to compile for.
+      capacity: the size. If a shard has this many distinct ids or more, the size is that for all ids being distinct,
+        which is also the maximum: each size in between would be one more shape to compile for.
     """
     found = [sorted_distinct(ids.reshape(-1)) for ids in shards]
-    return placed(found, shards, room if max(map(len, found)) < room else shards[0].size + 1, scratch)
+    return locate_ids(found, shards, capacity if max(map(len, found)) < capacity else shards[0].size + 1, scratch)
 
 
-def placed(found: list[np.ndarray], shards: list[np.ndarray], room: int, scratch: Scratch) -> list[DistinctIds]:
-    """The `DistinctIds` of each shard, of which the distinct ids were found, fewer than `room`."""
-    room = min(room, shards[0].size + 1)
-    return [_among(unique, ids, room, scratch) for unique, ids in zip(found, shards, strict=True)]
+def locate_ids(found: list[np.ndarray], shards: list[np.ndarray], capacity: int, scratch: Scratch) -> list[DistinctIds]:
+    """The `DistinctIds` of each shard. `found` has the distinct ids of each, fewer than `capacity`."""
+    capacity = min(capacity, shards[0].size + 1)
+    return [_locate(unique, ids, capacity, scratch) for unique, ids in zip(found, shards, strict=True)]
 
 
-def _among(unique: np.ndarray, ids: np.ndarray, room: int, scratch: Scratch) -> DistinctIds:
-    if len(unique) and not 0 <= unique[0] <= unique[-1] < _LOOKED_UP:
+def _locate(unique: np.ndarray, ids: np.ndarray, capacity: int, scratch: Scratch) -> DistinctIds:
+    if len(unique) and not 0 <= unique[0] <= unique[-1] < _LOOKUP_LIMIT:
         positions = np.searchsorted(unique, ids).astype(np.int32)
     else:
         with scratch.lock:
             positions = scratch.positions(unique).take(ids)
     n = len(ids)
-    table = np.full((n, -(-room // max(n, 1))), NO_ID, np.int32)
-    table.reshape(-1)[: len(unique)] = unique
-    return DistinctIds(table, positions, ids.shape, room)
+    padded_ids = np.full((n, -(-capacity // max(n, 1))), NO_ID, np.int32)
+    padded_ids.reshape(-1)[: len(unique)] = unique
+    return DistinctIds(padded_ids, positions, ids.shape, capacity)
 
 
-_LOOKED_UP = 1 << 28  # larger ids are searched for: the array would have some gigabytes
+_LOOKUP_LIMIT = 1 << 28  # larger ids are found by a search: the lookup array would take gigabytes

@@ -1,4 +1,4 @@
-"""Examples that belong together: features, targets and weights, all of them looked at."""
+"""Features, targets and weights of the same examples, checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from jaxsparse.data.features import Array, Weights, check_num_rows, make_feature
 
 
 class Examples:
-    """The examples of a `js.batches`, or of a chunk of a `js.stream`.
+    """The checked examples of a `js.batches`, or of a chunk of a `js.stream`.
 
     Attributes:
-      features: what x is made of, each in its class; `tree` puts their batches together again.
-      y, weight: an Array and Weights, or None.
-      num_examples: of each of them.
+      features: the leaves of x, each an instance of a class of `features.py`.
+      tree: the structure of x.
+      y, weight: an `Array` and `Weights`, or None.
+      num_examples: the number of examples.
     """
 
     def __init__(self, x: Any, y: Any, weight: Any, per_name: dict[str, Any], check_finite: bool) -> None:
@@ -59,7 +60,7 @@ def check_names(per_name: dict[str, Any], names: set[str], function: str = "batc
 
 
 def check_sizes(function: str, batch_size: Any, devices: Any, shard: Any, seed: Any) -> tuple[int, int]:
-    """Raises for sizes that do not fit together. Returns the index and count of the shard."""
+    """Returns the index and count of the shard. Raises for sizes that do not fit together."""
     if not is_int(batch_size) or batch_size < 1:
         raise ValueError(message(function, "batch_size", "an integer of at least 1", batch_size))
     index, count = _check_shard(function, shard, batch_size)

@@ -1,12 +1,17 @@
-"""The kinds of features that a batch is made of: what each is, how large a batch of it gets, and how one is cut. Host
-side only.
+"""The kinds of features in a batch: SciPy matrices, lists of ids, arrays of ids, other arrays. Host side only.
 
-Each has `need`, the size that a batch of these shards needs; `cut`, the examples of a shard; `pad`, the cut as one
-shard of a batch, filled up with `spare`, the cut of one example; `ids`, what is ids in that; and `nse`, a size that is
-fixed. For streams there are `size_of`, the size that a cut needs, `kind`, what chunks have to agree on, and `key`, its
-name in the dict.
+Each class has these methods and attributes:
 
-What they are made of comes through `inputs`, which looks at the values.
+    need(parts)      the size, entries or list length, that a batch of these shards needs
+    cut(part)        the examples of a shard, unpadded
+    pad(cut, ...)    the cut, padded to a shard of a batch; padding repeats `filler`, the cut of one example
+    ids(padded)      the ids in it, or None
+    nse              a fixed size, or None
+    size_of(cut)     streams: the size that a cut needs
+    kind             streams: what all chunks must agree on
+    key              streams: the name in the dict x
+
+`inputs.py` checks the values.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
 from jaxsparse.data.csr import Csr, row_of
-from jaxsparse.data.distinct import room_for, round_up
+from jaxsparse.data.distinct import capacity_for, round_up
 from jaxsparse.data.inputs import (
     as_array,
     check_finite,
@@ -37,17 +42,17 @@ from jaxsparse.data.ragged import Ragged, pieces, rows_of
 
 
 class Sizes:
-    """Two static sizes for a run: level 1, the largest that is expected, and level 0, which fits four of five batches.
-    They are one where these are alike, or where the size is fixed. Where the needs are those of some batches only, the
-    largest has room for others.
+    """Two static sizes for a run. Level 0 fits four of five batches, level 1 all that were sampled.
 
-    What needs more than the largest gets two, four, ... times as much.
+    The two are equal where they would be close, or where the size is fixed. If only some batches were sampled, level 1
+    has a margin. A batch that needs more gets two, four, ... times the size of level 1.
     """
 
-    def __init__(self, needs: Sequence[int], fixed: int | None, are_all: bool) -> None:
-        alike, most = fixed is not None or len(set(needs)) < 2, max(needs, default=1)
-        largest = fixed if fixed is not None else round_up(most) if alike or are_all else room_for(most)
-        usual = largest if alike else round_up(sorted(needs)[len(needs) * 4 // 5])
+    def __init__(self, needs: Sequence[int], fixed: int | None, is_every_batch: bool) -> None:
+        is_one_size, largest_need = fixed is not None or len(set(needs)) < 2, max(needs, default=1)
+        largest = round_up(largest_need) if is_one_size or is_every_batch else capacity_for(largest_need)
+        largest = largest if fixed is None else fixed
+        usual = largest if is_one_size else round_up(sorted(needs)[len(needs) * 4 // 5])
         self.sizes = (usual if 4 * usual < 3 * largest else largest, largest)
 
     def level(self, need: int) -> int:
@@ -64,7 +69,7 @@ LEVELS = 2
 
 
 class Feature:
-    """What the kinds have in common: a size that is the same for all batches."""
+    """Base class: a feature whose size is the same in all batches."""
 
     key: str | None = None
     nse: int | None = None
@@ -78,14 +83,14 @@ class Feature:
         return 0
 
     def bare(self) -> Any:
-        """This one without its examples, for those of others of its kind."""
+        """A copy without the examples: pads the cuts of other chunks."""
         other = copy.copy(self)
         other.__dict__ = {name: x for name, x in vars(self).items() if name not in ("csr", "rows", "values")}
         return other
 
 
 class Sparse(Feature):
-    """A SciPy matrix: BCOO batches."""
+    """A SciPy matrix. Batches are BCOO (B, num_columns)."""
 
     def __init__(self, matrix: Any, name: str, nse: int | None, is_checked: bool) -> None:
         self.csr, self.name, self.nse = Csr(matrix, "batches", name), name, nse
@@ -110,8 +115,8 @@ class Sparse(Feature):
     def kind(self) -> str:
         return f"a matrix of {self._columns} columns and {self.csr.dtype}"
 
-    def pad(self, cut: Any, length: int, size: int, spare: Any) -> BCOO:
-        del spare
+    def pad(self, cut: Any, length: int, size: int, filler: Any) -> BCOO:
+        del filler
         shape = length, self._columns
         return bcoo(*entries(cut, shape, size), shape)
 
@@ -120,7 +125,7 @@ class Sparse(Feature):
 
 
 class Lists(Feature):
-    """Lists of ids: (B, L) padded."""
+    """Lists of ids. Batches are int32 (B, L), padded."""
 
     def __init__(self, lists: Any, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         rows = [id_list(row, name, i) for i, row in enumerate(lists)]
@@ -129,7 +134,7 @@ class Lists(Feature):
             raise ValueError(message("batches", "num_rows", f"given, because {name} is a list of id lists", None, do))
         self.name, self.num_examples = name, len(rows)
         starts = np.concatenate([[0], np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))])
-        # floats, where uint64 stands beside int64: exact for every id that is legal
+        # uint64 and int64 concatenate to float64, which is exact for valid ids
         flat = np.concatenate([row for row in rows if len(row)] or [np.zeros(0, np.int32)])
 
         def position(at: int) -> str:
@@ -152,8 +157,8 @@ class Lists(Feature):
     def kind(self) -> str:
         return "id lists"
 
-    def pad(self, cut: Any, length: int, size: int, spare: Any) -> np.ndarray:
-        del spare
+    def pad(self, cut: Any, length: int, size: int, filler: Any) -> np.ndarray:
+        del filler
         out, (flat, lengths) = np.full((length, size), self.padding, np.int32), cut
         out[: len(lengths)][np.arange(size) < lengths[:, None]] = flat
         return out
@@ -163,7 +168,7 @@ class Lists(Feature):
 
 
 class Ids(Feature):
-    """An array of ids."""
+    """An array of ids. Batches are int32 (B, ...)."""
 
     def __init__(self, ids: np.ndarray, name: str, num_rows: int | None, padding_idx: int | None) -> None:
         self.name, self.num_examples, self.values = name, len(ids), ids
@@ -177,16 +182,16 @@ class Ids(Feature):
     def kind(self) -> str:
         return f"ids of shape {('n', *self.values.shape[1:])}"
 
-    def pad(self, cut: np.ndarray, length: int, size: int, spare: Any) -> np.ndarray:
+    def pad(self, cut: np.ndarray, length: int, size: int, filler: Any) -> np.ndarray:
         del size
-        return _pad(cut, length, spare if self.padding is None else self.padding)
+        return _pad(cut, length, filler if self.padding is None else self.padding)
 
     def ids(self, padded: np.ndarray) -> np.ndarray:
         return padded
 
 
 class Array(Feature):
-    """Any other array."""
+    """Any other array. Batches are (B, ...)."""
 
     def __init__(self, values: Any, name: str, is_checked: bool) -> None:
         self.values = as_array(values, name)
@@ -205,9 +210,9 @@ class Array(Feature):
     def kind(self) -> str:
         return f"{self.dtype} of shape {('n', *self.values.shape[1:])}"
 
-    def pad(self, cut: np.ndarray, length: int, size: int, spare: Any) -> np.ndarray:
+    def pad(self, cut: np.ndarray, length: int, size: int, filler: Any) -> np.ndarray:
         del size
-        return _pad(cut, length, spare)
+        return _pad(cut, length, filler)
 
     def ids(self, padded: np.ndarray) -> None:
         del padded
@@ -230,7 +235,7 @@ class Weights(Array):
 def make_features(
     x: Any, path: str, key: str | None, per_name: dict[str, Any], is_checked: bool, names: set[str]
 ) -> Any:
-    """x with every feature wrapped in its class."""
+    """x with each leaf wrapped in its class."""
     if isinstance(x, Mapping) and not scipy.sparse.issparse(x):  # a DOK matrix is both
         return {k: make_features(v, f"{path}[{k!r}]", k, per_name, is_checked, names) for k, v in x.items()}
     if key is not None:
@@ -255,12 +260,12 @@ def _feature(x: Any, path: str, num_rows: Any, padding_idx: Any, nse: Any, is_ch
 
 
 def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
-    """One num_rows for these features is for the ids among them. Where there are none it is for the matrices, whose
-    columns have to be rows; and where there are none either, it would be ignored.
+    """Checks one num_rows for these features. It applies to ids, or else to matrices, whose columns are rows of the
+    table.
 
     Raises:
       ValueError: if a matrix has more columns.
-      TypeError: if there is nothing that it could be for.
+      TypeError: if there are neither ids nor matrices.
     """
     if any(isinstance(f, (Ids, Lists)) for f in features):
         return
@@ -276,13 +281,13 @@ def check_num_rows(features: Sequence[Any], num_rows: int) -> None:
         raise TypeError(message("batches", "num_rows", must, got, do))
 
 
-def _pad(values: np.ndarray, length: int, fill: Any) -> np.ndarray:
+def _pad(values: np.ndarray, length: int, filler: Any) -> np.ndarray:
     """values (k, ...) with `fill` up to (length, ...)."""
     if len(values) == length:
         return values
     out = np.empty((length, *values.shape[1:]), values.dtype)
     out[: len(values)] = values
-    out[len(values) :] = fill
+    out[len(values) :] = filler
     return out
 
 
@@ -292,14 +297,14 @@ def _bcoo_structure(shape: tuple[int, int]) -> Any:
 
 
 def bcoo(data: np.ndarray, indices: np.ndarray, shape: tuple[int, int]) -> BCOO:
-    """A BCOO that holds the NumPy arrays themselves: its constructor would move them to the default device."""
+    """A BCOO of NumPy arrays. BCOO's constructor would copy them to the default device."""
     return jax.tree.unflatten(_bcoo_structure(shape), [data, indices])
 
 
 def entries(
     cut: tuple[np.ndarray, np.ndarray, np.ndarray], shape: tuple[int, int], nse: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """data (nse,) and indices (nse, 2) of rows that were cut out of a `Csr`, padded with 0 and `shape`."""
+    """data (nse,) and indices (nse, 2) of a cut of a `Csr`. Padding has data 0 and index = shape."""
     given, columns, lengths = cut
     k = len(given)
     data = np.zeros(nse, given.dtype)

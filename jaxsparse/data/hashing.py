@@ -1,6 +1,6 @@
-"""Strings, bytes and 64-bit integers as row ids, by hashing. Host side.
+"""Row ids from strings, bytes and 64-bit integers, by hashing. Host side.
 
-Columns of data frames are known by what they have, not by their package, which need not be there.
+Columns of data frames are recognised by their attributes; no data frame package is imported.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jaxsparse.data.murmur import hash_bytes, hash_integers, hash_words
 
 
 class Table:
-    """Rows of strings that are not taken out of the file that they are in.
+    """Fields of a file as slices of its bytes, without a Python string for each.
 
     Args:
       buffer, starts, lengths: as of `hash_bytes`; (n, columns).
-      seeds: by column, those that will be hashed, which is done at once: in the order of the file, in half the time.
+      seeds: by column, the seeds of columns to be hashed. All are hashed in one pass over the file, in half the time.
     """
 
     def __init__(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seeds: Mapping[int, int]) -> None:
@@ -49,28 +49,29 @@ class Fields:
 
 
 def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) -> Any:
-    """Row ids of values that are no small numbers: MurmurHash3 (x86, 32 bits) of each, modulo num_rows.
+    """Row ids of strings, bytes or large integers: MurmurHash3 (x86, 32 bits) of each value, modulo num_rows.
 
-    Strings are hashed as UTF-8, bytes as they are, integers of every width as 8 bytes, little end first (two's
-    complement), so that 5 is the same id in any integer dtype, and another one than "5". The values are those of
+    Strings are hashed as UTF-8, bytes unchanged, integers as 8 bytes, little-endian, two's complement. So 5 has the
+    same id in each integer dtype, and "5" has another one. Ids are those of
     `mmh3.hash(value, seed, signed=False) % num_rows`, on every machine and in every version.
 
     Args:
-      values: strings, bytes or integers, all of one kind: a NumPy array of any shape, a list, a column of pandas or
-        polars, an Arrow array; or a list of lists of them. Of categoricals and Arrow dictionaries each category is
-        hashed once, and those of pandas are kept for the next call.
-      num_rows: rows of the table, in [1, 2**31 - 1).
-      seed: 32 bits. Another seed gives other collisions.
-      missing: the value, of the kind of the others, that None, NaN and NA are hashed as: "" for strings, say. By
-        default they are an error.
+      values: strings, bytes or integers, all of one type: a NumPy array of any shape, a list, a column of pandas or
+        polars, an Arrow array; or a list of lists of them. Each category of a categorical or Arrow dictionary is hashed
+        once; hashes of pandas categories are cached.
+      num_rows: rows of the table, in [1, 2**31 - 1). Of n distinct values, n below num_rows, a share
+        of about n / num_rows collides with another one.
+      seed: in [0, 2**32). Another seed gives other collisions.
+      missing: the value as which None, NaN and NA are hashed, of the same type as the others: "" for strings, say. By
+        default missing values raise.
 
     Returns:
       int32, of values' shape; a list of int32 arrays for a list of lists.
 
     Raises:
-      TypeError: for values of other kinds, or of several.
-      ValueError: for missing values without `missing`, and for num_rows and seeds out of range.
-      OverflowError: for integers past 64 bits.
+      TypeError: if values are of other types, or of several.
+      ValueError: if a value is missing and `missing` is not given, or num_rows or seed is out of range.
+      OverflowError: if an integer does not fit 64 bits.
 
     Example:
       >>> import jaxsparse as js
@@ -104,16 +105,16 @@ def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) 
 
 
 def cross(columns: Sequence[Any], num_rows: int, seed: int = 0, *, missing: Any = None) -> np.ndarray:
-    """Row ids of combinations of columns: "country x device". Each combination has its own id, but for collisions.
+    """Row ids of combinations of columns, such as "country x device". Different combinations may collide.
 
-    The 32-bit hashes of an example's values, in the order of the columns, are hashed together as words of 4 bytes,
-    little end first: `mmh3.hash(struct.pack("<2I", hash_of_a, hash_of_b), seed, signed=False) % num_rows`.
+    The 32-bit hashes of an example's values, in the order of the columns, are hashed as 4-byte little-endian words:
+    `mmh3.hash(struct.pack("<2I", hash_of_a, hash_of_b), seed, signed=False) % num_rows`.
 
     Args:
-      columns: two or more, each what `js.hash_ids` takes, all of one shape.
+      columns: two or more columns, each as for `js.hash_ids`, all of the same shape.
       num_rows: rows of the table.
-      seed: 32 bits.
-      missing: as of `js.hash_ids`, or one for each column, in a list.
+      seed: in [0, 2**32).
+      missing: as for `js.hash_ids`, or a list with one value for each column.
 
     Returns:
       int32, of the columns' shape.
@@ -128,18 +129,18 @@ def cross(columns: Sequence[Any], num_rows: int, seed: int = 0, *, missing: Any 
       [296, 430, 499]
     """
     _check_range("cross", num_rows, seed)
-    if isinstance(columns, Mapping) or hasattr(columns, "columns"):  # which are iterated over by name
+    if isinstance(columns, Mapping) or hasattr(columns, "columns"):  # iterating would give the names
         do = "Give its columns: [frame[name] for name in names]."
         raise TypeError(message("cross", "columns", "a list of columns", type(columns).__name__, do))
     if len(columns) < 2 or isinstance(columns, (str, bytes)):
         raise ValueError(message("cross", "columns", "two columns or more", len(columns), "For one: js.hash_ids."))
-    stands = missing if isinstance(missing, (list, tuple)) else [missing] * len(columns)
-    if len(stands) != len(columns):
-        raise ValueError(message("cross", "missing", f"one value, or {len(columns)} in a list", len(stands)))
+    fill_values = missing if isinstance(missing, (list, tuple)) else [missing] * len(columns)
+    if len(fill_values) != len(columns):
+        raise ValueError(message("cross", "missing", f"one value, or {len(columns)} in a list", len(fill_values)))
     words: list[np.ndarray] = []
     shapes: list[tuple[int, ...]] = []
-    for n, (column, stand) in enumerate(zip(columns, stands, strict=True)):
-        hashes, shape = _hashed("cross", f"columns[{n}]", column, seed, stand)
+    for n, (column, fill_value) in enumerate(zip(columns, fill_values, strict=True)):
+        hashes, shape = _hashed("cross", f"columns[{n}]", column, seed, fill_value)
         if shapes and shape != shapes[0]:
             raise ValueError(message("cross", f"columns[{n}]", f"of shape {shapes[0]}, as columns[0] is", shape))
         words.append(hashes)
@@ -155,33 +156,33 @@ def _check_range(function: str, num_rows: Any, seed: Any) -> None:
 
 def _modulo(hashes: np.ndarray, num_rows: int) -> np.ndarray:
     n = np.uint32(num_rows)
-    return (hashes - hashes // n * n).astype(np.int32)  # NumPy's % takes seven times as long
+    return (hashes - hashes // n * n).astype(np.int32)  # NumPy's % is seven times as slow
 
 
 def _hashed(function: str, name: str, values: Any, seed: int, missing: Any) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The 32-bit hashes of a column, flat, and its shape."""
+    """The 32-bit hashes of a column, flattened, and its shape."""
     column = _Column(function, name, missing)
-    hashes, gone = column.hashes(values, seed)
+    hashes, is_missing = column.hashes(values, seed)
     is_array = hasattr(values, "shape") and hasattr(values, "dtype")  # of NumPy or JAX, or a column
     shape = np.shape(values) if is_array or np.isscalar(values) else (len(hashes),)
-    if gone is not None and gone.any():
+    if is_missing is not None and is_missing.any():
         if missing is None:
-            at = int(np.flatnonzero(gone)[0])
+            at = int(np.flatnonzero(is_missing)[0])
             do = 'Give missing=, the value that they are hashed as: "" for strings, -1 for integers, say.'
             must = "without missing values"
-            raise ValueError(message(function, name, must, f"one at position {at}, {gone.sum()} in all,", do))
-        hashes = np.where(gone, _Column(function, "missing", None).hashes([missing], seed)[0], hashes)
+            raise ValueError(message(function, name, must, f"one at position {at}, {is_missing.sum()} in all,", do))
+        hashes = np.where(is_missing, _Column(function, "missing", None).hashes([missing], seed)[0], hashes)
     return hashes, shape
 
 
 class _Column:
-    """What errors about a column say of it, and how its values are hashed."""
+    """Hashes the values of a column; its names are for errors."""
 
     def __init__(self, function: str, name: str, missing: Any) -> None:
         self.function, self.name, self.missing = function, name, missing
 
     def hashes(self, values: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The hashes, flat, and where values are missing, if they may be."""
+        """The hashes, flattened, and a mask of missing values, or None if there are none."""
         if isinstance(values, Fields):
             return values.table.hashes(values.column, seed), None
         if isinstance(values, (list, tuple)):
@@ -196,16 +197,16 @@ class _Column:
             raise TypeError(message(self.function, self.name, "a column: strings, bytes or integers", got, do))
         if hasattr(values, "to_physical"):
             return self.of_polars(values, seed)
-        categorical = getattr(values, "cat", values)  # a Series has it there
+        categorical = getattr(values, "cat", values)  # of a pandas Series
         if hasattr(categorical, "categories") and hasattr(categorical, "codes"):
             codes = np.asarray(categorical.codes)
-            return _taken(self.of_categories(categorical.categories, seed), codes, codes < 0)
+            return _hashes_of_codes(self.of_categories(categorical.categories, seed), codes, codes < 0)
         if hasattr(values, "isna") and hasattr(values, "dropna") and values.ndim == 1:  # pandas
-            gone = np.asarray(values.isna())
-            if gone.any():
-                hashes = np.zeros(len(gone), np.uint32)
-                hashes[~gone] = self.hashes(values.dropna(), seed)[0]
-                return hashes, gone
+            is_missing = np.asarray(values.isna())
+            if is_missing.any():
+                hashes = np.zeros(len(is_missing), np.uint32)
+                hashes[~is_missing] = self.hashes(values.dropna(), seed)[0]
+                return hashes, is_missing
         array = np.asarray(values)
         return self.of_array(array.reshape(-1), seed)
 
@@ -213,19 +214,19 @@ class _Column:
         kind = array.dtype.kind
         if kind in "iu":
             return hash_integers(array, seed), None
-        if kind == "S":  # NumPy has no zeros at the end of bytes
+        if kind == "S":  # NumPy strips zeros at the end of bytes
             width = array.dtype.itemsize
             buffer = np.frombuffer(array.tobytes() + bytes(4), np.uint8)
             lengths = np.strings.str_len(array)
             return hash_bytes(buffer, np.arange(len(array), dtype=np.int64) * width, lengths, seed), None
         if kind == "U" and array.size:
             points = np.ascontiguousarray(array).view(np.uint32 if array.dtype.isnative else array.dtype.str[0] + "u4")
-            if array.dtype.itemsize and points.max(initial=0) < 128:  # as bytes they are UTF-8
+            if array.dtype.itemsize and points.max(initial=0) < 128:  # ASCII is UTF-8
                 return self.of_array(points.astype(np.uint8).view(f"S{array.dtype.itemsize // 4}"), seed)
         if kind in "OUT":
             return self.of_objects(array.tolist(), seed)
         if array.size == 0:
-            return _NONE, None
+            return _NO_HASHES, None
         do = "Cast it to integers: .astype('int64')." if kind in "fb" else ""
         do += " Missing values make floats of integers: read the column as 'Int64'." if kind == "f" else ""
         raise TypeError(message(self.function, self.name, "strings, bytes or integers", array.dtype, do.strip()))
@@ -235,46 +236,51 @@ class _Column:
             try:
                 parts = range(0, len(values), _CHUNK)
                 return np.concatenate(
-                    [self.of_joined(separator, values[at : at + _CHUNK], seed) for at in parts] or [_NONE]
+                    [self.of_strings(separator, values[at : at + _CHUNK], seed) for at in parts] or [_NO_HASHES]
                 ), None
             except TypeError:  # not all of them are strings, or bytes
                 pass
         kinds = set(map(type, values))
-        if _are(kinds, (int, np.integer)):
+        if _all_of_type(kinds, (int, np.integer)):
             return hash_integers(self.integers(values), seed), None
         types = np.fromiter(map(id, map(type, values)), np.int64, len(values))
-        gone = np.isin(types, [id(kind) for kind in kinds if kind.__name__ in ("NoneType", "NAType", "NaTType")])
+        is_missing = np.isin(types, [id(kind) for kind in kinds if kind.__name__ in ("NoneType", "NAType", "NaTType")])
         floats = [id(kind) for kind in kinds if issubclass(kind, (float, np.floating))]
         for at in np.flatnonzero(np.isin(types, floats)):
-            gone[at] = values[at] != values[at]
-        rest = np.flatnonzero(~gone)
-        there = [values[at] for at in rest]
-        if not _is_of_one_kind(there):
-            self.refuse(values, rest)
+            is_missing[at] = values[at] != values[at]
+        present_at = np.flatnonzero(~is_missing)
+        present = [values[at] for at in present_at]
+        if not _has_one_type(present):
+            self.raise_mixed(values, present_at)
         hashes = np.zeros(len(values), np.uint32)
-        hashes[rest] = self.of_objects(there, seed)[0]
-        return hashes, gone
+        hashes[present_at] = self.of_objects(present, seed)[0]
+        return hashes, is_missing
 
-    def refuse(self, values: list[Any], rest: np.ndarray) -> None:
-        first, kinds = type(values[rest[0]]), (str, bytes, (int, np.integer))
-        kind: Any = next((kind for kind in kinds if _are({first}, kind)), ())
-        at = int(next((at for at in rest if not isinstance(values[at], kind) or isinstance(values[at], bool)), rest[0]))
+    def raise_mixed(self, values: list[Any], present_at: np.ndarray) -> None:
+        first, kinds = type(values[present_at[0]]), (str, bytes, (int, np.integer))
+        kind: Any = next((kind for kind in kinds if _all_of_type({first}, kind)), ())
+        at = int(
+            next(
+                (at for at in present_at if not isinstance(values[at], kind) or isinstance(values[at], bool)),
+                present_at[0],
+            )
+        )
         must = "strings, bytes or integers, all of one kind"
         raise TypeError(message(self.function, self.name, must, f"{values[at]!r} at position {at}"))
 
-    def of_joined(self, separator: Any, values: list[Any], seed: int) -> np.ndarray:
-        """Strings, or bytes, by way of one, in which a zero stands between any two."""
-        if separator == b"\0" and not _are(set(map(type, values)), bytes):
-            raise TypeError  # join takes whatever has memory: NumPy's numbers, and arrays of pointers
+    def of_strings(self, separator: Any, values: list[Any], seed: int) -> np.ndarray:
+        """Hashes of strings or bytes, which are joined with zeros between them."""
+        if separator == b"\0" and not _all_of_type(set(map(type, values)), bytes):
+            raise TypeError  # bytes.join would also take other objects with a buffer
         joined = separator.join(values)
         try:
             data = joined.encode() if isinstance(joined, str) else joined
-        except UnicodeEncodeError as error:  # half of a pair, as JSON may have it
+        except UnicodeEncodeError as error:  # a lone surrogate, which JSON allows
             got = repr(joined[max(error.start - 10, 0) : error.end + 10])
-            raise ValueError(message(self.function, self.name, "strings that UTF-8 can say", got)) from None
+            raise ValueError(message(self.function, self.name, "strings that UTF-8 can encode", got)) from None
         buffer = np.frombuffer(data + bytes(4), np.uint8)
         ends = np.flatnonzero(buffer[: len(data)] == 0)
-        if len(ends) != len(values) - 1:  # there are zeros in the values, too
+        if len(ends) != len(values) - 1:  # some values have zeros
             encoded = [value.encode() if isinstance(value, str) else value for value in values]
             ends = np.cumsum([len(value) + 1 for value in encoded])[:-1] - 1
         starts = np.concatenate([[0], ends + 1])
@@ -292,41 +298,41 @@ class _Column:
             return np.array([int(value) % 2**64 for value in values], np.uint64)
 
     def of_categories(self, categories: Any, seed: int) -> np.ndarray:
-        """Each category's hash, kept for as long as the categories are there."""
+        """The hash of each category, cached for as long as the categories exist."""
         key = id(categories), seed
-        kept = _KEPT.get(key)
-        if kept is None or kept[0]() is not categories:
+        cached = _CATEGORY_HASHES.get(key)
+        if cached is None or cached[0]() is not categories:
             try:
-                there = weakref.ref(categories, lambda _: _KEPT.pop(key, None))
+                reference = weakref.ref(categories, lambda _: _CATEGORY_HASHES.pop(key, None))
             except TypeError:
                 return self.hashes(categories, seed)[0]
-            kept = _KEPT[key] = there, self.hashes(categories, seed)[0]
-        return kept[1]
+            cached = _CATEGORY_HASHES[key] = reference, self.hashes(categories, seed)[0]
+        return cached[1]
 
     def of_polars(self, series: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        gone = series.is_null().to_numpy()
+        is_missing = series.is_null().to_numpy()
         if str(series.dtype).startswith(("Categorical", "Enum")):
             distinct = series.drop_nulls().unique()
             numbers = distinct.to_physical().to_numpy()
             order = np.argsort(numbers)
             hashes = self.of_objects(distinct.cast(str).to_list(), seed)[0][order]
             codes = np.searchsorted(numbers[order], series.to_physical().fill_null(0).to_numpy())
-            return _taken(hashes, np.minimum(codes, len(order) - 1), gone)
+            return _hashes_of_codes(hashes, np.minimum(codes, len(order) - 1), is_missing)
         if str(series.dtype) in ("String", "Binary", "Object"):
             return self.of_objects(series.to_list(), seed)
-        if series.dtype.is_integer() and gone.any():
+        if series.dtype.is_integer() and is_missing.any():
             series = series.fill_null(0)
-        return self.of_array(series.to_numpy(), seed)[0], gone
+        return self.of_array(series.to_numpy(), seed)[0], is_missing
 
     def of_arrow(self, array: Any, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-        gone = np.asarray(array.is_null()) if array.null_count else None
+        is_missing = np.asarray(array.is_null()) if array.null_count else None
         kind = str(array.type)
         if hasattr(array, "dictionary"):
             codes = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-            hashes, no_value = self.hashes(array.dictionary, seed)
-            if no_value is not None and len(no_value):
-                gone = no_value[codes] if gone is None else gone | no_value[codes]
-            return _taken(hashes, codes, gone)
+            hashes, is_missing_value = self.hashes(array.dictionary, seed)
+            if is_missing_value is not None and len(is_missing_value):
+                is_missing = is_missing_value[codes] if is_missing is None else is_missing | is_missing_value[codes]
+            return _hashes_of_codes(hashes, codes, is_missing)
         if kind in ("string", "large_string", "binary", "large_binary"):
             _, offsets, data = array.buffers()
             wide = np.int64 if kind.startswith("large") else np.int32
@@ -336,30 +342,32 @@ class _Column:
             buffer = np.zeros(last - first + 4, np.uint8)
             if last > first:
                 buffer[:-4] = np.frombuffer(data, np.uint8)[first:last]
-            return hash_bytes(buffer, ends[:-1] - first, np.diff(ends), seed), gone
+            return hash_bytes(buffer, ends[:-1] - first, np.diff(ends), seed), is_missing
         if kind in ("string_view", "binary_view"):
             return self.of_arrow(array.cast(f"large_{kind.removesuffix('_view')}"), seed)
-        if kind.startswith(("int", "uint")) and gone is not None:
+        if kind.startswith(("int", "uint")) and is_missing is not None:
             array = array.fill_null(0)
-        return self.of_array(array.to_numpy(zero_copy_only=False), seed)[0], gone
+        return self.of_array(array.to_numpy(zero_copy_only=False), seed)[0], is_missing
 
 
-_CHUNK = 1 << 14  # values that are made one: in the cache
-_NONE = np.zeros(0, np.uint32)
-_KEPT: dict[tuple[int, int], tuple[weakref.ref[Any], np.ndarray]] = {}
+_CHUNK = 1 << 14  # values that are joined at a time; they fit into the CPU cache
+_NO_HASHES = np.zeros(0, np.uint32)
+_CATEGORY_HASHES: dict[tuple[int, int], tuple[weakref.ref[Any], np.ndarray]] = {}
 
 
-def _are(kinds: set[type], kind: Any) -> bool:
+def _all_of_type(kinds: set[type], kind: Any) -> bool:
     return all(issubclass(k, kind) and k is not bool for k in kinds)
 
 
-def _is_of_one_kind(values: list[Any]) -> bool:
+def _has_one_type(values: list[Any]) -> bool:
     kinds = set(map(type, values))
-    return any(_are(kinds, kind) for kind in (str, bytes, (int, np.integer)))
+    return any(_all_of_type(kinds, kind) for kind in (str, bytes, (int, np.integer)))
 
 
-def _taken(hashes: np.ndarray, codes: np.ndarray, gone: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """The hash of each code's category. Missing codes are any."""
+def _hashes_of_codes(
+    hashes: np.ndarray, codes: np.ndarray, is_missing: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The hash of each code's category. Hashes at missing codes are arbitrary."""
     if not len(hashes):
-        return np.zeros(len(codes), np.uint32), gone
-    return hashes[codes], gone  # -1 is in range
+        return np.zeros(len(codes), np.uint32), is_missing
+    return hashes[codes], is_missing  # -1, a missing code, reads the last one

@@ -1,8 +1,7 @@
-"""What comes in from the host, looked at: arrays, ids, SciPy matrices, and columns of data frames.
+"""Checks of the values that users pass in: arrays, ids, SciPy matrices, columns of data frames.
 
-This is where values are looked at. What cannot work raises here, with the value and where it stands; the device code
-behind it need not check anything. Nothing is clipped, wrapped, dropped or made dense. Data frames are known by what
-they have, not by their package, which need not be there.
+A bad value raises here, with the value and its position, so device code checks no values. Nothing is clipped, wrapped,
+dropped or made dense. Data frames are recognised by their attributes; no data frame package is imported.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from jaxsparse.data.ragged import pieces
 
 
 def as_array(x: Any, name: str) -> np.ndarray:
-    """x as a NumPy array, of whatever dtype.
+    """x as a NumPy array of any dtype.
 
     Raises:
-      TypeError: if it is sparse, or ragged, or has missing values, or categories, or columns of several kinds: what
-        NumPy would make of these is not what they mean.
+      TypeError: if it is sparse, ragged, categorical, has missing values, or columns of several kinds. NumPy would
+        convert these to something else than they mean.
     """
     if not isinstance(x, (np.ndarray, list, tuple)):
         _check_kind(x, name)
@@ -38,18 +37,18 @@ def as_array(x: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(x)
     except ValueError:  # rows of several lengths
-        must = "an array, or rows of one length"
+        must = "an array, or rows of equal length"
         do = "Ragged features are lists of id lists, or SciPy matrices."
         raise TypeError(message("batches", name, must, reprlib.repr(x), do)) from None
 
 
 def _check_kind(x: Any, name: str) -> None:
-    """Raises TypeError for what means more than the array that NumPy makes of it."""
+    """Raises TypeError for objects whose meaning np.asarray would lose."""
     if scipy.sparse.issparse(x):
         do = f"Make it dense: {name}.toarray(). Matrices are features: they go into x."
         raise TypeError(message("batches", name, "an array", f"a SciPy matrix, {x.format}", do))
     if isinstance(x, JAXSparse):
-        do = "Give the SciPy matrix that it was made of; the batches are BCOO."
+        do = "Give the SciPy matrix. Batches of it are BCOO."
         raise TypeError(message("batches", name, "an array or a SciPy matrix", f"a {type(x).__name__} of JAX", do))
     if hasattr(x, "columns") and hasattr(x, "dtypes"):
         _check_frame(x, name)
@@ -76,7 +75,7 @@ def _check_column(x: Any, name: str) -> None:
     """Raises TypeError for a column of a data frame that is categorical, sparse, or has missing values."""
     dtype = x.dtype
     if str(dtype) == "category":
-        do = f"Give the codes, {name}.cat.codes, or cast it to numbers."
+        do = f"Give its codes, {name}.cat.codes, or js.hash_ids({name}, num_rows)."
         raise TypeError(message("batches", name, "of numbers", "a categorical", do))
     if str(dtype).startswith("Sparse"):
         do = "Give the SciPy matrix of the sparse columns, frame.sparse.to_coo(), or .sparse.to_dense() of this one."
@@ -91,7 +90,7 @@ def _check_column(x: Any, name: str) -> None:
 def id_list(row: Any, name: str, at: int) -> np.ndarray:
     ids = as_array(row, name)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        do = "Numbers that are no ids go into an array or a SciPy matrix."
+        do = "Give floating-point numbers as an array or a SciPy matrix."
         raise TypeError(message("batches", name, "lists of integers", f"{reprlib.repr(row)} at position {at}", do))
     return ids
 
@@ -118,13 +117,13 @@ def check_ids(
             value = int(piece[at])
             must = f"ids in [0, {num_rows})" if num_rows is not None else "ids in [0, 2**31)"
             do = "Integer arrays are ids; cast them to float if these are numbers. "
-            do += "Rows that mean padding want padding_idx=."
+            do += "If this id means padding, give it as padding_idx=."
             error = OverflowError if value > 2**31 - 1 else ValueError
             raise error(message("batches", name, must, f"{value} at {position(first + at)}", do))
 
 
 def check_finite(values: np.ndarray, dtype: np.dtype, name: str, position: Callable[[int], str]) -> None:
-    """Raises for NaN and inf, with its position, also for what becomes inf in this dtype, as on the device."""
+    """Raises, with the position, for NaN, inf, and values that become inf in `dtype`, the one on the device."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return
     for first, piece in pieces(values):
@@ -135,8 +134,12 @@ def check_finite(values: np.ndarray, dtype: np.dtype, name: str, position: Calla
 
 
 def jax_dtype(values: np.ndarray, function: str, argument: str, position: Callable[[int], str]) -> np.dtype:
-    """The dtype that JAX keeps them in: 64 bits become 32 unless jax_enable_x64 is on. Integers that do not fit raise,
-    and so do dtypes that JAX has not."""
+    """The dtype in which JAX keeps the values: 64 bits become 32 unless jax_enable_x64 is on.
+
+    Raises:
+      OverflowError: for integers that do not fit.
+      TypeError: for a dtype that JAX does not have.
+    """
     try:
         dtype = np.dtype(jax.typeof(np.empty(0, values.dtype)).dtype)
     except TypeError:
@@ -153,7 +156,7 @@ def jax_dtype(values: np.ndarray, function: str, argument: str, position: Callab
 
 
 def _no_number(values: np.ndarray, position: Callable[[int], str]) -> tuple[str, str]:
-    """What these values are, for JAX has no dtype for them, and what to do about it."""
+    """For values without a JAX dtype: what they are, and what the user can do."""
     strings = "Give each string a number: np.unique(values, return_inverse=True)[1]."
     if values.dtype.kind in "USTmMV":
         return str(values.dtype), strings if values.dtype.kind in "UST" else "Cast it to numbers."
@@ -172,7 +175,7 @@ def _no_number(values: np.ndarray, position: Callable[[int], str]) -> tuple[str,
             elif isinstance(value, (list, tuple, np.ndarray)):
                 do = "Ragged ids are a list of lists: .tolist(), with num_rows=."
             return f"object, {reprlib.repr(value)} at {position(at)}", do
-    return "object", "All of it is numbers: cast it, .astype('int32') or .astype('float32')."
+    return "object", "All values are numbers: cast them, .astype('int32') or .astype('float32')."
 
 
 def position_in(at: int, shape: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
-"""MurmurHash3 (x86, 32 bits) of many values at once: NumPy, with no Python for each value.
+"""MurmurHash3 (x86, 32 bits) of many values at once, in NumPy.
 
-A value is a few words of 32 bits, the last one cut short. All values take the first word, then those that have a second
-one, and so on: sorted by length, they are a prefix.
+A value is a sequence of 32-bit words; the last word may be incomplete. Values are sorted by length, longest first. Step
+n mixes word n into the values that have it, which are the first ones.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_CHUNK = 1 << 14  # values at a time: what is made of them on the way stays in the cache
+_CHUNK = 1 << 14  # values at a time, so that temporaries stay in the CPU cache
 
 
 def hash_integers(values: np.ndarray, seed: int) -> np.ndarray:
-    """Integers (n,) as their 8 bytes, little end first, two's complement: uint32 (n,)."""
+    """Hashes, uint32 (n,), of integers (n,) as 8 bytes, little-endian, two's complement."""
     out = np.empty(len(values), np.uint32)
     for at in range(0, len(values), _CHUNK):
         part = values[at : at + _CHUNK]
@@ -25,7 +25,7 @@ def hash_integers(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def hash_words(words: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Values of len(words) whole words, the first of all, the second of all, ...: uint32 (n,)."""
+    """Hashes, uint32 (n,), of n values of len(words) words each. words[k] (n,) has word k of all values."""
     state = np.full(len(words[0]), seed, np.uint32)
     for word in words:
         state = _with_word(state, word)
@@ -33,26 +33,28 @@ def hash_words(words: Sequence[np.ndarray], seed: int) -> np.ndarray:
 
 
 def hash_bytes(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, seed: int | np.ndarray) -> np.ndarray:
-    """Values that are buffer[starts[i] : starts[i] + lengths[i]]: uint32 (n,).
+    """Hashes, uint32 (n,), of the values buffer[starts[i] : starts[i] + lengths[i]].
 
     Args:
-      buffer: uint8, with 4 bytes or more behind the last value.
+      buffer: uint8, with at least 4 bytes after the last value.
       starts: int64 (n,).
       lengths: int64 (n,).
       seed: 32 bits, or uint32 (n,).
     """
     seeds = np.broadcast_to(np.asarray(seed, np.uint32), starts.shape)
-    words: np.ndarray = np.ndarray((max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,))  # at every byte
+    words: np.ndarray = np.ndarray(
+        (max(len(buffer) - 3, 0),), "<u4", buffer, strides=(1,)
+    )  # the word that starts at each byte
     out = np.empty(len(starts), np.uint32)
     for at in range(0, len(starts), _CHUNK):
         length = lengths[at : at + _CHUNK]
-        narrow = length.astype(np.uint16) if length.max() < 2**16 else length  # NumPy sorts 16 bits by their digits
+        narrow = length.astype(np.uint16) if length.max() < 2**16 else length  # NumPy has a radix sort for 16 bits
         order = np.argsort(narrow, kind="stable")[::-1]  # the longest first
         length, start = length[order], starts[at : at + _CHUNK][order]
         whole = length // 4
         state = seeds[at : at + _CHUNK][order]
         for n in range(int(whole[0])):
-            count = len(whole) - int(np.searchsorted(whole[::-1], n, side="right"))  # those with more than n words
+            count = len(whole) - int(np.searchsorted(whole[::-1], n, side="right"))  # values with more than n words
             state[:count] = _with_word(state[:count], words[start[:count] + 4 * n])
         rest = length - 4 * whole
         tail = np.flatnonzero(rest)

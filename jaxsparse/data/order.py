@@ -1,4 +1,4 @@
-"""The order of the examples in an epoch, any part of it without the rest."""
+"""The order of the examples in an epoch. Any slice of it can be computed without the rest."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FEW = 1 << 20  # of so many examples, the whole order is kept
-_BLOCK = 1 << 15  # places that are computed together
+FEW = 1 << 20  # up to this number of examples, the whole order is in memory
+_BLOCK = 1 << 15  # positions computed in one call
 _ROUNDS = 8
-_FACTORS = {32: (0x7FEB352D, 0x846CA68B), 64: (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)}  # odd, and mix well
+_FACTORS = {
+    32: (0x7FEB352D, 0x846CA68B),
+    64: (0xBF58476D1CE4E5B9, 0x94D049BB133111EB),
+}  # odd multipliers of well-known integer hashes
 
 
 class InOrder:
@@ -20,11 +23,11 @@ class InOrder:
 
 
 class Shuffled:
-    """Another order of 0, ..., n - 1 for each key, some ints, without an array of n numbers.
+    """A permutation of 0, ..., n - 1 that depends on `key`, some ints. No array of n numbers is made.
 
-    A Feistel network of eight rounds permutes the numbers of as many bits as n - 1 has (Luby and Rackoff 1988). What it
-    takes to n or beyond is put through it again until it is below (cycle walking: Black and Rogaway 2002), less than
-    once more on average. That is a permutation for every key, so each number comes once.
+    A Feistel network of eight rounds permutes the numbers that have as many bits as n - 1 (Luby and Rackoff 1988). A
+    result of n or more goes through the network again until it is below n (cycle walking, Black and Rogaway 2002); this
+    takes less than one more pass on average. The result is a permutation for every key.
     """
 
     def __init__(self, n: int, key: Sequence[int]) -> None:
@@ -34,7 +37,7 @@ class Shuffled:
         self._dtype = np.dtype(f"uint{self._word}")
         self._factors = np.array(_FACTORS[self._word], self._dtype)
         self._keys = np.random.default_rng(key).integers(0, 2**self._word, _ROUNDS, self._dtype)
-        self._last = -1, np.zeros(0, np.int64)  # the block that was asked for last; set at once, for several threads
+        self._last = -1, np.zeros(0, np.int64)  # the last block; one assignment, so that threads see a consistent pair
 
     def __getitem__(self, places: slice) -> np.ndarray:
         start, stop = places.start, min(places.stop, self._n)
@@ -62,19 +65,19 @@ class Shuffled:
         low, kind = self._sizes[1], self._dtype.type
         halves = [x >> kind(low), x & kind((1 << low) - 1)]
         for number, key in enumerate(self._keys):
-            of = number % 2  # the half that changes, by the other one
-            mixed = halves[1 - of] ^ key
+            changing = number % 2  # this half changes, the other one is the input
+            mixed = halves[1 - changing] ^ key
             mixed *= self._factors[0]
             mixed ^= mixed >> kind(self._word // 2 - 1)
             mixed *= self._factors[1]
-            mixed >>= kind(self._word - self._sizes[of])
-            halves[of] ^= mixed
+            mixed >>= kind(self._word - self._sizes[changing])
+            halves[changing] ^= mixed
         return (halves[0] << kind(low)) | halves[1]
 
 
 def order_of(n: int, key: Sequence[int] | None) -> InOrder | Shuffled | np.ndarray:
-    """Of n examples, what gives a part of their order when it is sliced: their own without a key. NumPy's permutation
-    of up to 2**20 examples, and of more a `Shuffled`."""
+    """The order of n examples, to be sliced: unchanged without a key, NumPy's permutation for up to 2**20 examples, and
+    a `Shuffled` for more."""
     if key is None:
         return InOrder()
     return np.random.default_rng(key).permutation(n) if n <= FEW else Shuffled(n, key)

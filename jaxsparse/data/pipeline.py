@@ -1,10 +1,10 @@
-"""From SciPy matrices and id lists on the host to static-shape batches on the device.
+"""From SciPy matrices and id lists on the host to batches of static shapes on the device.
 
-Shapes are static on the device and sizes are not in the data, so everything is padded, by BCOO's contract (index =
-size, data = 0) for sparse matrices and with padding_idx (or num_rows) for id lists. Examples that fill up a batch are
-empty there, and elsewhere repeat one of the batch, so that no new row is touched and nothing new can overflow; their
-weight is 0. How much: `Sizes` has a few sizes for a whole run, and all features of a batch are padded to the same level
-of theirs, or every combination would be a shape to compile.
+Data vary in size and compiled programs do not, so batches are padded. Padding of a sparse matrix has index = shape and
+data = 0, as in BCOO. Padding of id lists is padding_idx, or num_rows. Examples that fill up the last batch have weight
+0: empty lists and rows, and in arrays copies of an example of the batch, so that no other row is touched and no new
+value can overflow. `Sizes` has the few sizes of a run. All features of a batch use the same level of their sizes:
+otherwise each combination would be one more shape to compile.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
-from jaxsparse.data.batch import Batch, put_together, weights
+from jaxsparse.data.batch import Batch, assemble_batch, weights
 from jaxsparse.data.csr import Csr
-from jaxsparse.data.distinct import Scratch, distinct_ids, room_for, sorted_distinct
+from jaxsparse.data.distinct import Scratch, capacity_for, distinct_ids, sorted_distinct
 from jaxsparse.data.examples import Examples, check_integers, check_sizes, is_int
 from jaxsparse.data.features import LEVELS, Sizes, bcoo, entries
 from jaxsparse.data.order import InOrder, Shuffled, order_of
@@ -29,18 +29,18 @@ from jaxsparse.data.order import InOrder, Shuffled, order_of
 def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
     """A SciPy sparse matrix as a BCOO with static shapes.
 
-    Duplicates are summed, explicit zeros are kept, the entries are ordered by row and column. Padding has index = shape
-    and data 0.
+    Duplicates are summed, explicit zeros are kept, entries are sorted by row and column. Padding has index = shape and
+    data = 0.
 
     Args:
       matrix: any SciPy sparse matrix or array of two dimensions, with indices of any integer type.
-      nse: the number of entries to pad to; by default as many as there are.
+      nse: the number of entries to pad to; by default the number of stored entries.
 
     Returns:
       A BCOO of the matrix's shape: data (nse,), indices int32 (nse, 2).
 
     Raises:
-      TypeError: if `matrix` is no SciPy sparse matrix.
+      TypeError: if `matrix` is not a SciPy sparse matrix.
       ValueError: if `nse` is smaller than the number of entries, or a stored index is outside the shape.
       OverflowError: if a dimension does not fit int32.
 
@@ -75,44 +75,45 @@ def batches(
     shard: tuple[int, int] | None = None,
     check_finite: bool = False,
 ) -> Batches:
-    """Batches of one static shape: every example once an epoch, another order each epoch, resumable.
+    """Batches of static shapes, for any number of epochs. An epoch has each example once. A run can stop and go on.
 
     Args:
-      x: the examples, n of them: a SciPy sparse matrix (n, num_features); integers (n, L) or (n,), which are ids; a
-        list of n lists of ids, which become (B, L), L being the batch's longest, rounded up to one of a few sizes; any
-        other array (n, ...); or a dict of these, nested at will. Columns of data frames are arrays, if they are numbers
-        without missing values. No examples, n = 0, are no batches.
+      x: n examples: a SciPy sparse matrix (n, num_features); an integer array (n,) or (n, L), which is ids; a list of n
+        lists of ids, which become (B, L), L being the longest of the batch, rounded up to one of a few sizes; any other
+        array (n, ...); or a dict of these, which may be nested. Columns of data frames work as arrays if they are
+        numbers without missing values. With n = 0 there are no batches.
       y: the targets, an array (n, ...), or None.
-      batch_size: examples a batch; the last batch of an epoch is padded up to it with weight 0.
-      shuffle: another order each epoch, all of them from `seed`.
-      seed: of the orders.
-      drop_remainder: leave out the last batch where it is not full.
-      num_rows: the size of the table that ids go into: an int, or one by feature name. Ids are checked against it.
-        Lists of ids need it. An int is for the ids in x, if there are any, and otherwise for its matrices, which must
+      batch_size: examples in a batch (B). The last batch of an epoch is padded with examples of weight 0.
+      shuffle: whether each epoch has another order.
+      seed: determines all orders.
+      drop_remainder: whether to leave out a last batch that is not full.
+      num_rows: rows of the table that the ids index: an int, or a dict of ints by feature name. Ids are checked
+        against it. Lists of ids need it. An int applies to the ids in x; if there are none, to its matrices, which must
         not have more columns.
-      padding_idx: what pads lists of ids, an int or one by feature name; give embedding_bag or embedding_lookup the
-        same one. num_rows by default. An id equal to it is legal in the data and means padding there too.
-      weight: a weight for each example, (n,); 1 by default.
-      nse: entries a batch of a SciPy matrix is padded to, an int or one by feature name. By default one of a few sizes.
-      devices: if given, every leaf of a batch gets a leading axis of this size, one slice of batch_size / devices
-        examples for each device: what jax.pmap maps over.
-      shard: if given, (index, count): of every batch only this slice of batch_size / count examples, cut into `devices`
-        slices in its turn. With (jax.process_index(), jax.process_count()) and everything else the same on every
-        host, each example is on one host, and all hosts make the same number of steps with the same shapes. Such
-        batches do not carry their distinct ids: a host would have to look at those of all others.
+      padding_idx: the id that pads lists of ids: an int, or a dict of ints by feature name; num_rows by default. Give
+        js.embedding_bag or js.embedding_lookup the same one. In the data, an id equal to it is padding, too.
+      weight: a weight for each example, (n,), at least 0; 1 by default.
+      nse: entries that a batch of a SciPy matrix is padded to: an int, or a dict of ints by feature name. By default
+        one of a few sizes.
+      devices: if given, each leaf of a batch has a leading axis of this size, with batch_size / devices examples for
+        each device: the axis that jax.pmap maps over.
+      shard: if given, (index, count): this host makes slice `index` of `count` equal slices of each batch, split over
+        its `devices`. With (jax.process_index(), jax.process_count()), and all else the same on each host, each
+        example is on one host, and all hosts make the same number of steps with the same shapes. Such batches do not
+        carry distinct ids, because those depend on the ids of all hosts.
       check_finite: whether NaN and inf in x, y and weight are errors.
 
     Returns:
-      A `Batches`: each iteration over it is one epoch of `Batch`, and batches[i] is the i-th of it. Arrays, and CSR
-        matrices whose rows have increasing indices, are looked at in pieces and not copied, memory-mapped ones neither:
-        do not write to them while they are in use.
+      A `Batches`. Each iteration over it is one epoch of `Batch`; batches[i] is batch i of the epoch. Arrays, and CSR
+        matrices with sorted indices, are not copied, also if they are memory-mapped. Do not change them while they are
+        in use.
 
     Raises:
-      TypeError: for an x that is none of the above, for sizes and ids that are no integers, and for a num_rows of
-        features that are no ids. It names the column: sparse, categorical, missing, of strings, of lists.
-      ValueError: for sizes that do not fit together, ids outside [0, num_rows), more columns than num_rows, nse too
-        small, or, with check_finite, NaN and inf.
-      OverflowError: for ids past the int32 range.
+      TypeError: if x is none of the above, if sizes or ids are not integers, or if num_rows is given without ids. For a
+        data frame it names the column.
+      ValueError: if sizes do not fit together, an id is outside [0, num_rows), a matrix has more than num_rows columns,
+        nse is too small, or, with check_finite, a value is NaN or inf.
+      OverflowError: if an id does not fit int32.
 
     Example:
       >>> import jaxsparse as js
@@ -140,19 +141,19 @@ def batches(
 
 
 class Batches:
-    """What `js.batches` returns. `len()` is the number of batches an epoch.
+    """What `js.batches` returns. `len()` is the number of batches in an epoch.
 
-    batches[i] is the i-th batch of the epoch at `state`, from any thread, and does not move that: what loads by number
-    (a thread pool, grain's MapDataset, torch's DataLoader with batch_size=None) can drive it. Set the epoch between two
-    passes, for another order: batches.state = {**batches.state, "epoch": epoch, "step": 0}.
+    Each `iter()` is one epoch. If an iteration ends early, the next one starts the same epoch again. To go on where a
+    run stopped, save `state` with the checkpoint and set it before iterating: the epoch then starts at that batch. An
+    epoch is over when its last batch has been returned.
 
-    Each `iter()` starts an epoch at its beginning: the one that comes next, or the same one again if its iteration was
-    left early. To go on where a run stopped, save `state` beside the checkpoint and set it before iterating: the epoch
-    then starts there, however often it is left early. An epoch is over when its last batch has been handed out.
+    batches[i] is batch i of the current epoch. It may be called from several threads and does not change `state`, so
+    loaders that ask by number work: a thread pool, grain's MapDataset, torch's DataLoader with batch_size=None. Between
+    epochs, set the next one for another order: batches.state = {**batches.state, "epoch": epoch, "step": 0}.
 
     Attributes:
-      state: the position as a dict of ints: epoch, step (of the batch to come next), and the settings that the order
-        depends on. Setting it raises ValueError if those settings differ.
+      state: the position, a dict of ints: epoch, step (the next batch), and the settings that determine the order.
+        Setting it raises ValueError if those settings differ.
     """
 
     def __init__(
@@ -180,21 +181,23 @@ class Batches:
         self._num_examples = self._examples.num_examples
         self._batch_size, self._shuffle, self._seed = int(batch_size), bool(shuffle), int(seed)
         self._drop_remainder, self._devices = bool(drop_remainder), devices
-        own = devices or 1
-        self._parts, self._own = own * count, slice(own * index, own * (index + 1))
+        slices = devices or 1
+        self._parts, self._host_slice = slices * count, slice(slices * index, slices * (index + 1))
         self._epoch = self._step = self._start = 0
-        self._latest: tuple[int, Any] = -1, None  # epoch and order, set at once: several threads may look
-        epochs = min(-(-_LOOK_AHEAD // max(len(self), 1)), _LOOK_AHEAD // 4) if shuffle else 1
-        ahead = [self._chunk(order, step) for order in map(self._order, range(epochs)) for step in self._looked_at()]
-        ahead = [parts for parts in ahead if self._is_full(parts)] or ahead
-        are_all = len(self._looked_at()) == len(self)
-        self._sizes = [Sizes([f.need(parts) for parts in ahead], f.nse, are_all) for f in features]
-        self._levels = sorted(set(map(self._level, ahead)))
-        self._scratch, self._rooms = Scratch(), [(0, 1)] * len(features)
+        self._latest: tuple[int, Any] = -1, None  # epoch and order in one assignment, for threads
+        epochs = min(-(-_MIN_SAMPLED_BATCHES // max(len(self), 1)), _MIN_SAMPLED_BATCHES // 4) if shuffle else 1
+        sampled = [
+            self._chunk(order, step) for order in map(self._order, range(epochs)) for step in self._sampled_steps()
+        ]
+        sampled = [parts for parts in sampled if self._is_full(parts)] or sampled
+        is_every_batch = len(self._sampled_steps()) == len(self)
+        self._sizes = [Sizes([f.need(parts) for parts in sampled], f.nse, is_every_batch) for f in features]
+        self._levels = sorted(set(map(self._level, sampled)))
+        self._scratch, self._capacities = Scratch(), [(0, 1)] * len(features)
         if not self.is_part:
-            counts = [self._count(parts) for parts in ahead[:: max(len(ahead) // _LOOK_AT, 1)]]
-            most = [max(found) for found in zip(*counts, strict=True)]
-            self._rooms = [(room_for(count), size) for count, size in most] or self._rooms
+            counts = [self._count(parts) for parts in sampled[:: max(len(sampled) // _COUNTED_BATCHES, 1)]]
+            largest = [max(found) for found in zip(*counts, strict=True)]
+            self._capacities = [(capacity_for(count), size) for count, size in largest] or self._capacities
 
     def __len__(self) -> int:
         full, rest = divmod(self._num_examples, self._batch_size)
@@ -210,7 +213,7 @@ class Batches:
 
     @property
     def is_part(self) -> bool:
-        """Whether other hosts have the rest of each batch."""
+        """Whether other hosts make the rest of each batch."""
         return self._parts > (self._devices or 1)
 
     @property
@@ -247,7 +250,7 @@ class Batches:
             else:
                 self._epoch, self._step, self._start = epoch + 1, 0, 0
             yield batch
-        if start >= len(self):  # an empty epoch, or a position at the end of one
+        if start >= len(self):  # an empty epoch, or a state at the end of one
             self._epoch, self._step, self._start = epoch + 1, 0, 0
 
     def __getitem__(self, step: Any) -> Batch:
@@ -258,18 +261,18 @@ class Batches:
         return self._batch(self._chunk(self._order(self._epoch), int(step) % len(self)))
 
     def one_epoch(self) -> Iterator[Batch]:
-        """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
+        """The batches of the current epoch, from its beginning. `state` does not change."""
         return (batch for batch, _ in self.counted_epoch())
 
     def counted_epoch(self) -> Iterator[tuple[Batch, int]]:
-        """The same, with how many examples each has."""
+        """The same, each with its number of examples."""
         chunks = (self._chunk(order, step) for order in [self._order(self._epoch)] for step in range(len(self)))
         return ((self._batch(parts), sum(map(len, parts))) for parts in chunks)
 
-    def _looked_at(self) -> Sequence[int]:
-        """The batches of an epoch that sizes are learnt from: all, or as many as have a million examples. In a
-        shuffled epoch each is as good as another, and neighbours are found sooner."""
-        count = min(len(self), max(_LOOK_AHEAD, _EXAMPLES_AHEAD // self._batch_size))
+    def _sampled_steps(self) -> Sequence[int]:
+        """The steps whose batches determine the sizes: all of an epoch, or enough for a million examples. In a shuffled
+        epoch these are the first ones, which are as representative as others and faster to compute."""
+        count = min(len(self), max(_MIN_SAMPLED_BATCHES, _SAMPLED_EXAMPLES // self._batch_size))
         return range(count) if self._shuffle else [len(self) * i // count for i in range(count)]
 
     def _order(self, epoch: int) -> InOrder | Shuffled | np.ndarray:
@@ -280,7 +283,7 @@ class Batches:
         return order
 
     def _chunk(self, order: Any, step: int) -> list[np.ndarray]:
-        """The examples of a batch, one array for each device of each host."""
+        """The numbers of the examples of a batch, one array for each device of each host."""
         part, first = self._batch_size // self._parts, step * self._batch_size
         batch = order[first : min(first + self._batch_size, self._num_examples)]
         return [batch[i * part : (i + 1) * part] for i in range(self._parts)]
@@ -292,7 +295,7 @@ class Batches:
         return max(sizes.level(f.need(parts)) for f, sizes in zip(self._features, self._sizes, strict=True))
 
     def _count(self, parts: list[np.ndarray]) -> list[tuple[int, int]]:
-        """Of each feature, the most distinct ids in a shard of a batch, and how many ids that has."""
+        """For each feature, the largest number of distinct ids in a shard, and the number of ids in that shard."""
         length, sizes = self._batch_size // len(parts), self._fit(parts)
         shards = [self._shard(part, length, sizes, parts[0][:1]) for part in parts]
         counts = []
@@ -302,41 +305,41 @@ class Batches:
         return counts
 
     def _fit(self, parts: list[np.ndarray]) -> list[int]:
-        """The size of each feature in a batch."""
+        """The padded size of each feature in a batch."""
         wanted = self._level(parts) if self._is_full(parts) else LEVELS - 1
         level = next((level for level in self._levels if level >= wanted), self._levels[-1])
         return [sizes.fit(f.need(parts), level) for f, sizes in zip(self._features, self._sizes, strict=True)]
 
-    def _shard(self, part: np.ndarray, length: int, sizes: list[int], spare: np.ndarray) -> list[Any]:
-        return [_cut(f, part, length, size, spare) for f, size in zip(self._features, sizes, strict=True)]
+    def _shard(self, part: np.ndarray, length: int, sizes: list[int], filler: np.ndarray) -> list[Any]:
+        return [_cut(f, part, length, size, filler) for f, size in zip(self._features, sizes, strict=True)]
 
     def _batch(self, parts: list[np.ndarray]) -> Batch:
-        length, spare, sizes = self._batch_size // len(parts), parts[0][:1], self._fit(parts)
-        own, examples = parts[self._own], self._examples
-        features = [self._shard(part, length, sizes, spare) for part in own]
+        length, filler, sizes = self._batch_size // len(parts), parts[0][:1], self._fit(parts)
+        host_parts, examples = parts[self._host_slice], self._examples
+        features = [self._shard(part, length, sizes, filler) for part in host_parts]
         known = [self._known(n, list(leaves)) for n, leaves in enumerate(zip(*features, strict=True))]
         shards = []
-        for part, leaves, distinct in zip(own, features, zip(*known, strict=True), strict=True):
-            y = None if examples.y is None else _cut(examples.y, part, length, 0, spare)
+        for part, leaves, distinct in zip(host_parts, features, zip(*known, strict=True), strict=True):
+            y = None if examples.y is None else _cut(examples.y, part, length, 0, filler)
             weight = weights(len(part) if examples.weight is None else examples.weight.cut(part), length)
             shards.append((*(jax.tree.unflatten(examples.tree, of) for of in (leaves, distinct)), y, weight))
-        return put_together(shards, self._devices)
+        return assemble_batch(shards, self._devices)
 
     def _known(self, n: int, leaves: list[Any]) -> list[Any]:
-        """What is known of the ids of feature n, for each shard."""
+        """The `DistinctIds` of feature n, or None, for each shard."""
         ids = [self._features[n].ids(x) for x in leaves]
         if self.is_part or ids[0] is None:
             return [None] * len(leaves)
-        (room, size), many = self._rooms[n], ids[0].size
-        room = max(room, -(-room * many // size))
-        # few batches would need more than two thirds of all, and each size is compiled for
-        return distinct_ids(ids, room if 3 * room < 2 * many else many + 1, self._scratch)
+        (capacity, size), many = self._capacities[n], ids[0].size
+        capacity = max(capacity, -(-capacity * many // size))
+        # above two thirds of all ids use the maximum: few batches need it, and each size is compiled for
+        return distinct_ids(ids, capacity if 3 * capacity < 2 * many else many + 1, self._scratch)
 
 
-_LOOK_AHEAD = 64  # batches to learn the sizes from, at least
-_EXAMPLES_AHEAD = 1 << 20
-_LOOK_AT = 16  # of these, to count ids in
+_MIN_SAMPLED_BATCHES = 64  # the least number of batches that sizes are learnt from
+_SAMPLED_EXAMPLES = 1 << 20
+_COUNTED_BATCHES = 16  # sampled batches in which distinct ids are counted
 
 
-def _cut(feature: Any, part: np.ndarray, length: int, size: int, spare: np.ndarray) -> Any:
-    return feature.pad(feature.cut(part), length, size, None if len(part) == length else feature.cut(spare))
+def _cut(feature: Any, part: np.ndarray, length: int, size: int, filler: np.ndarray) -> Any:
+    return feature.pad(feature.cut(part), length, size, None if len(part) == length else feature.cut(filler))

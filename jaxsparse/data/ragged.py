@@ -1,4 +1,4 @@
-"""Rows of several lengths in flat arrays, which may be larger than memory: nothing here touches all of them."""
+"""Rows of different lengths in flat arrays. The arrays may be larger than memory: no function reads all of one."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 1 << 18  # numbers that are looked at together
+PIECE = 1 << 18  # numbers that are checked at a time
 
 
 def pieces(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """values (n, ...) in pieces, each flat, with where it starts in the flat array."""
+    """Pieces of values (n, ...), each flattened, with its start in the flat array."""
     width = max(int(np.prod(values.shape[1:], dtype=np.int64)), 1)
     for first in range(0, len(values), max(PIECE // width, 1)):
         yield first * width, values[first : first + max(PIECE // width, 1)].reshape(-1)
 
 
 def rows_of(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """values[rows]. np.take is several times as fast, and copies all of what does not lie in one piece."""
+    """values[rows]. np.take is several times as fast, but copies an array that is not contiguous."""
     return np.take(values, rows, axis=0) if values.flags.c_contiguous and values.flags.aligned else values[rows]
 
 
 class Ragged:
-    """Row i is starts[i] to starts[i + 1] of each of some flat arrays. The arrays are those that are given, also where
-    they are memory-mapped.
-
-    Rows that were taken out are a tuple (*arrays, lengths).
+    """Row i is array[starts[i] : starts[i + 1]], for each of some flat arrays. These are not copied, so they may be
+    memory-mapped. `take` returns rows as a tuple (*flat arrays, lengths).
     """
 
     def __init__(self, arrays: tuple[np.ndarray, ...], starts: np.ndarray) -> None:
@@ -47,7 +45,7 @@ class Ragged:
 
 
 def take(cut: Any, rows: np.ndarray) -> Any:
-    """Some rows of what was cut out before: an array, or a tuple of `Ragged`."""
+    """Some rows of a cut: an array, or a tuple of `Ragged.take`."""
     return rows_of(cut, rows) if isinstance(cut, np.ndarray) else as_ragged(cut).take(rows)
 
 

@@ -1,4 +1,4 @@
-"""Batches of data that come in chunks and are larger than memory."""
+"""Batches of data that are larger than memory and are read in chunks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxsparse._checks import message
-from jaxsparse.data.batch import Batch, put_together, weights
-from jaxsparse.data.chunks import Chunk, Source, Window, ahead, files_of, joined, split
+from jaxsparse.data.batch import Batch, assemble_batch, weights
+from jaxsparse.data.chunks import Chunk, Source, Window, concatenated, files_of, prefetched, split
 from jaxsparse.data.distinct import Scratch
 from jaxsparse.data.examples import Examples, check_integers, check_names, check_sizes, is_int
 from jaxsparse.data.features import Lists, Sparse
@@ -40,43 +40,42 @@ def stream(
     prefetch: int = 0,
     check_finite: bool = False,
 ) -> Stream:
-    """Batches with static shapes of chunks that are read one after the other.
+    """Batches of static shapes from data that are read chunk by chunk.
 
-    Batches go across the borders of chunks, and every example is in one batch an epoch. In memory is one chunk, or with
-    shuffle as many as have `buffer` examples, and twice their memory while they are put together; at the beginning, as
-    many as fill 16 batches, to learn sizes from.
+    A batch may have examples of several chunks. An epoch has each example once. Memory holds one chunk; with shuffle,
+    as many chunks as have `buffer` examples, and twice that while they are concatenated. At the beginning it holds the
+    chunks of 16 batches, from which the sizes are learnt.
 
     Args:
-      source: a function that gives an iterator of chunks, anew for each epoch; or a list of files, with a reader. A
-        chunk is x, (x, y) or (x, y, weight), as js.batches takes them, and all chunks are of the same kind.
-      batch_size: examples a batch; the last batch of an epoch is padded up to it with weight 0.
-      reader: reader(file) -> a chunk, or an iterator of chunks, or what js.read_csv and its like return.
-      shuffle: whether the files, if there are any, have another order each epoch, and examples another order among
-        those of consecutive chunks that have at least `buffer` examples together.
-      buffer: see shuffle.
-      seed: of the orders.
-      drop_remainder: leave out the last batch where it is not full; with shard, that of each host.
+      source: a function that returns an iterable of chunks and is called at each epoch; or a list of files, with a
+        reader. A chunk is x, (x, y) or (x, y, weight), as for js.batches. All chunks are of the same kind.
+      batch_size: examples in a batch. The last batch of an epoch is padded with examples of weight 0.
+      reader: reader(file) -> a chunk, an iterator of chunks, or the reader that js.read_csv and others return.
+      shuffle: whether each epoch has another order: of the files, and of the examples within consecutive chunks that
+        have at least `buffer` examples in all.
+      buffer: the least number of examples that are shuffled together.
+      seed: determines all orders.
+      drop_remainder: whether to leave out a last batch that is not full; with shard, the last one of each host.
       num_rows, padding_idx, check_finite: as in js.batches.
-      nse, length, distinct: entries of a batch's matrix, length of its id lists, and room for its distinct ids, which
-        are fewer: ints or by feature name. What is left out is learnt from the first chunks. A batch that needs more
-        gets two or eight times these sizes: three shapes in all, unless one needs still more, which warns.
+      nse, length, distinct: entries of a matrix in a batch, length of id lists, and a number above that of the distinct
+        ids: ints, or dicts of ints by feature name. By default they are learnt from the first chunks. A batch that
+        needs more gets two or eight times these sizes: three shapes in all. A batch that needs still more warns.
       devices: as in js.batches.
-      shard: if given, (index, count): this host has every count-th file of an epoch, and without files every count-th
-        chunk, and makes batches of batch_size / count examples. All hosts make the same number of them: those that have
-        fewer examples add batches of weight 0, which repeat an example. With drop_remainder a host leaves out its own
-        last examples, also where others go on, so that its batches are full or of weight 0. As all hosts need the same
-        shapes, a batch that does not fit raises. Such batches do not carry their distinct ids.
-      examples: how many examples each file has, so that hosts know of each other: needed for files with shard.
-      prefetch: how many batches a thread reads and makes ahead, while the step runs. They are the same batches, and
-        `state` is that of the batch that came last, not of those that wait. Errors come in their place.
+      shard: if given, (index, count): this host reads every count-th file of an epoch (without files, every count-th
+        chunk) and makes batches of batch_size / count examples. All hosts make the same number of batches: a host with
+        fewer examples adds batches of weight 0. With drop_remainder, each host leaves out its own last examples, so its
+        batches are full or of weight 0. All hosts need the same shapes, so a batch that does not fit raises. Such
+        batches do not carry distinct ids.
+      examples: the number of examples of each file. Needed for files with shard: hosts must know of each other's.
+      prefetch: the number of batches that a thread makes in advance, while the step runs. The batches are the same.
+        `state` is that of the batch returned last. An exception is raised in place of the batch that caused it.
 
     Returns:
-      A `Stream`: each iteration over it is one epoch of `Batch`.
+      A `Stream`. Each iteration over it is one epoch of `Batch`.
 
     Raises:
-      TypeError, ValueError, OverflowError: as js.batches, also while iterating: what is wrong in a chunk has a note
-        that says in which. And for chunks of different kinds, a source without examples, and a batch that does not fit
-        with shard.
+      TypeError, ValueError, OverflowError: as js.batches, also while iterating; a note names the chunk. ValueError also
+        if chunks are of different kinds, the source has no examples, or, with shard, a batch does not fit.
 
     Example:
       >>> import numpy as np, jaxsparse as js
@@ -118,8 +117,8 @@ def stream(
     return Stream(files, read, examples, settings, ids, sizes, devices, prefetch, check_finite)
 
 
-class _Place(NamedTuple):
-    """Where an epoch goes on: the window of the next example, where that begins, and how many examples come before."""
+class _Position(NamedTuple):
+    """Where an epoch goes on: the window of the next example, its first chunk, and the examples before it."""
 
     step: int = 0
     file: int = 0  # in the order of the epoch
@@ -129,17 +128,17 @@ class _Place(NamedTuple):
 
 
 class Stream:
-    """What `js.stream` returns. It has no `len()`: how many batches an epoch has is known at its end.
+    """What `js.stream` returns. It has no `len()`: the number of batches is known when the epoch ends.
 
-    Each `iter()` starts an epoch at its beginning, or at a `state` that was set, as of `js.Batches`: the one that comes
-    next, or the same one again if its iteration was left early.
+    Each `iter()` is one epoch, from its beginning or from a `state` that was set. If an iteration ends early, the next
+    one starts the same epoch again.
 
     Attributes:
-      state: the position as a dict of ints, to be saved beside a checkpoint and set before iterating; each host has its
-        own. Files before it are not read again, chunks of its file are passed over. Setting it raises ValueError if the
-        settings in it differ.
-      sizes: nse, length and distinct, given or learnt: js.stream(..., **stream.sizes) need not learn them.
-      rungs: how many batches were made with these sizes, with two and with eight times as much, and with more.
+      state: the position, a dict of ints. Save it with the checkpoint and set it before iterating; each host has its
+        own. Files before the position are not read again; of its file, chunks before it are read and skipped. Setting
+        it raises ValueError if the settings in it differ.
+      sizes: nse, length and distinct, given or learnt. js.stream(..., **stream.sizes) learns nothing.
+      rungs: the number of batches made with these sizes, with two and with eight times these, and with more.
     """
 
     def __init__(
@@ -155,7 +154,7 @@ class Stream:
         check_finite: bool,
     ) -> None:
         self._settings, self._devices, self._counts = settings, devices, counts
-        self._prefetch, self._pool = prefetch, ThreadPoolExecutor(1, "js.stream")  # whose thread starts when it is used
+        self._prefetch, self._pool = prefetch, ThreadPoolExecutor(1, "js.stream")  # the thread starts at its first task
         self._index, self._hosts = settings["shard_index"], settings["shard_count"]
         self._size = settings["batch_size"] // self._hosts
         self._source = Source(files, reader, counts, self._checked)
@@ -163,7 +162,7 @@ class Stream:
         self._per_name = {**ids, "nse": None}
         self._check_finite = check_finite
         self._kinds: dict[str, str] | None = None
-        self._epoch, self._place, self._begin = 0, _Place(), _Place()
+        self._epoch, self._position, self._begin = 0, _Position(), _Position()
         self._learn(sizes)
 
     @property
@@ -172,7 +171,7 @@ class Stream:
 
     @property
     def is_part(self) -> bool:
-        """Whether other hosts have the rest of each batch."""
+        """Whether other hosts make the rest of each batch."""
         return self._hosts > 1
 
     @property
@@ -182,15 +181,15 @@ class Stream:
     @property
     def sizes(self) -> dict[str, Any]:
         found: dict[str, dict[Any, int]] = {"nse": {}, "length": {}, "distinct": {}}
-        for feature, size, room in zip(self._features, self._rungs.sizes, self._rungs.rooms, strict=True):
-            for name, value in {"length" if isinstance(feature, Lists) else "nse": size, "distinct": room}.items():
+        for feature, size, capacity in zip(self._features, self._rungs.sizes, self._rungs.capacities, strict=True):
+            for name, value in {"length" if isinstance(feature, Lists) else "nse": size, "distinct": capacity}.items():
                 if value:
                     found[name][feature.key] = value
         return {name: of.get(None, of) for name, of in found.items() if of}
 
     @property
     def state(self) -> dict[str, int]:
-        return {"epoch": self._epoch, **self._place._asdict(), **self._settings}
+        return {"epoch": self._epoch, **self._position._asdict(), **self._settings}
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
@@ -198,31 +197,31 @@ class Stream:
             if state.get(name) != value:
                 got = f"{name}={state.get(name)}"
                 raise ValueError(message("stream", "state", f"saved with {name}={value}", got))
-        epoch, *place = (int(state.get(name, -1)) for name in ("epoch", *_Place._fields))
-        if min(epoch, *place) < 0 or place[1] > len(self._source.files):
+        epoch, *position = (int(state.get(name, -1)) for name in ("epoch", *_Position._fields))
+        if min(epoch, *position) < 0 or position[1] > len(self._source.files):
             raise ValueError(message("stream", "state", "a position of a stream", dict(state)))
-        self._epoch, self._place = epoch, _Place(*place)
-        self._begin = self._place
+        self._epoch, self._position = epoch, _Position(*position)
+        self._begin = self._position
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, begin = self._epoch, self._begin
         is_empty = True
         for batch, _, after in self._batches(epoch, begin):
             is_empty = False
-            self._epoch, self._place = (epoch, after) if after is not None else (epoch + 1, _Place())
+            self._epoch, self._position = (epoch, after) if after is not None else (epoch + 1, _Position())
             if after is None:
-                self._begin = _Place()
+                self._begin = _Position()
             yield batch
         if is_empty:
-            self._epoch, self._place, self._begin = epoch + 1, _Place(), _Place()
+            self._epoch, self._position, self._begin = epoch + 1, _Position(), _Position()
 
     def one_epoch(self) -> Iterator[Batch]:
-        """The batches of a whole epoch, in the order of the present one. The position stays where it is."""
+        """The batches of the current epoch, from its beginning. `state` does not change."""
         return (batch for batch, _ in self.counted_epoch())
 
     def counted_epoch(self) -> Iterator[tuple[Batch, int]]:
-        """The same, with how many examples each has."""
-        return ((batch, count) for batch, count, _ in self._batches(self._epoch, _Place()))
+        """The same, each with its number of examples."""
+        return ((batch, count) for batch, count, _ in self._batches(self._epoch, _Position()))
 
     def _checked(self, part: Any) -> Chunk:
         chunk = Chunk(Examples(*split(part), self._per_name, self._check_finite))
@@ -231,7 +230,7 @@ class Stream:
         return chunk
 
     def _learn(self, given: dict[str, Any]) -> None:
-        """The sizes, from the first chunks: on every host the same ones."""
+        """Learns the sizes from the first chunks: the same chunks, and sizes, on every host."""
         chunks, held = list[Chunk](), 0
         found = (c for f in range(len(self._source.files)) for *_, c in self._source.chunks(f, lambda _: False))
         for chunk in found:
@@ -239,7 +238,7 @@ class Stream:
                 self._kinds = self._kinds or chunk.kinds()
                 chunks.append(chunk)
                 held += chunk.num_examples
-            if held >= _LEARNT_FROM * self._size:
+            if held >= _MIN_LEARNT_BATCHES * self._size:
                 break
         if not chunks:
             must = "a source of at least one example"
@@ -249,7 +248,7 @@ class Stream:
         check_names(given, {f.key for f in self._features if f.key is not None}, "stream")
         self._has_weight = examples.weight is not None
         self._y = None if examples.y is None else examples.y.bare()
-        self._spares = chunks[0].cut(np.arange(1))
+        self._fillers = chunks[0].cut(np.arange(1))
         values = [[v.get(f.key) if isinstance(v, Mapping) else v for f in self._features] for v in given.values()]
         sizes = [
             nse if isinstance(f, Sparse) else length if isinstance(f, Lists) else None
@@ -260,33 +259,33 @@ class Stream:
         self._rungs = Rungs(self._features, self._length, scratch, self.is_part)
         window = Window(chunks, [self._settings["seed"]] if self._settings["shuffle"] else None)
         full = max(len(window) // self._size, 1)
-        count = min(full, _LOOKED_AT)
+        count = min(full, _SAMPLED_BATCHES)
         spans = [
             (a, min(a + self._size, len(window))) for a in (self._size * (full * i // count) for i in range(count))
         ]
-        looked_at = [self._shards(window.cut(a, b)[: len(self._features)], b - a) for a, b in spans]
-        self._rungs.learn(looked_at, self._spares[: len(self._features)], sizes, values[2])
+        sampled = [self._shards(window.cut(a, b)[: len(self._features)], b - a) for a, b in spans]
+        self._rungs.learn(sampled, self._fillers[: len(self._features)], sizes, values[2])
 
-    def _batches(self, epoch: int, place: _Place) -> Iterator[tuple[Batch, int, _Place | None]]:
-        """From a place on, each batch, how many examples it has, and the place after it: None after the last one."""
-        made = self._made(epoch, place)
-        return ahead(made, self._prefetch, self._pool) if self._prefetch else made
+    def _batches(self, epoch: int, position: _Position) -> Iterator[tuple[Batch, int, _Position | None]]:
+        """From a position on: each batch, its number of examples, and the next position, None after the last batch."""
+        made = self._made(epoch, position)
+        return prefetched(made, self._prefetch, self._pool) if self._prefetch else made
 
-    def _made(self, epoch: int, place: _Place) -> Generator[tuple[Batch, int, _Place | None]]:
-        items = self._items(epoch, place)
+    def _made(self, epoch: int, position: _Position) -> Generator[tuple[Batch, int, _Position | None]]:
+        items = self._items(epoch, position)
         item = next(items, None)
         while item is not None:
             (cuts, count, after), item = item, next(items, None)
             yield self._batch(cuts, count), count, None if item is None else after
 
-    def _items(self, epoch: int, place: _Place) -> Iterator[tuple[list[Any], int, _Place]]:
-        """The same of the cuts of batches."""
-        totals, step, first = [0] * self._hosts, place.step, place.first
-        windows = self._windows(epoch, place, totals)
+    def _items(self, epoch: int, position: _Position) -> Iterator[tuple[list[Any], int, _Position]]:
+        """From a position on: the cuts of each batch, its number of examples, and the position after it."""
+        totals, step, first = [0] * self._hosts, position.step, position.first
+        windows = self._windows(epoch, position, totals)
         at, (window, where) = step * self._size - first, next(windows)
         if window is not None and not 0 <= at < len(window):
             raise ValueError(
-                message("stream", "state", "a position in the data that it was saved with", place._asdict())
+                message("stream", "state", "a position in the data that it was saved with", position._asdict())
             )
         while window is not None:
             parts, count = [], 0
@@ -295,49 +294,49 @@ class Stream:
                 parts.append(window.cut(at, stop))
                 count, at = count + stop - at, stop
                 if at == len(window):
-                    first, at, window = first + at, 0, None  # which frees it
+                    first, at, window = first + at, 0, None  # frees its memory
                     window, where = next(windows)
             if count == self._size or not self._settings["drop_remainder"]:
                 step += 1
-                yield joined(parts), count, _Place(step, *where, first)
+                yield concatenated(parts), count, _Position(step, *where, first)
         while step < self._steps(epoch, totals):
             step += 1
-            yield [take(spare, np.arange(0)) for spare in self._spares], 0, _Place(step, *where, first)
+            yield [take(filler, np.arange(0)) for filler in self._fillers], 0, _Position(step, *where, first)
 
     def _steps(self, epoch: int, totals: list[int]) -> int:
-        """How many batches all hosts make, where there are several."""
+        """The number of batches that each host makes, if there are several hosts; otherwise 0."""
         if not self.is_part:
             return 0
         if self._counts is not None:
             totals = [0] * self._hosts
             for number, file in enumerate(self._order(epoch)):
                 totals[number % self._hosts] += self._counts[file]
-        most = max(totals)
-        return most // self._size if self._settings["drop_remainder"] else -(-most // self._size)
+        max_examples = max(totals)
+        return max_examples // self._size if self._settings["drop_remainder"] else -(-max_examples // self._size)
 
     def _order(self, epoch: int) -> Sequence[int]:
-        """Of the files."""
+        """The order of the files."""
         count = len(self._source.files)
         if not self._settings["shuffle"] or not self._has_files:
             return range(count)
         return np.random.default_rng([self._settings["seed"], epoch]).permutation(count).tolist()
 
     def _windows(
-        self, epoch: int, place: _Place, totals: list[int]
+        self, epoch: int, position: _Position, totals: list[int]
     ) -> Iterator[tuple[Window | None, tuple[int, int, int]]]:
-        """The windows of this host from a place on, each with the file and chunk where it begins and its number, and
-        None at the end. Adds up the examples that each host has of those chunks that come by."""
-        files, number, chunks, held = self._order(epoch), place.window, list[Chunk](), 0
-        begin, chunk_number = (place.file, place.chunk), 0
+        """The windows of this host from a position on, each with (file and chunk where it begins, its number); None at
+        the end. Adds the examples of the chunks to `totals`, by host."""
+        files, number, chunks, held = self._order(epoch), position.window, list[Chunk](), 0
+        begin, chunk_number = (position.file, position.chunk), 0
 
-        def others(file: int) -> Callable[[int], bool]:
-            mine = lambda chunk: self._has_files or chunk % self._hosts == self._index  # noqa: E731
-            return lambda chunk: not mine(chunk) or (file == place.file and chunk < place.chunk)
+        def skipped_chunks(file: int) -> Callable[[int], bool]:
+            is_of_host = lambda chunk: self._has_files or chunk % self._hosts == self._index  # noqa: E731
+            return lambda chunk: not is_of_host(chunk) or (file == position.file and chunk < position.chunk)
 
-        for file in range(place.file, len(files)):
+        for file in range(position.file, len(files)):
             if self._has_files and file % self._hosts != self._index:
                 continue
-            for chunk_number, size, chunk in self._source.chunks(files[file], others(file)):
+            for chunk_number, size, chunk in self._source.chunks(files[file], skipped_chunks(file)):
                 totals[chunk_number % self._hosts] += size
                 if chunk is None or not size:
                     continue
@@ -356,13 +355,13 @@ class Stream:
         yield None, (*end, number)
 
     def _window(self, chunks: list[Chunk], epoch: int, number: int) -> Window:
-        key = [self._settings["seed"], epoch, number + 1]  # a 0 at the end would change nothing
+        key = [self._settings["seed"], epoch, number + 1]  # + 1, because a trailing 0 would not change the key
         window = Window(chunks, key if self._settings["shuffle"] else None)
-        chunks.clear()  # they are in the window, or copied into it
+        chunks.clear()  # the window has them, or a copy
         return window
 
     def _shards(self, cuts: list[Any], count: int) -> list[list[Any]]:
-        """Of each device, the cut of its examples, where so many were cut for a batch."""
+        """The cuts of a batch of `count` examples, split by device."""
         if not self._devices:
             return [cuts]
         ends = [min(i * self._length, count) for i in range(self._devices + 1)]
@@ -370,16 +369,16 @@ class Stream:
 
     def _batch(self, cuts: list[Any], count: int) -> Batch:
         features, shards = len(self._features), self._shards(cuts, count)
-        spares = [take(cut, np.arange(1)) for cut in cuts] if count else self._spares
-        padded, known = self._rungs.make([shard[:features] for shard in shards], spares[:features])
-        put = []
+        fillers = [take(cut, np.arange(1)) for cut in cuts] if count else self._fillers
+        padded, known = self._rungs.make([shard[:features] for shard in shards], fillers[:features])
+        shard_batches = []
         for number, (shard, leaves, distinct) in enumerate(zip(shards, padded, known, strict=True)):
-            here = min(max(count - number * self._length, 0), self._length)
-            y = None if self._y is None else self._y.pad(shard[features], self._length, 0, spares[features])
-            weight = weights(shard[-1] if self._has_weight else here, self._length)
-            put.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
-        return put_together(put, self._devices)
+            num_examples = min(max(count - number * self._length, 0), self._length)
+            y = None if self._y is None else self._y.pad(shard[features], self._length, 0, fillers[features])
+            weight = weights(shard[-1] if self._has_weight else num_examples, self._length)
+            shard_batches.append((*(jax.tree.unflatten(self._tree, of) for of in (leaves, distinct)), y, weight))
+        return assemble_batch(shard_batches, self._devices)
 
 
-_LEARNT_FROM = 16  # batches, at least
-_LOOKED_AT = 16
+_MIN_LEARNT_BATCHES = 16  # sizes are learnt from the chunks of at least so many batches
+_SAMPLED_BATCHES = 16  # of these, so many are padded

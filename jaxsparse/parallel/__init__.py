@@ -1,1 +1,1 @@
-"""Tables, ids and gradients over several devices."""
+"""Several devices: sums of row-sparse gradients (`collectives`), tables split over a mesh (`sharding`)."""

@@ -1,12 +1,11 @@
 """Sums and means across devices of trees that hold row-sparse gradients.
 
-`lax.psum` of two devices' ids would be the id of a third row (and is refused). Row-sparse leaves are gathered instead,
-and added up in device order, so that the sum has the same bits on every device. The bytes moved depend on the batch,
-not on num_rows.
+`lax.psum` would add row ids, so it is refused for row-sparse gradients. They are gathered instead and summed in device
+order, so each device has the same bits. The bytes moved depend on the batch, not on num_rows.
 
-Unless told not to, jax.shard_map checks over which mapped axes each array varies. There, jax.grad psums the gradients
-of arrays that do not vary. RowSparse gradients cannot be psum-ed. So the differentiated arrays are made varying first
-(`_jax.vary`), each device has its own gradients, as under pmap, and they are combined here.
+With check_vma=True, the default, jax.shard_map knows over which mapped axes an array varies, and jax.grad psums the
+gradients of arrays that do not vary. RowSparse gradients cannot be psum-ed. So the differentiated arrays are made
+varying first (`_jax.vary`): each device has its own gradients, as under pmap, and they are combined here.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def psum(tree: Any, axis_name: Any) -> Any:
     """The sum of `tree` over a mapped axis.
 
     Args:
-      tree: any pytree; a RowSparse of ids (k,) becomes one of min(n * k, num_rows) unique ids, n being the axis's size,
-        other leaves are lax.psum's.
-      axis_name: of jax.pmap or shard_map.
+      tree: any pytree. A RowSparse of ids (k,) becomes one of min(n * k, num_rows) unique ids, n being the size of the
+        axis. Other leaves are summed by lax.psum.
+      axis_name: a mapped axis of jax.pmap or jax.shard_map.
 
     Returns:
-      The tree, the same on all devices.
+      The summed tree, equal on all devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -50,10 +49,10 @@ def psum(tree: Any, axis_name: Any) -> Any:
 
 
 def pmean(tree: Any, axis_name: Any) -> Any:
-    """The mean of `tree` over a mapped axis: psum divided by the axis's size, for RowSparse leaves as for dense ones.
+    """The mean of `tree` over a mapped axis: `js.psum` divided by the size of the axis.
 
-    Args, returns and errors are those of `js.psum`. Where devices hold different numbers of examples a mean of means is
-    not the mean; js.make_train_step weighs them.
+    Arguments, result and errors are those of `js.psum`. If devices hold different numbers of examples, this is not the
+    mean over examples; js.make_train_step(axis_name=...) weighs the devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -67,15 +66,19 @@ def pmean(tree: Any, axis_name: Any) -> Any:
 
 
 def in_auto_mode(fun: Callable[..., Any], state: Any, *args: Any) -> Any:
-    """fun(state, *args) -> (a tree like state, others), over a mesh of any axis types: in Explicit ones JAX wants to be
-    told the sharding of every gather, here those of the state say it all."""
+    """Calls fun(state, *args) -> (a tree like state, others) with the Explicit axes of a mesh as Auto axes.
+
+    On Explicit axes, JAX needs the sharding of each gather as an argument. Here those of the state determine all.
+    """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves((state, args)) if isinstance(x, jax.Array)]
     meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
     if not meshes:
         return fun(state, *args)
     kinds = zip(meshes[0].axis_names, meshes[0].axis_types, strict=True)
     axes = tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
-    anywhere = NamedSharding(meshes[0], PartitionSpec())
-    of_each = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
-    of_state = jax.tree.map(lambda s: anywhere if s.mesh.empty else s, of_each)  # NumPy's are on no mesh
-    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=(of_state, anywhere))(state, *args)
+    replicated = NamedSharding(meshes[0], PartitionSpec())
+    shardings_of_leaves = jax.tree.map(lambda x: jax.typeof(x).sharding, state)
+    shardings_of_state = jax.tree.map(
+        lambda s: replicated if s.mesh.empty else s, shardings_of_leaves
+    )  # NumPy arrays are on no mesh
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=(shardings_of_state, replicated))(state, *args)

@@ -1,16 +1,15 @@
 """Tables split over the devices of a mesh, and batches from several hosts.
 
-There is nothing to it but shardings. A step gathers the rows of a batch, updates them, and scatters them
-back (rowwise.py); jax.jit over a mesh partitions that as it stands. Where a table's rows are split over an axis, every
-device takes the rows that it has from its own part, these are added up over the axis into the block that the batch
-needs, all devices along the axis update it, and each writes back the rows that it has. So no id is dropped and no table
-is ever gathered, whatever the ids; a norm is the norm, because the program is the one of a single device; and a device
-holds its part of the tables and O(batch).
+The only mechanism is shardings. A step gathers the rows of a batch, updates them and scatters them back (rowwise.py),
+and jax.jit partitions this program over a mesh. If the rows of a table are split over an axis, each device gathers the
+rows of its part; these are summed over the axis into the block of the batch; all devices along the axis update the
+block; and each scatters the rows of its part. So no id is dropped, and no table is gathered. Norms are right, because
+the program is that of one device. A device holds its part of the tables, and O(batch).
 
-What moves in a step is one block of every array that has the table's rows (three for Adam) and the ids, whatever
-num_rows is. Of the two known ways to route, this is the one without capacities and fallbacks. Its cost: every device
-looks at all ids and updates the whole block, so with n devices a table n times as large fits, but a step is no faster;
-split the batch over another axis for that.
+A step moves the ids, and one block of each array that has the table's rows (three for Adam), whatever num_rows is. No
+buffer can overflow, unlike where each id is sent to the device of its row. The cost: each device handles all ids and
+updates the whole block. So a table n times as large fits on n devices, but a step is not faster. For speed, split the
+batch over another axis.
 """
 
 from __future__ import annotations
@@ -30,35 +29,34 @@ from jaxsparse._jax import is_traced
 from jaxsparse.ops.rows import check_arrays
 from jaxsparse.optim.lazy import plan_update
 
-# their stubs give a tree definition no methods
+# Any: the type stubs of tree definitions have no methods
 _flatten: Any = jax.tree.flatten
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 
 
 def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[str, Any], bool], axis: str) -> Any:
-    """A state with the rows of its tables split over a mesh axis, and all else on every device.
+    """Splits the rows of a state's tables over a mesh axis. All other arrays are on every device.
 
-    With a table go all arrays of the optimizer that have one row for each of its rows: slots, stamps. Where
-    num_rows is no multiple of the axis's size, rows of zeros are added, which no id names: the parameter is that much
-    taller from then on (flax modules want to be told: num_embeddings=js.padded_rows(num_rows, size)).
+    The arrays of the optimizer that have a row for each row of a table are split like the table. If num_rows is not a
+    multiple of the axis's size, rows of zeros are added at the end. The parameter keeps them, so Flax modules need
+    num_embeddings=js.padded_rows(num_rows, size).
 
-    Row r is on device r // (num_rows / size) of the axis. Frequent rows of small ids are all on the first one, then,
-    which does no harm to correctness or traffic; `js.spread_ids` spreads them.
+    Row r is on device r // (num_rows / size) of the axis. If small ids are frequent, the first device has most of the
+    rows that are read; results and traffic are the same. `js.spread_ids` spreads them.
 
     Args:
-      state: a TrainState, or another object with params, opt_state, tx and replace; of arrays, or traced: under
-        jax.jit, jit(lambda key: js.shard_rows(create(key), mesh, ...)) makes a state that no single device could hold.
+      state: a TrainState, or another object with params, opt_state, tx and replace. It may be traced:
+        jax.jit(lambda key: js.shard_rows(create(key), mesh, ...)) makes a state that is too large for one device.
       mesh: a jax.sharding.Mesh with any axis types.
-      tables: which parameters: parts of their paths as jax.tree_util.keystr writes them, or a function of
-        (path, leaf).
+      tables: the parameters to split: parts of their paths as of jax.tree_util.keystr, or a function of (path, leaf).
       axis: the mesh axis.
 
     Returns:
-      The state, for js.make_train_step, js.flush, js.evaluate and the like.
+      The state, for js.make_train_step, js.flush, js.evaluate and others.
 
     Raises:
-      ValueError: if `axis` is not an axis of the mesh, or a name fits no parameter, or an optimizer does not act on
-        each row by itself.
+      ValueError: if `axis` is not an axis of the mesh, a name fits no parameter, or the optimizer does not act on each
+        row by itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -80,8 +78,8 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
     def put(x: Any, by_row: bool) -> Any:
         x = jnp.asarray(x)
         if by_row:
-            more = -x.shape[0] % mesh.shape[axis]
-            x = jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1)) if more else x
+            num_added = -x.shape[0] % mesh.shape[axis]
+            x = jnp.pad(x, [(0, num_added)] + [(0, 0)] * (x.ndim - 1)) if num_added else x
         sharding = NamedSharding(mesh, PartitionSpec(axis) if by_row else PartitionSpec())
         if is_traced(x) and AxisType.Auto in mesh.axis_types:
             return jax.lax.with_sharding_constraint(x, sharding)
@@ -99,7 +97,7 @@ def shard_rows(state: Any, mesh: Any, tables: str | Sequence[str] | Callable[[st
 
 
 def padded_rows(num_rows: int, shards: int) -> int:
-    """The smallest multiple of `shards` that is not below num_rows.
+    """The smallest multiple of `shards` that is at least num_rows.
 
     Example:
       >>> import jaxsparse as js
@@ -110,19 +108,20 @@ def padded_rows(num_rows: int, shards: int) -> int:
 
 
 def spread_ids(ids: Any, num_rows: int, shards: int) -> Any:
-    """Ids renamed so that neighbours are on different shards: id r becomes (r % shards) * n + r // shards, n being
+    """Renames ids so that neighbours are on different shards: id r becomes (r % shards) * n + r // shards, with n =
     ceil(num_rows / shards).
 
-    Ids are often sorted by frequency, or numbered one feature after another, and a table is split into runs of rows.
-    Renamed like this, in the data or in the model, r and r + 1 are on shards that follow each other.
+    Ids are often sorted by frequency, and a table is split into ranges of rows, so one shard would have most of the
+    rows that are read. Rename the ids in the data or in the model.
 
     Args:
-      ids: integers, NumPy or JAX, of any shape. Those outside [0, num_rows) stay outside [0, padded_rows).
-      num_rows: of the table before padding.
+      ids: integers, NumPy or JAX, of any shape. Ids outside [0, num_rows) stay outside [0, padded_rows).
+      num_rows: rows of the table before padding.
       shards: the number of devices that the table is split over.
 
     Returns:
-      Ids of the same shape, below padded_rows(num_rows, shards), no two alike that were not; narrow types become int32.
+      Ids of the same shape, below padded_rows(num_rows, shards). Different ids stay different. 8- and 16-bit ids become
+      int32.
 
     Example:
       >>> import numpy as np, jaxsparse as js
@@ -137,18 +136,18 @@ def spread_ids(ids: Any, num_rows: int, shards: int) -> Any:
 
 
 def global_batch(batch: Any, mesh: Any, axis: str) -> Any:
-    """This host's part of a batch, with the parts of all other hosts, as arrays split over a mesh axis.
+    """Makes global arrays, split over a mesh axis, from each host's part of a batch.
 
     Args:
-      batch: what js.batches(..., shard=(jax.process_index(), jax.process_count())) gives, with or without devices=.
+      batch: a batch of js.batches(..., shard=(jax.process_index(), jax.process_count())), with or without devices=.
       mesh: a mesh over the devices of all hosts.
-      axis: the mesh axis to split the leading axis of all leaves over.
+      axis: the mesh axis that the leading axis of each leaf is split over.
 
     Returns:
-      The batch. Made with devices=, it is for jax.shard_map, otherwise for jax.jit.
+      The batch: for jax.shard_map if it was made with devices=, otherwise for jax.jit.
 
     Raises:
-      ValueError: for BCOO leaves from several hosts that were made without devices=: their row numbers are the host's.
+      ValueError: if there are several hosts, BCOO leaves and no devices=: each host numbers its rows from 0.
 
     Example:
       >>> import jax, jaxsparse as js

@@ -1,3 +1,4 @@
-"""Files as people have them, in chunks of examples: `lines` (text and its bad lines), `columns` (what columns mean),
-and a file for each format. The public functions are those of `jaxsparse`.
+"""Readers of files, which return chunks of examples. `lines` reads text files and collects bad lines, `columns` says
+what each column is, `digits` parses small integers; then one module for each format. To add a format, subclass
+`lines.LineReader`.
 """

@@ -1,4 +1,4 @@
-"""What the columns of a table mean: label, weight, numbers, ids, and what is hashed. The same for every format."""
+"""The roles of columns, for all formats: label, weight, numbers, ids, hashed columns and crosses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Columns:
-    """Which columns there are in a chunk, and as what. Its arguments are those of `js.read_csv`."""
+    """The role of each column that is read. The arguments are those of `js.read_csv`."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Columns:
         self.crosses = {" x ".join(of): tuple(of) for of in crosses}
         self.fill, self.missing = fill, missing
         if not (self.numbers or self.ids or self.hashed or self.crosses):
-            got = "none of them"
-            raise ValueError(message(function, "numbers", "given, or ids, hashed or crosses: the features", got))
+            got = "no features"
+            raise ValueError(message(function, "numbers", "given, or ids, hashed or crosses", got))
         twice = {name for name in (*self.ids, *self.hashed) if (*self.ids, *self.hashed).count(name) > 1}
         if twice or ("numbers" in (*self.ids, *self.hashed) and self.numbers):
-            raise ValueError(message(function, "hashed", "of other columns than ids, each once", sorted(twice)))
+            raise ValueError(message(function, "hashed", "columns that are not among ids, each once", sorted(twice)))
         if fill is not None and not abs(fill) <= _LARGEST:
             raise ValueError(message(function, "fill", "a finite number", fill))
         self.num_rows, self.seed = {}, {}
@@ -63,13 +63,13 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """Every column that is read."""
+        """The names of all columns that are read."""
         given = [name for name in (self.label, self.weight) if name is not None]
         of_crosses = [name for of in self.crosses.values() for name in of]
         return list(dict.fromkeys([*given, *self.numbers, *self.ids, *self.hashed, *of_crosses]))
 
     def check(self, path: str, there: Sequence[str]) -> None:
-        """Raises ValueError for a column that a file has not, or twice."""
+        """Raises ValueError if a file does not have a column, or has it twice."""
         for name in self.names:
             if list(there).count(name) != 1:
                 shown = ", ".join(map(repr, there[:50]))
@@ -77,7 +77,7 @@ class Columns:
                 raise ValueError(f"js.{self.function}: {path} has {count} {name!r}. Its columns are {shown}.")
 
     def chunk(self, get: Callable[[str], Any], number: Callable[[str], np.ndarray]) -> Chunk:
-        """The chunk of some rows: get(name) is what js.hash_ids takes, or ids; number(name) is float32 (n,)."""
+        """The chunk of some rows. get(name) is ids, or values for js.hash_ids; number(name) is float32 (n,)."""
         x: dict[str, Any] = {}
         if self.numbers:
             x["numbers"] = np.stack([number(name) for name in self.numbers], axis=1)
@@ -93,7 +93,7 @@ class Columns:
         return Chunk(x, label, weight)
 
     def fill_of(self, name: str) -> float | None:
-        """What a missing number counts as."""
+        """The value of an empty number, or None if it is an error."""
         return self.fill if name in self.numbers else None
 
 
@@ -105,15 +105,16 @@ def convert(
     as_ids: Callable[[list[Any]], Any],
     checks: Mapping[str, Any],
 ) -> tuple[Chunk, int, dict[int, str]]:
-    """The chunk of columns of Python's objects, without the rows that are bad; its examples; and what is bad, and why.
+    """Makes a chunk of columns of Python objects. Returns (chunk without bad rows, its examples, {bad row: reason}).
 
     Args:
-      columns: what they are.
-      values: by name, `count` of each.
-      count: the rows.
-      as_numbers: (values, fill) -> float32 (n,), and as_ids, of a whole column; both raise ValueError.
-      checks: "numbers", "ids" and "hashed": (a column) -> a function of one of its values that raises BadRowError if it
-        cannot be that. That of numbers returns whether it is missing.
+      columns: the roles.
+      values: by column name, a list of `count` values.
+      count: the number of rows.
+      as_numbers: (values of a column, fill) -> float32 (n,); raises ValueError.
+      as_ids: values of a column -> ids; raises ValueError.
+      checks: for "numbers", "ids" and "hashed": a function of a column that returns a check of one value. The check
+        raises BadRowError for a bad value. That of numbers returns whether the value is missing.
     """
     bad: dict[int, str] = {}
     for _ in range(2):
@@ -145,7 +146,7 @@ def _bad_rows(columns: Columns, values: dict[str, list[Any]], checks: Mapping[st
             for at, value in enumerate(values[name]):
                 try:
                     if check(value) and columns.fill_of(name) is None:
-                        raise BadRowError("is empty; fill= is what missing numbers count as")
+                        raise BadRowError("is empty; give fill=, the value of an empty number")
                     if name == columns.weight and value is not None and float(value) < 0:
                         raise BadRowError(f"is a weight, and {value} is negative")
                 except BadRowError as error:
@@ -154,7 +155,7 @@ def _bad_rows(columns: Columns, values: dict[str, list[Any]], checks: Mapping[st
 
 
 def finite(numbers: Any) -> np.ndarray:
-    """float32 (n,); ValueError if one is not finite there."""
+    """numbers as float32 (n,). Raises ValueError if one is not finite in float32."""
     numbers = np.asarray(numbers, np.float64)
     if not (np.abs(numbers) <= _LARGEST).all():
         raise ValueError
@@ -163,4 +164,4 @@ def finite(numbers: Any) -> np.ndarray:
 
 def check_finite(value: float, shown: Any) -> None:
     if not abs(value) <= _LARGEST:
-        raise BadRowError(f"is {shown!r}, no finite number")
+        raise BadRowError(f"is {shown!r}, not a finite number")

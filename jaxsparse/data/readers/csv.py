@@ -39,35 +39,35 @@ def read_csv(
     """Chunks of comma- or tab-separated files.
 
     Args:
-      paths: a file, or a list of files of the same columns, gzipped or not, in UTF-8.
-      label: the column of the targets, numbers.
-      weight: the column of the examples' weights.
-      numbers: columns of numbers: together the feature "numbers", float32 (n, len(numbers)).
-      ids: columns of integers from 0 on, each a feature, int64 (n,).
-      hashed: columns of strings, each a feature: js.hash_ids(column, num_rows, seed). An empty field is the string "".
-      crosses: lists of columns, each a feature "a x b": js.cross(columns, num_rows, seed).
-      num_rows: rows of the tables that hashes go into, an int or one by feature name.
-      seed: of the hashes, an int or one by feature name. Columns that share a table want seeds of their own, or "1" in
-        one is "1" in the other.
-      fill: what an empty field among `numbers` counts as. By default that is a bad line.
-      columns: the names of the columns, of files without a first line that has them.
-      delimiter: by default a tab in files whose names have .tsv or .tab in them, otherwise a comma.
-      quote: what stands around fields that have delimiters or ends of lines in them; None where nothing does.
-      chunk_rows: rows that are read at a time.
-      bad_lines: a file that bad lines are put into, each after its place, the reason and a tab. They are counted in
-        `num_bad`, and at the end of a pass a warning says so. By default the first bad line is an error.
+      paths: a file, or a list of files with the same columns, in UTF-8; gzipped or not.
+      label: the column of the targets, which are numbers.
+      weight: the column of the example weights.
+      numbers: columns of numbers. They become one feature, "numbers", float32 (n, len(numbers)).
+      ids: columns of integers of at least 0. Each becomes a feature, int64 (n,).
+      hashed: columns of strings. Each becomes a feature, js.hash_ids(column, num_rows, seed). An empty field is "".
+      crosses: lists of columns. Each becomes a feature "a x b", js.cross(columns, num_rows, seed).
+      num_rows: rows of the tables that hashed features index: an int, or a dict of ints by feature name.
+      seed: of the hashes: an int, or a dict of ints by feature name. If columns share a table, give them different
+        seeds; otherwise "1" in one column has the same row as "1" in another.
+      fill: the value of an empty field in `numbers`. By default such a line is bad.
+      columns: the column names, for files without a line of names.
+      delimiter: by default a tab if the file's name has .tsv or .tab in it, otherwise a comma.
+      quote: the quote character of fields that contain delimiters or line ends; None for no quoting.
+      chunk_rows: lines in a chunk.
+      bad_lines: a file to write bad lines to: place, reason, tab, line. `num_bad` counts them, and a warning ends the
+        pass. By default the first bad line raises.
 
     Returns:
-      A reader, an iterable of chunks (x, y, weight), each pass from the beginning. x is a dict of features by name, y
-        and weight are float32 (n,), or None without `label` or `weight`.
+      A reader: an iterable of chunks (x, y, weight). Each `iter()` reads from the beginning. x is a dict of features by
+        name; y and weight are float32 (n,), or None without `label` or `weight`.
 
     Raises:
-      FileNotFoundError: if a file is not there.
-      TypeError: for names that are no lists of names.
-      ValueError: for a bad line, with file and line; for columns that are not there; and for damaged gzip files.
+      FileNotFoundError: if a file does not exist.
+      TypeError: if a list of names is not one.
+      ValueError: for a bad line, with file and line number; if a column does not exist; for a damaged gzip file.
 
     Example:
-      Criteo's click logs: a label, 13 numbers and 26 categories, without a line of names.
+      Criteo's click logs have a label, 13 numbers and 26 categories, and no line of names.
 
       >>> import pathlib, tempfile, jaxsparse as js
       >>> names = ["click", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
@@ -80,7 +80,7 @@ def read_csv(
       ...     print(x["numbers"].shape, x["C1"].tolist(), len(x), y.tolist())
       (1, 13) [809] 27 [1.0]
     """
-    of = Columns(
+    roles = Columns(
         "read_csv",
         label=label,
         weight=weight,
@@ -93,14 +93,14 @@ def read_csv(
         fill=fill,
         missing=None,
     )
-    return _Csv(paths, of, columns, delimiter, quote, chunk_rows, bad_lines)
+    return _Csv(paths, roles, columns, delimiter, quote, chunk_rows, bad_lines)
 
 
 class _Csv(Reader):
     def __init__(
         self,
         paths: Any,
-        of: Columns,
+        roles: Columns,
         names: Sequence[str] | None,
         delimiter: str | None,
         quote: str | None,
@@ -111,7 +111,7 @@ class _Csv(Reader):
         for argument, value in (("delimiter", delimiter), ("quote", quote)):
             if value is not None and (not isinstance(value, str) or len(value) != 1):
                 raise ValueError(message("read_csv", argument, "one character", repr(value)))
-        self.of, self.names, self.delimiter, self.quote = of, names, delimiter, quote
+        self.roles, self.names, self.delimiter, self.quote = roles, names, delimiter, quote
 
     def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
         is_tab = any(f".{kind}" in path.lower() for kind in ("tsv", "tab"))
@@ -120,33 +120,33 @@ class _Csv(Reader):
             yield from self.blocks(path, Blocks("read_csv", path, file), delimiter)
 
     def blocks(self, path: str, lines: Blocks, delimiter: str) -> Iterator[tuple[Chunk, int]]:
-        """The same of an open file."""
+        """The chunks of an open file, and the examples of each."""
         first, names = 1, self.names
         while names is None:
             line = lines.take(1)
             if not line:
                 raise ValueError(f"js.read_csv: {path} is empty. Give columns=, if it has no line of names.")
             rows = _Rows(line, lines, delimiter, self.quote, first)
-            for (number, raw), row, reason in rows.taken:
+            for (number, raw), row, reason in rows.parsed:
                 if reason:
                     raise ValueError(f"js.read_csv: {path}, line {number}: {reason}. The line is {raw!r}.")
                 names = row
             first = rows.line
-        self.of.check(path, names)
-        at = {name: list(names).index(name) for name in self.of.names}
+        self.roles.check(path, names)
+        at = {name: list(names).index(name) for name in self.roles.names}
         while block := lines.take(self.chunk_rows):
-            count, chunk = self.plain(block, delimiter, len(names), at)
+            count, chunk = self.parse_fast(block, delimiter, len(names), at)
             if chunk is not None:
                 yield chunk, count
                 first += count
             else:
                 rows = _Rows(block, lines, delimiter, self.quote, first)
-                yield self.each(path, rows, len(names), at)
+                yield self.parse_by_row(path, rows, len(names), at)
                 first = rows.line
 
-    def plain(self, block: bytes, delimiter: str, width: int, at: dict[str, int]) -> tuple[int, Chunk | None]:
-        """How many lines these are, and their chunk, if they are all good and have no quotes; what is hashed is not
-        taken apart."""
+    def parse_fast(self, block: bytes, delimiter: str, width: int, at: dict[str, int]) -> tuple[int, Chunk | None]:
+        """The number of lines in a block, and their chunk; None for the chunk if a line is bad or has quotes. Hashed
+        fields stay slices of the block."""
         joined = block if block.endswith(b"\n") else block + b"\n"
         if b"\r" in joined:
             joined = joined.replace(b"\r\n", b"\n")
@@ -157,35 +157,35 @@ class _Csv(Reader):
         buffer = np.frombuffer(joined + bytes(8), np.uint8)
         ends = np.flatnonzero((buffer == ord(delimiter)) | (buffer == ord("\n")))
         if len(ends) != count * width or (buffer[ends[width - 1 :: width]] != ord("\n")).any():
-            return count, None  # as many ends of lines as lines: none is elsewhere
+            return count, None  # each line has `width` fields
         starts = np.concatenate([[0], ends[:-1] + 1]).reshape(-1, width)
         lengths = ends.reshape(-1, width) - starts
-        table = Table(buffer, starts, lengths, {at[name]: self.of.seed[name] for name in self.of.hashed})
-        columns = [at[name] for name in self.of.numbers]
-        together = integers(buffer, starts[:, columns], lengths[:, columns], self.of.fill)
+        table = Table(buffer, starts, lengths, {at[name]: self.roles.seed[name] for name in self.roles.hashed})
+        columns = [at[name] for name in self.roles.numbers]
+        all_numbers = integers(buffer, starts[:, columns], lengths[:, columns], self.roles.fill)
 
         @functools.cache
         def fields() -> list[str]:
             return joined[:-1].decode().replace("\n", delimiter).split(delimiter)
 
         def number(name: str) -> np.ndarray:
-            if together is not None and name in self.of.numbers:
-                return together[:, self.of.numbers.index(name)].astype(np.float32)
-            n, fill = at[name], self.of.fill_of(name)
+            if all_numbers is not None and name in self.roles.numbers:
+                return all_numbers[:, self.roles.numbers.index(name)].astype(np.float32)
+            n, fill = at[name], self.roles.fill_of(name)
             found = integers(buffer, starts[:, n], lengths[:, n], fill)
             return _numbers(fields()[n::width], fill) if found is None else found.astype(np.float32)
 
         try:
             if not joined.isascii():
-                joined.decode()  # raises a ValueError unless it is UTF-8
-            ids = {name: _ids(fields()[at[name] :: width]) for name in self.of.ids}
-            return count, self.of.chunk(lambda name: ids.get(name, Fields(table, at[name])), number)
+                joined.decode()  # raises ValueError unless it is UTF-8
+            ids = {name: _ids(fields()[at[name] :: width]) for name in self.roles.ids}
+            return count, self.roles.chunk(lambda name: ids.get(name, Fields(table, at[name])), number)
         except (ValueError, OverflowError):
             return count, None
 
-    def each(self, path: str, rows: _Rows, width: int, at: dict[str, int]) -> tuple[Chunk, int]:
+    def parse_by_row(self, path: str, rows: _Rows, width: int, at: dict[str, int]) -> tuple[Chunk, int]:
         good, where, wrong = [], [], []
-        for lines, row, reason in rows.taken:
+        for lines, row, reason in rows.parsed:
             if reason:
                 wrong.append((lines, reason))
             elif len(row) != width:
@@ -195,29 +195,30 @@ class _Csv(Reader):
                 where.append(lines)
         by_column = list(zip(*good, strict=True)) or [()] * width
         values = {name: list(by_column[n]) for name, n in at.items()}
-        chunk, count, bad = convert(self.of, values, len(good), _numbers, _ids, _CHECKS)
+        chunk, count, bad = convert(self.roles, values, len(good), _numbers, _ids, _CHECKS)
         for (line, raw), reason in sorted(wrong + [(where[n], reason) for n, reason in bad.items()]):
             self.bad(path, line, reason, raw)
         return chunk, count
 
 
 class _Rows:
-    """The rows that begin in a block of lines. The last one may take more lines than these.
+    """The rows that begin in a block of lines. The last row may need lines after the block.
 
     Attributes:
-      taken: of each row ((its first line, its bytes), its fields, "" or what is wrong with it). Empty lines are none.
-      line: the number of the line behind them.
+      parsed: for each row ((number of its first line, its bytes), its fields, reason why it is bad or ""). Empty lines
+        are left out.
+      line: the number of the line after the rows.
     """
 
     def __init__(self, block: bytes, more: Iterable[bytes], delimiter: str, quote: str | None, first: int) -> None:
-        own = io.BytesIO(block).readlines()
+        block_lines = io.BytesIO(block).readlines()
         self.raw: list[bytes] = []
         self.line = first
         quoting = {"quoting": csv.QUOTE_NONE} if quote is None else {"quotechar": quote}
-        lines = self.lines(itertools.chain(own, more))
+        lines = self.lines(itertools.chain(block_lines, more))
         rows = csv.reader(lines, delimiter=delimiter, strict=True, **quoting)  # type: ignore[arg-type]
-        self.taken: list[Any] = []
-        while self.line < first + len(own):
+        self.parsed: list[Any] = []
+        while self.line < first + len(block_lines):
             row, reason = None, ""
             try:
                 row = next(rows, None)
@@ -225,15 +226,15 @@ class _Rows:
                 reason = f"{error}"
             raw, self.raw = self.raw, []
             line, self.line = self.line, self.line + len(raw)
-            whole = raw[0] if len(raw) == 1 else b"".join(raw)
-            if row == [] and not whole.strip():
+            row_bytes = raw[0] if len(raw) == 1 else b"".join(raw)
+            if row == [] and not row_bytes.strip():
                 continue
-            if not reason and not whole.isascii():
+            if not reason and not row_bytes.isascii():
                 try:
-                    whole.decode()
+                    row_bytes.decode()
                 except UnicodeDecodeError:
                     reason = "it is not in UTF-8"
-            self.taken.append(((line, whole), row, reason))
+            self.parsed.append(((line, row_bytes), row, reason))
 
     def lines(self, given: Iterable[bytes]) -> Iterator[str]:
         for raw in given:
@@ -250,7 +251,7 @@ def _numbers(values: list[str], fill: float | None) -> np.ndarray:
     except ValueError:
         if fill is None or all(map(str.strip, values)):
             raise
-        return _numbers([value.strip() for value in values], fill)  # fields of spaces are empty
+        return _numbers([value.strip() for value in values], fill)  # a field of spaces is empty
 
 
 def _ids(values: list[str]) -> np.ndarray:
@@ -262,7 +263,7 @@ def _ids(values: list[str]) -> np.ndarray:
 
 
 def _check_plain(values: list[str]) -> None:
-    """Raises ValueError for what only Python takes for numbers: 1_000."""
+    """Raises ValueError for numbers in Python syntax only, such as 1_000."""
     joined = "".join(values)
     if "_" in joined or not joined.isascii():
         raise ValueError
@@ -275,7 +276,7 @@ def _is_number(value: str) -> bool:
         _check_plain([value])
         number = float(value)
     except ValueError:
-        raise BadRowError(f"is {value!r}, no number") from None
+        raise BadRowError(f"is {value!r}, not a number") from None
     check_finite(number, value)
     return False
 
@@ -284,7 +285,7 @@ def _is_id(value: str) -> None:
     try:
         _ids([value])
     except (ValueError, OverflowError):
-        raise BadRowError(f"is {value!r}, no integer from 0 to 2**63 - 1") from None
+        raise BadRowError(f"is {value!r}, not an integer from 0 to 2**63 - 1") from None
 
 
 _CHECKS = {"numbers": lambda _: _is_number, "ids": lambda _: _is_id, "hashed": lambda _: lambda value: None}

@@ -1,4 +1,4 @@
-"""Columns of small integers, which most columns of numbers are, without a Python object for each."""
+"""Parses columns of small integers, the most frequent numbers, without a Python object for each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ _HIGH, _LOW = np.uint64(100 + (1_000_000 << 32)), np.uint64(1 + (10_000 << 32))
 
 
 def integers(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, fill: float | None) -> np.ndarray | None:
-    """float64 of fields that are up to 8 digits, a minus before them or not, or empty where there is a fill.
+    """float64 values of fields of up to 8 digits with an optional minus, or empty ones if `fill` is given. None if any
+    field is something else.
 
-    None where one is not. Eight bytes are a word of 64 bits, the first digit lowest: three multiplications make pairs,
-    fours and eights of its digits (Lemire, "Quickly parsing eight digits", 2018).
+    Eight digits are one 64-bit word, the first digit lowest. Three multiplications combine its digits to pairs, groups
+    of four, and all eight (Lemire, "Quickly parsing eight digits", 2018).
 
     Args:
-      buffer: uint8, with 8 bytes or more behind the last field.
+      buffer: uint8, with at least 8 bytes after the last field.
       starts: int64, of any shape.
       lengths: int64, of that shape.
-      fill: what an empty field counts as.
+      fill: the value of an empty field.
     """
-    rows = max(_CHUNK // max(starts[:1].size, 1), 1)  # at a time: what is made of them on the way stays in the cache
+    rows = max(_CHUNK // max(starts[:1].size, 1), 1)  # at a time, so that temporaries stay in the CPU cache
     if len(starts) > rows:
         parts = []
         for at in range(0, len(starts), rows):
@@ -37,9 +38,9 @@ def integers(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, fill: 
     is_empty = lengths == 0
     if (lengths.max(initial=0) > 8) or (is_empty & minus).any() or (fill is None and is_empty.any()):
         return None
-    words: np.ndarray = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))  # at every byte
+    words: np.ndarray = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))  # the word that starts at each byte
     behind = (8 * (8 - lengths.clip(1))).astype(np.uint64)
-    digits = (words[starts] ^ np.uint64(ord("0") * _ONES)) << behind  # what is behind the field is gone, 0s before it
+    digits = (words[starts] ^ np.uint64(ord("0") * _ONES)) << behind  # drops bytes after the field, zeros before it
     if (((digits + np.uint64(6 * _ONES)) | digits) & np.uint64(0xF0 * _ONES))[~is_empty].any():
         return None
     digits = digits * _TENS + (digits >> np.uint64(8))

@@ -1,4 +1,4 @@
-"""JSON lines: an object a line."""
+"""JSON lines files: one object a line."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ def read_jsonl(
     chunk_rows: int = 16384,
     bad_lines: Any = None,
 ) -> Reader:
-    """Chunks of JSON lines files: an object a line, whose keys are the columns.
+    """Chunks of JSON lines files. Each line is an object; its keys are the columns.
 
     Args:
       paths: a file, or a list of files, gzipped or not.
-      label: the key of the targets, numbers.
-      weight: the key of the examples' weights.
-      numbers: keys of numbers or booleans: together the feature "numbers", float32 (n, len(numbers)).
-      ids: keys of integers from 0 on, or of lists of them, each a feature: int64 (n,), or a list of n arrays.
-      hashed: keys of strings or integers, or of lists of them, each a feature: js.hash_ids(values, num_rows, seed).
-      crosses: lists of keys, each a feature "a x b": js.cross(values, num_rows, seed).
-      num_rows: rows of the tables that hashes go into, an int or one by feature name.
-      seed: of the hashes, an int or one by feature name.
-      fill: what a null among `numbers` counts as; without it that is a bad line, and so is a key that is not there.
-      missing: what a null is hashed as; without it that is a bad line.
-      chunk_rows: lines that are read at a time.
-      bad_lines: a file that bad lines are put into, as of `js.read_csv`.
+      label: the key of the targets, which are numbers.
+      weight: the key of the example weights.
+      numbers: keys of numbers or booleans. They become one feature, "numbers", float32 (n, len(numbers)).
+      ids: keys of integers of at least 0, or of lists of them. Each becomes a feature: int64 (n,), or a list of n
+        arrays.
+      hashed: keys of strings or integers, or of lists of them. Each becomes a feature,
+        js.hash_ids(values, num_rows, seed).
+      crosses: lists of keys. Each becomes a feature "a x b", js.cross(values, num_rows, seed).
+      num_rows: rows of the tables that hashed features index: an int, or a dict of ints by feature name.
+      seed: of the hashes: an int, or a dict of ints by feature name.
+      fill: the value of a null in `numbers`. By default such a line is bad. A missing key is always bad.
+      missing: the value as which a null is hashed. By default such a line is bad.
+      chunk_rows: lines in a chunk.
+      bad_lines: a file to write bad lines to, as in `js.read_csv`.
 
     Returns:
-      A reader, an iterable of chunks (x, y, weight), each pass from the beginning. x is a dict of features by name, y
-        and weight are float32 (n,), or None without `label` or `weight`.
+      A reader: an iterable of chunks (x, y, weight). Each `iter()` reads from the beginning. x is a dict of features by
+        name; y and weight are float32 (n,), or None without `label` or `weight`.
 
     Raises:
-      FileNotFoundError, TypeError, ValueError: as `js.read_csv`. A key that an object has twice is a bad line, too.
+      FileNotFoundError, TypeError, ValueError: as `js.read_csv`. A line whose object has a key twice is bad, too.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -60,7 +62,7 @@ def read_jsonl(
       ...     print([ids.tolist() for ids in x["words"]], y.tolist())
       [[960, 638], []] [1.0, 0.0]
     """
-    of = Columns(
+    roles = Columns(
         "read_jsonl",
         label=label,
         weight=weight,
@@ -73,19 +75,19 @@ def read_jsonl(
         fill=fill,
         missing=missing,
     )
-    return _Jsonl(paths, of, chunk_rows, bad_lines)
+    return _Jsonl(paths, roles, chunk_rows, bad_lines)
 
 
 class _Jsonl(LineReader):
-    def __init__(self, paths: Any, of: Columns, chunk_rows: int, bad_lines: Any) -> None:
+    def __init__(self, paths: Any, roles: Columns, chunk_rows: int, bad_lines: Any) -> None:
         super().__init__("read_jsonl", paths, chunk_rows, bad_lines)
-        self.of = of
-        hashed = lambda values: _Hashed(values, of.missing is not None)  # noqa: E731
+        self.roles = roles
+        hashed = lambda values: _Hashed(values, roles.missing is not None)  # noqa: E731
         ids = lambda values: _Kinds(values, False)  # noqa: E731
         self.checks = {"numbers": lambda _: _is_number, "ids": ids, "hashed": hashed}
 
     def parse(self, lines: list[bytes], bad: Callable[[int, str], None]) -> tuple[Chunk, int]:
-        names = self.of.names
+        names = self.roles.names
         rows, at, wrong = [], [], {}
         for n, line in enumerate(lines):
             if not line.strip():
@@ -99,14 +101,14 @@ class _Jsonl(LineReader):
             except BadRowError as error:
                 wrong[n] = str(error)
             except (ValueError, RecursionError) as error:
-                wrong[n] = f"it is no JSON, {error}"
+                wrong[n] = f"it is not JSON: {error}"
             except (KeyError, TypeError, IndexError):
-                gone = [name for name in names if name not in row] if isinstance(row, dict) else None
-                wrong[n] = "it is no object" if gone is None else f"it has no {gone[0]!r}"
+                absent = [name for name in names if name not in row] if isinstance(row, dict) else None
+                wrong[n] = "it is not an object" if absent is None else f"it has no {absent[0]!r}"
         by_name = list(zip(*rows, strict=True)) or [()] * len(names)
         values = {name: list(column) for name, column in zip(names, by_name, strict=True)}
-        chunk, count, of_values = convert(self.of, values, len(rows), _numbers, _ids, self.checks)
-        wrong |= {at[n]: reason for n, reason in of_values.items()}
+        chunk, count, bad_values = convert(self.roles, values, len(rows), _numbers, _ids, self.checks)
+        wrong |= {at[n]: reason for n, reason in bad_values.items()}
         for n in sorted(wrong):
             bad(n, wrong[n])
         return chunk, count
@@ -147,13 +149,14 @@ def _is_number(value: Any) -> bool:
     if value is None:
         return True
     if type(value) not in (int, float, bool):
-        raise BadRowError(f"is {_shown(value)}, no number")
+        raise BadRowError(f"is {_shown(value)}, not a number")
     check_finite(value, value)
     return False
 
 
 class _Kinds:
-    """One kind of values in a column, that of the first one that is not null: a list or none, of `kinds`."""
+    """Checks that all values of a column are like its first one that is not null: of the same type in `kinds`, or
+    lists of it."""
 
     kinds: tuple[type, ...] = (int,)
     must = "integers from 0 to 2**63 - 1"
@@ -171,16 +174,16 @@ class _Kinds:
                 continue
             wrong = type(one) not in self.kinds or (self.kind or type(one)) is not type(one)
             if wrong or (type(one) is int and not self.low <= one < self.high):
-                raise BadRowError(f"is {_shown(value)}, where there are {self._said()}")
+                raise BadRowError(f"is {_shown(value)}, where there are {self._expected()}")
             if type(one) is str and not one.isascii():
                 _check_text(one)
             self.kind = type(one)
         if self.is_list is not is_list:
-            raise BadRowError(f"is {_shown(value)}, where there are {self._said()}")
+            raise BadRowError(f"is {_shown(value)}, where there are {self._expected()}")
 
-    def _said(self) -> str:
-        of = {str: "strings", int: self.must}[self.kind] if self.kind in (str, int) else self.must
-        return f"lists of {of}" if self.is_list else of
+    def _expected(self) -> str:
+        expected = {str: "strings", int: self.must}[self.kind] if self.kind in (str, int) else self.must
+        return f"lists of {expected}" if self.is_list else expected
 
 
 class _Hashed(_Kinds):
@@ -193,7 +196,7 @@ def _check_text(value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRowError(f"is {_shown(value)}, which has half of a surrogate pair") from None
+        raise BadRowError(f"is {_shown(value)}, which has a lone surrogate") from None
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Text files, gzipped or not, in chunks of lines that are numbered; and what becomes of bad lines."""
+"""Text files, gzipped or not, read in chunks of numbered lines; and bad lines, which raise or go into a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxsparse._checks import message, warn
 
 
 class Chunk(NamedTuple):
-    """Some examples of a file, as `js.stream` and `js.batches` take them: js.batches(chunk.x, chunk.y, ...).
+    """Some examples of a file, for `js.stream`, or js.batches(chunk.x, chunk.y, ...).
 
     Attributes:
       x: the features: a SciPy CSR matrix (n, num_features), or a dict of features by name.
@@ -29,16 +29,16 @@ class Chunk(NamedTuple):
 
 
 class BadRowError(ValueError):
-    """A line, or row, that is not what it has to be."""
+    """A line or row that is bad, with the reason."""
 
 
 class Reader:
-    """The chunks of some files. Each `iter()` reads them from the beginning, never more than a chunk at a time. With
-    bad_lines, finish or leave a pass before the next one begins.
+    """An iterable of the chunks of some files. Each `iter()` reads from the beginning, one chunk at a time. With
+    bad_lines, end a pass before the next one starts.
 
     Attributes:
-      num_examples: the examples of the last pass, as far as it went.
-      num_bad: the lines that it put into bad_lines.
+      num_examples: the number of examples read in the last pass.
+      num_bad: the number of lines that the last pass wrote to bad_lines.
     """
 
     def __init__(self, function: str, paths: Any, chunk_rows: Any, bad_lines: Any = None) -> None:
@@ -49,7 +49,7 @@ class Reader:
             raise ValueError(message(function, "paths", "a file, or a list of some", "an empty list"))
         for path in self.paths:
             if not os.path.isfile(path):
-                got = f"{path!r}, which is {'no file' if os.path.exists(path) else 'not there'},"
+                got = f"{path!r}, which {'is not a file' if os.path.exists(path) else 'does not exist'},"
                 raise FileNotFoundError(message(function, "paths", "files that can be read", got))
         if not isinstance(chunk_rows, int) or chunk_rows < 1:
             raise ValueError(message(function, "chunk_rows", "an integer of at least 1", repr(chunk_rows)))
@@ -57,8 +57,8 @@ class Reader:
         self.bad_lines = None if bad_lines is None else os.fspath(bad_lines)
         if self.bad_lines is not None and any(map(self._is_bad_lines, self.paths)):
             raise ValueError(message(function, "bad_lines", "another file than those that are read", self.bad_lines))
-        self._aside: BinaryIO | None = None
-        self.quiet = False  # in a pass that only looks
+        self._bad_file: BinaryIO | None = None
+        self.quiet = False  # whether this pass ignores bad lines
 
     def _is_bad_lines(self, path: str) -> bool:
         there = self.bad_lines is not None and os.path.exists(self.bad_lines)
@@ -69,7 +69,7 @@ class Reader:
         if self.bad_lines is None:
             yield from self._counted()
             return
-        with open(self.bad_lines, "wb") as self._aside:
+        with open(self.bad_lines, "wb") as self._bad_file:
             yield from self._counted()
         if self.num_bad:
             warn(f"js.{self.function}: {self.num_bad} bad lines were left out. They are in {self.bad_lines}.")
@@ -86,21 +86,21 @@ class Reader:
         raise NotImplementedError
 
     def bad(self, path: str, line: int, reason: str, raw: bytes) -> None:
-        """Puts a bad line aside, or raises."""
+        """Writes a bad line to bad_lines, or raises."""
         if self.quiet:
             return
         where = f"{path}, line {line}: {reason}"
-        if self._aside is None:
+        if self._bad_file is None:
             do = "Mend the line, or give bad_lines= a file for bad lines."
             shown = raw.decode(errors="replace").rstrip("\r\n")
             shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
             raise ValueError(f"js.{self.function}: {where}. The line is {shown!r}. {do}")
         self.num_bad += 1
-        self._aside.write(where.encode() + b"\t" + raw.rstrip(b"\r\n") + b"\n")
+        self._bad_file.write(where.encode() + b"\t" + raw.rstrip(b"\r\n") + b"\n")
 
 
 class LineReader(Reader):
-    """Of formats with an example a line."""
+    """Base class for formats with one example a line: override `parse`."""
 
     def chunks(self, path: str) -> Iterator[tuple[Chunk, int]]:
         first = 1
@@ -110,28 +110,31 @@ class LineReader(Reader):
             first += len(lines)
 
     def parse(self, lines: list[bytes], bad: Callable[[int, str], None]) -> tuple[Chunk, int]:
-        """The chunk of these lines, which calls bad(position, reason) for each that it leaves out."""
+        """The chunk of these lines, and its examples. Calls bad(position, reason) for each line that it leaves out."""
         raise NotImplementedError
 
 
 def in_lines(function: str, path: str, count: int) -> Iterator[list[bytes]]:
-    """Lists of up to `count` lines, with their ends."""
+    """Lists of up to `count` lines, with their line ends."""
     with read(function, path, lambda: open_file(path)) as file:
-        lines = itertools.chain(_first(file), file)
+        lines = itertools.chain(_first_line(file), file)
         while part := read(function, path, lambda: list(itertools.islice(lines, count))):
             yield part
 
 
 class Blocks:
-    """The lines of an open file, many of them at once as the bytes that they are, or one after the other."""
+    """The lines of an open file, in blocks of bytes or one by one."""
 
     def __init__(self, function: str, path: str, file: Any) -> None:
-        self._more = lambda: read(function, path, lambda: file.read(_PIECE))
-        self._data, self._start = self._more().removeprefix(_MARK), 0
-        self._ends, self._line = _ends(self._data), 0  # of all lines of the data, and how many of them are taken
+        self._more = lambda: read(function, path, lambda: file.read(_BLOCK_BYTES))
+        self._data, self._start = self._more().removeprefix(_BYTE_ORDER_MARK), 0
+        self._ends, self._line = (
+            _ends(self._data),
+            0,
+        )  # line ends in the data, and the number of lines returned
 
     def take(self, count: int) -> bytes:
-        """The next `count` lines with their ends, or those that are left. The last one may have no end."""
+        """The next `count` lines with their line ends, or fewer at the end of the file."""
         if len(self._ends) - self._line < count:
             parts = [self._data[self._start :]]
             have = len(self._ends) - self._line
@@ -152,23 +155,23 @@ class Blocks:
             yield line
 
 
-_MARK = b"\xef\xbb\xbf"  # that some programs put before the first line
-_PIECE = 1 << 20  # bytes that are read at a time
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs write it before the first line
+_BLOCK_BYTES = 1 << 20  # bytes that are read at a time
 
 
 def _ends(data: bytes) -> np.ndarray:
     return np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
 
 
-def _first(file: Any) -> Iterator[bytes]:
-    """The first line, without the mark that some programs put there."""
-    line = file.readline().removeprefix(_MARK)
+def _first_line(file: Any) -> Iterator[bytes]:
+    """The first line, without the byte order mark."""
+    line = file.readline().removeprefix(_BYTE_ORDER_MARK)
     if line:
         yield line
 
 
 def read(function: str, path: str, reading: Callable[[], Any]) -> Any:
-    """reading(), where a gzipped file may end too early."""
+    """reading(), with an error that names the file if it is a damaged gzip file."""
     try:
         return reading()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -176,15 +179,15 @@ def read(function: str, path: str, reading: Callable[[], Any]) -> Any:
 
 
 def open_file(path: str) -> Any:
-    """A file in bytes, unzipped if it is gzipped, whatever its name."""
+    """Opens a file in bytes, and unzips it if it starts like gzip, whatever its name."""
     with open(path, "rb") as file:
         start = file.read(2)
     zipped = start == b"\x1f\x8b"
-    if not start and str(path).endswith(".gz"):  # even of nothing, gzip makes 20 bytes
+    if not start and str(path).endswith(".gz"):  # an empty gzip file has 20 bytes
         raise gzip.BadGzipFile("it has no bytes at all")
     return gzip.open(path, "rb") if zipped else open(path, "rb")
 
 
-def without(rows: Sequence[Any], gone: Iterable[int]) -> list[Any]:
-    left_out = set(gone)
+def without(rows: Sequence[Any], positions: Iterable[int]) -> list[Any]:
+    left_out = set(positions)
     return [row for i, row in enumerate(rows) if i not in left_out]

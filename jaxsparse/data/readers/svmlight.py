@@ -23,29 +23,28 @@ def read_svmlight(
     chunk_rows: int = 8192,
     bad_lines: Any = None,
 ) -> Reader:
-    """Chunks of svmlight or libsvm files: `label qid:q index:value index:value ... # comment`, a line an example.
+    """Chunks of svmlight or libsvm files, one example a line: `label qid:q index:value index:value ... # comment`.
 
     Args:
       paths: a file, or a list of files, gzipped or not.
-      num_features: columns of the matrices. By default the largest index counts, which takes a pass over the files.
-      zero_based: whether the first index is 0 and not 1.
-      query_id: whether lines have a qid, which then is a feature. Otherwise qids are read over.
-      multilabel: whether a line has any number of labels, integers from 0 on: "3,7". A line without one begins with
-        a space or with its first feature.
-      num_labels: columns of the labels' matrix; found like num_features.
-      chunk_rows: lines that are read at a time.
-      bad_lines: a file that bad lines are put into, each after its place, the reason and a tab. They are counted in
-        `num_bad`, and at the end of a pass a warning says so. By default the first bad line is an error.
+      num_features: columns of the matrices. By default it is found from the largest index, in one more pass.
+      zero_based: whether indices start at 0. By default they start at 1.
+      query_id: whether lines have a qid, which becomes a feature. By default qids are ignored.
+      multilabel: whether a line has any number of labels, integers of at least 0: "3,7". A line without labels starts
+        with a space or with its first feature.
+      num_labels: columns of the matrix of labels. By default it is found like num_features.
+      chunk_rows: lines in a chunk.
+      bad_lines: a file to write bad lines to, as in `js.read_csv`. By default the first bad line raises.
 
     Returns:
-      A reader, an iterable of chunks (x, y, weight), each pass from the beginning. x is a CSR matrix (n, num_features)
-        in float32, weight is None, y is float32 (n,). With query_id or multilabel, x is a dict: "features", the matrix;
-        "qid", int64 (n,); "labels", a CSR matrix (n, num_labels) of ones, and y is None. `reader.num_features` and
-        `reader.num_labels` say what was found.
+      A reader: an iterable of chunks (x, y, weight). Each `iter()` reads from the beginning. x is a CSR matrix
+        (n, num_features), float32; y is float32 (n,); weight is None. With query_id or multilabel, x is a dict:
+        "features", the matrix; "qid", int64 (n,); "labels", a CSR matrix (n, num_labels) of ones, and then y is None.
+        The reader has num_features and num_labels as attributes.
 
     Raises:
-      FileNotFoundError: if a file is not there.
-      ValueError: for a bad line, with file and line, and for damaged gzip files.
+      FileNotFoundError: if a file does not exist.
+      ValueError: for a bad line, with file and line number; for a damaged gzip file.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -90,7 +89,7 @@ class _Svmlight(LineReader):
         columns = labels = 0
         given = self.num_features, self.num_labels
         self.num_features, self.num_labels = given[0] or MAX_ROWS - 1, given[1] or MAX_ROWS - 1
-        self.quiet = True  # what is bad is said by the passes that follow
+        self.quiet = True  # later passes report bad lines
         for chunk in self._counted():
             x = chunk.x["features"] if isinstance(chunk.x, dict) else chunk.x
             columns = max(columns, int(x.indices.max(initial=-1)) + 1)
@@ -101,9 +100,9 @@ class _Svmlight(LineReader):
 
     def parse(self, lines: list[bytes], bad: Callable[[int, str], None]) -> tuple[Chunk, int]:
         try:
-            rows = self._plain(lines)
-        except (ValueError, OverflowError):  # some line is bad, or has more than labels and features
-            rows = self._each(lines, bad)
+            rows = self._parse_fast(lines)
+        except (ValueError, OverflowError):  # a line is bad, or has more than label and features
+            rows = self._parse_by_line(lines, bad)
         starts, indices, values, labels, qids = rows
         n, as_matrix = len(starts) - 1, scipy.sparse.csr_matrix
         x: Any = as_matrix((values.astype(np.float32), indices, starts), shape=(n, self.num_features))
@@ -118,8 +117,8 @@ class _Svmlight(LineReader):
         x["labels"] = as_matrix((np.ones(len(flat), np.float32), flat, ends), shape=(n, self.num_labels))
         return Chunk(x), n
 
-    def _plain(self, lines: list[bytes]) -> Any:
-        """Lines that are a label and features with one space before each, and nothing else; ValueError otherwise."""
+    def _parse_fast(self, lines: list[bytes]) -> Any:
+        """Parses lines of a label and features, each after one space. Raises ValueError for any other line."""
         if self.query_id or self.multilabel:
             raise ValueError
         fields: list[bytes] = []
@@ -132,12 +131,12 @@ class _Svmlight(LineReader):
             count = len(between) // 2
             if between != b" :" * count:
                 raise ValueError
-            own = line.replace(b":", b" ").split()
-            if len(own) != 2 * count + 1:
+            tokens = line.replace(b":", b" ").split()
+            if len(tokens) != 2 * count + 1:
                 raise ValueError
-            if count and not b"".join(own[1::2]).isdigit():  # 1e1 is a number, but no index
+            if count and not b"".join(tokens[1::2]).isdigit():  # 1e1 is a number, but no index
                 raise ValueError
-            fields += own
+            fields += tokens
             counts.append(count)
         numbers = np.fromiter(map(float, fields), np.float64, len(fields))
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -154,29 +153,29 @@ class _Svmlight(LineReader):
             raise ValueError
         return starts, indices, values, labels, None
 
-    def _each(self, lines: list[bytes], bad: Callable[[int, str], None]) -> Any:
+    def _parse_by_line(self, lines: list[bytes], bad: Callable[[int, str], None]) -> Any:
         lengths, indices, values, labels, qids = [0], [], [], [], []
         for at, raw in enumerate(lines):
             line = raw.split(b"#", 1)[0]
             if not line.strip():
                 continue
             try:
-                label, qid, own, of_own = self.row(line)
+                label, qid, line_indices, line_values = self.parse_line(line)
             except BadRowError as error:
                 bad(at, str(error))
                 continue
             labels.append(label)
             qids.append(qid)
-            lengths.append(len(own))
-            indices += own
-            values += of_own
+            lengths.append(len(line_indices))
+            indices += line_indices
+            values += line_values
         return np.cumsum(lengths), np.array(indices, np.int64), np.array(values, np.float64), labels, qids
 
-    def row(self, line: bytes) -> tuple[Any, int, list[int], list[float]]:
-        """Label or labels, qid, indices and values of one line.
+    def parse_line(self, line: bytes) -> tuple[Any, int, list[int], list[float]]:
+        """The label or labels, qid, indices and values of one line.
 
         Raises:
-          BadRowError: if it has not the form.
+          BadRowError: if the line is bad.
         """
         tokens = line.split()
         label: Any
@@ -190,7 +189,7 @@ class _Svmlight(LineReader):
         if tokens and tokens[0].startswith(b"qid:"):
             qid = _integer(tokens.pop(0)[4:], "the qid")
         elif self.query_id:
-            raise BadRowError("there is no qid behind the label")
+            raise BadRowError("it has no qid after the label")
         indices, values = [], []
         for token in tokens:
             index, colon, value = token.partition(b":")
@@ -204,21 +203,21 @@ class _Svmlight(LineReader):
             indices.append(column)
             values.append(_number(value, f"the value of {column + self.first}"))
         if len(set(indices)) < len(indices):
-            raise BadRowError("an index is there twice")
+            raise BadRowError("it has an index twice")
         return label, qid, indices, values
 
     def _check(self, labels: list[int]) -> None:
         if len(set(labels)) < len(labels):
-            raise BadRowError("a label is there twice")
+            raise BadRowError("it has a label twice")
         for label in labels:
             if not 0 <= label < (self.num_labels or 0):
                 raise BadRowError(f"label {label} is outside 0 to {(self.num_labels or 0) - 1}")
 
 
 def _twice(indices: np.ndarray, starts: np.ndarray) -> bool:
-    """Whether a row has an index twice."""
+    """Whether any row has an index twice."""
     rises = np.diff(indices) > 0
-    rises[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < len(indices))] - 1] = True  # between two rows
+    rises[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < len(indices))] - 1] = True  # from one row to the next
     if rises.all():
         return False
     rows = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
@@ -232,13 +231,13 @@ def _number(token: bytes, what: str) -> float:
     except ValueError:
         value = None
     if value is None or not abs(value) <= _LARGEST:
-        raise BadRowError(f"{what} is {_shown(token)}, no finite number")
+        raise BadRowError(f"{what} is {_shown(token)}, not a finite number")
     return value
 
 
 def _integer(token: bytes, what: str) -> int:
     if not token.removeprefix(b"-").isdigit() or len(token) > 18:
-        raise BadRowError(f"{what} is {_shown(token)}, no integer")
+        raise BadRowError(f"{what} is {_shown(token)}, not an integer")
     return int(token)
 
 

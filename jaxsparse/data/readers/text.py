@@ -1,4 +1,4 @@
-"""Lines of a label and a text."""
+"""Text files with a label and a text in each line."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def read_text(
     chunk_rows: int = 4096,
     bad_lines: Any = None,
 ) -> Reader:
-    """Chunks of lines of a label, a tab and a text, as bags of words.
+    """Chunks of files whose lines are a label, a tab and a text, as bags of words.
 
     A word is a run of letters, digits and underscores (`\\w+`), in lower case. Its column is
-    js.hash_ids(word, num_rows, seed), and the entry of each of the k columns of a text is 1 / sqrt(k), so that rows are
-    of length 1.
+    js.hash_ids(word, num_rows, seed). Each of the k columns of a text has the value 1 / sqrt(k), so rows have norm 1.
 
     Args:
       paths: a file, or a list of files, gzipped or not, in UTF-8.
       num_rows: columns of the matrices.
       seed: of the hashes.
-      labels: the names of the classes, of labels that are names: y is their number. By default labels are numbers.
-      labeled: whether lines have labels. Otherwise y is None, and what stands before the first tab is read over if it
-        is one.
-      chunk_rows: lines that are read at a time.
-      bad_lines: a file that bad lines are put into, as of `js.read_csv`.
+      labels: the names of the classes, if labels are names; y is the position of the name. By default labels are
+        numbers.
+      labeled: whether lines have labels. If not, y is None, and a label before a tab is ignored.
+      chunk_rows: lines in a chunk.
+      bad_lines: a file to write bad lines to, as in `js.read_csv`.
 
     Returns:
-      A reader, an iterable of chunks (x, y, weight), each pass from the beginning: x is a CSR matrix (n, num_rows) in
-        float32, y is float32 (n,), weight is None.
+      A reader: an iterable of chunks (x, y, weight). Each `iter()` reads from the beginning. x is a CSR matrix
+        (n, num_rows), float32; y is float32 (n,); weight is None.
 
     Raises:
-      FileNotFoundError: if a file is not there.
-      ValueError: for a bad line, with file and line: no tab, another label, no UTF-8. And for damaged gzip files.
+      FileNotFoundError: if a file does not exist.
+      ValueError: for a bad line (no tab, an unknown label, no UTF-8), with file and line number; for a damaged gzip
+        file.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -77,13 +77,13 @@ class _Text(LineReader):
             if not line.strip():
                 continue
             try:
-                y, text = self.row(line.rstrip(b"\r\n"))
+                y, text = self.parse_line(line.rstrip(b"\r\n"))
             except BadRowError as error:
                 bad(at, str(error))
                 continue
-            own = _WORD.findall(text.lower())
-            words += own
-            lengths.append(len(own))
+            text_words = _WORD.findall(text.lower())
+            words += text_words
+            lengths.append(len(text_words))
             ys.append(y)
         n, starts = len(ys), np.cumsum(lengths)
         columns = hash_ids(words, self.num_rows, self.seed)
@@ -93,8 +93,8 @@ class _Text(LineReader):
         x.data = np.repeat(1 / np.sqrt(np.maximum(distinct, 1)), distinct).astype(np.float32)
         return Chunk(x, np.array(ys, np.float32) if self.labeled else None), n
 
-    def row(self, raw: bytes) -> tuple[float, str]:
-        """Label and text of a line."""
+    def parse_line(self, raw: bytes) -> tuple[float, str]:
+        """The label and text of a line."""
         if b"\r" in raw:
             raise BadRowError("it has a carriage return in it: lines end with a line feed")
         try:
@@ -102,23 +102,23 @@ class _Text(LineReader):
         except UnicodeDecodeError:
             raise BadRowError("it is not in UTF-8") from None
         label, tab, text = line.partition("\t")
-        y = self.label(label.strip()) if tab else None
+        y = self.label_of(label.strip()) if tab else None
         if not self.labeled:
             return 0.0, line if y is None else text
         if not tab:
-            raise BadRowError("there is no tab between label and text")
+            raise BadRowError("it has no tab between label and text")
         if y is None:
             must = "number" if self.labels is None else f"label: those are {', '.join(map(repr, self.labels))}"
             raise BadRowError(f"{label[:40]!r} is no {must}")
         return y, text
 
-    def label(self, text: str) -> float | None:
-        """Its number, or None of what is no label."""
+    def label_of(self, text: str) -> float | None:
+        """The number of a label, or None if it is not one."""
         return label_number(text) if self.labels is None else self.labels.get(text)
 
 
 def label_number(text: str) -> float | None:
-    """The number that a text is, None of other texts."""
+    """The number that a text spells, or None."""
     try:
         value = float(text) if text.isascii() and "_" not in text else float("nan")
     except ValueError:

@@ -23,25 +23,26 @@ def read_vw(
 ) -> Reader:
     """Chunks of Vowpal Wabbit's text: `label [importance] ['tag] |namespace[:scale] feature[:value] ... |other ...`.
 
-    A feature is the column that VW gives it with its default hashes and -b b, where num_rows is 2**b: MurmurHash3 of
-    its name, seeded by that of its namespace; names of digits are numbers, added to the namespace's. VW's constant is
-    not among them: it is the model's bias. Tags are read over.
+    Columns are those of VW with its default hash and -b b, for num_rows = 2**b: MurmurHash3 of the feature's name,
+    seeded by the hash of its namespace. If a name is all digits, its number is added to that hash instead. VW's
+    constant feature is left out: it is the model's bias. Tags are ignored.
 
     Args:
       paths: a file, or a list of files, gzipped or not.
-      num_rows: columns of the matrices, which hashes are taken modulo of.
-      labeled: whether lines have labels. Otherwise y is None, and labels are read over.
-      chunk_rows: lines that are read at a time.
-      bad_lines: a file that bad lines are put into, as of `js.read_csv`.
+      num_rows: columns of the matrices. Hashes are taken modulo num_rows.
+      labeled: whether lines have labels. If not, y is None, and labels are ignored.
+      chunk_rows: lines in a chunk.
+      bad_lines: a file to write bad lines to, as in `js.read_csv`.
 
     Returns:
-      A reader, an iterable of chunks (x, y, weight), each pass from the beginning: x is a CSR matrix (n, num_rows) in
-        float32, in which features of one column are added up, y and the importance weight are float32 (n,).
+      A reader: an iterable of chunks (x, y, weight). Each `iter()` reads from the beginning. x is a CSR matrix
+        (n, num_rows), float32; features with the same column are summed. y and weight, the importance, are float32
+        (n,).
 
     Raises:
-      FileNotFoundError: if a file is not there.
-      ValueError: for a bad line, with file and line: no simple label, an initial prediction, a feature without a name,
-        a value that is no finite number, a carriage return that is not at its end. And for damaged gzip files.
+      FileNotFoundError: if a file does not exist.
+      ValueError: for a bad line, with file and line number: no simple label, an initial prediction, a feature without a
+        name, a value that is not a finite number, a carriage return inside; for a damaged gzip file.
 
     Example:
       >>> import pathlib, tempfile, jaxsparse as js
@@ -78,19 +79,21 @@ class _Vw(LineReader):
                     raise BadRowError("it has a carriage return in it: lines end with a line feed")
                 head, *spaces = line.split(b"|")
                 if not spaces:
-                    raise BadRowError("there is no | before its features")
-                label, weight = self.head(head)
-                own: list[tuple[list[bytes], list[float], int]] = [self.space(space) for space in spaces]
+                    raise BadRowError("it has no | before the features")
+                label, weight = self.parse_head(head)
+                namespaces: list[tuple[list[bytes], list[float], int]] = [
+                    self.parse_namespace(space) for space in spaces
+                ]
             except BadRowError as error:
                 bad(at, str(error))
                 continue
             labels.append(label)
             weights.append(weight)
-            for of, of_values, seed in own:
-                names += of
-                values += of_values
-                seeds += [seed] * len(of)
-            lengths.append(sum(len(of) for of, _, _ in own))
+            for names_of, values_of, seed in namespaces:
+                names += names_of
+                values += values_of
+                seeds += [seed] * len(names_of)
+            lengths.append(sum(len(names_of) for names_of, _, _ in namespaces))
         columns = _hashed(names, np.array(seeds, np.uint32)) % np.uint32(self.num_rows)
         n, matrix = len(labels), scipy.sparse.csr_matrix
         data = np.array(values, np.float64).astype(np.float32)
@@ -98,25 +101,25 @@ class _Vw(LineReader):
         x.sum_duplicates()
         return Chunk(x, np.array(labels, np.float32) if self.labeled else None, np.array(weights, np.float32)), n
 
-    def head(self, head: bytes) -> tuple[float, float]:
-        """Label and importance, of what stands before the features."""
+    def parse_head(self, head: bytes) -> tuple[float, float]:
+        """The label and importance, from the part before the features."""
         tokens = head.split()
         if tokens and (tokens[-1].startswith(b"'") or not head[-1:].isspace()):
             tokens.pop()  # the tag
         if not tokens:
             if self.labeled:
-                raise BadRowError("it has no label; labeled=False reads lines without")
+                raise BadRowError("it has no label; give labeled=False for lines without labels")
             return 0.0, 1.0
         if len(tokens) > 2:
-            raise BadRowError("there is more than label and importance: initial predictions are not read")
+            raise BadRowError("it has more than label and importance; initial predictions are not supported")
         label = _number(tokens[0], "the label")
         weight = _number(tokens[1], "the importance") if len(tokens) > 1 else 1.0
         if weight < 0:
             raise BadRowError("its importance is negative")
         return label, weight
 
-    def space(self, space: bytes) -> tuple[list[bytes], list[float], int]:
-        """Names, values and the hash of a namespace."""
+    def parse_namespace(self, space: bytes) -> tuple[list[bytes], list[float], int]:
+        """The names, values and hash of a namespace."""
         tokens, scale, name = space.split(), 1.0, b""
         if space[:1].strip():
             name, colon, value = tokens.pop(0).partition(b":")
@@ -134,7 +137,7 @@ class _Vw(LineReader):
 
 
 def _hashed(names: list[bytes], seeds: np.ndarray) -> np.ndarray:
-    """VW's hashes: those of names of digits are these numbers, in 32 bits, and the seeds."""
+    """VW's hashes. The hash of a name that is all digits is its number plus the seed, in 32 bits."""
     buffer = np.frombuffer(b"".join(names) + bytes(4), np.uint8)
     lengths = np.fromiter(map(len, names), np.int64, len(names))
     hashes = hash_bytes(buffer, np.cumsum(lengths) - lengths, lengths, seeds)
@@ -150,7 +153,7 @@ def _number(token: bytes, what: str) -> float:
     except ValueError:
         value = float("nan")
     if not abs(value) <= float(np.finfo(np.float32).max):
-        raise BadRowError(f"{what} is {_shown(token)}, no finite number")
+        raise BadRowError(f"{what} is {_shown(token)}, not a finite number")
     return value
 
 
