@@ -358,7 +358,7 @@ def test_bad_files_and_options_end_with_a_sentence(run, tmp_path, capsys):
         "train bad.vw --out o": "bad.vw, line 2: it has no | before the features",
         "train bad.jsonl --out o": "bad.jsonl, line 2: it has the key 'x' twice",
         "train half.jsonl --out o": "half.jsonl, line 2: ",
-        "train cut.txt.gz --out o": "cut.txt.gz is damaged, or no text file",
+        "train cut.txt.gz --out o": "cut.txt.gz is damaged, or not a text file",
         "train gone.txt --out o": "gone.txt is not there",
         "train no.jsonl --out o": "no.jsonl has no JSON objects in its first 1000 lines",
         "train three.txt --out o": "has the labels 'a', 'b', 'c'. Labels must be numbers, or two names",
@@ -392,7 +392,7 @@ def test_parquet_that_cannot_be_read(run, tmp_path, capsys, monkeypatch):
             run("train a.parquet --out o")
         said.append(capsys.readouterr().err)
     assert "a.parquet: " in said[0] and "arquet" in said[0] and "pyarrow: pip" not in said[0]
-    assert "a.parquet wants pyarrow: pip install 'jaxsparse[arrow]'." in said[1]
+    assert "a.parquet needs pyarrow: pip install 'jaxsparse[arrow]'." in said[1]
 
 
 def test_examples_without_numbers(tmp_path):
