@@ -25,6 +25,27 @@ OF_ADAM = OF_OPTIMIZERS | {
 }
 # The number of rows of a table, where it is num_rows here.
 OF_NUM_ROWS = dict.fromkeys(("num_embeddings", "vocab_size", "num_buckets", "n_features"), "Write num_rows=.")
+# The loaders of torch and Keras.
+OF_LOADERS = OF_NUM_ROWS | {
+    "drop_last": "Write drop_remainder=.",
+    "sample_weight": "Write weight=, one for each example.",
+    "num_workers": "Leave it out, or use js.stream with prefetch=, batches that a thread makes in advance.",
+}
+# The readers of pandas.
+OF_PANDAS = OF_NUM_ROWS | {
+    "sep": "Write delimiter=.",
+    "names": "Write columns=.",
+    "chunksize": "Write chunk_rows=.",
+    "na_values": "Write fill=, the value of an empty number.",
+    "usecols": "Name the columns by what they are: label=, numbers=, ids=, hashed=.",
+}
+# The fit of Keras.
+OF_FIT = {
+    "num_epochs": "Write epochs=.",
+    "validation_data": "Write validation=, batches of them, and metrics=.",
+    "callbacks": "Write callback=, one function.",
+    "verbose": "Write progress=.",
+}
 
 
 def other_names(

@@ -24,6 +24,11 @@ ANSWERS = {
     "lr": (lambda: js.lazy_adam(lr=0.1), TypeError, r"'lr' argument of js\.lazy_adam.*Got 0\.1.*learning_rate="),
     "betas": (lambda: js.lazy_adamw(0.1, betas=(0.9, 0.99)), TypeError, "b1= and b2="),
     "decay": (lambda: js.lazy_adam(0.1, weight_decay=0.1), TypeError, r"js\.lazy_adamw"),
+    "rows": (lambda: js.batches([[0]], num_embeddings=4, batch_size=1), TypeError, "'num_embeddings'.*num_rows="),
+    "last": (lambda: js.stream(list, batch_size=1, drop_last=True), TypeError, "drop_remainder="),
+    "buckets": (lambda: js.hash_ids(["a"], num_buckets=4), TypeError, "num_rows="),
+    "pandas": (lambda: js.read_csv("a.csv", sep=";"), TypeError, "Got ';' instead.*delimiter="),
+    "keras": (lambda: js.fit(None, None, [], validation_data=[]), TypeError, "Got a value instead.*validation="),
     "ftrl": (lambda: js.lazy_ftrl(alpha=0.1), TypeError, "learning_rate="),
     "float labels": (lambda: js.inverse_frequency_weights(np.ones(2)), TypeError, "labels.dtype=.*labels.astype"),
 }

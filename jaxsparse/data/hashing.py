@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsparse._checks import MAX_ROWS, message
+from jaxsparse._names import OF_NUM_ROWS, other_names
 from jaxsparse.data.murmur import hash_bytes, hash_integers, hash_words
 
 
@@ -48,6 +49,7 @@ class Fields:
     column: int
 
 
+@other_names("hash_ids", OF_NUM_ROWS)
 def hash_ids(values: Any, num_rows: int, seed: int = 0, *, missing: Any = None) -> Any:
     """Row ids of strings, bytes or large integers: MurmurHash3 (x86, 32 bits) of each value, modulo num_rows.
 

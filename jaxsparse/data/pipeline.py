@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import message
+from jaxsparse._names import OF_LOADERS, other_names
 from jaxsparse.data.batch import Batch, assemble_batch, weights
 from jaxsparse.data.csr import Csr
 from jaxsparse.data.distinct import Scratch, capacity_for, distinct_ids, sorted_distinct
@@ -59,6 +60,7 @@ def from_scipy(matrix: Any, nse: int | None = None) -> BCOO:
     return jax.tree.map(jnp.asarray, bcoo(*entries(cut, csr.shape, nse), csr.shape))
 
 
+@other_names("batches", OF_LOADERS)
 def batches(
     x: Any,
     y: Any = None,

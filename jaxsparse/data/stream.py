@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxsparse._checks import message
+from jaxsparse._names import OF_LOADERS, other_names
 from jaxsparse.data.batch import Batch, assemble_batch, weights
 from jaxsparse.data.chunks import Chunk, Source, Window, concatenated, files_of, prefetched, split
 from jaxsparse.data.distinct import Scratch
@@ -20,6 +21,7 @@ from jaxsparse.data.ragged import take
 from jaxsparse.data.rungs import Rungs
 
 
+@other_names("stream", OF_LOADERS)
 def stream(
     source: Callable[[], Any] | Sequence[Any],
     *,

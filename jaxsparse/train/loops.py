@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxsparse._checks import message
+from jaxsparse._names import OF_FIT, other_names
 from jaxsparse.data.pipeline import Batches
 from jaxsparse.data.stream import Stream
 from jaxsparse.train.evaluation import check_scalars, means, one_epoch, weight_of, why_none
@@ -44,6 +45,7 @@ class FitEvent:
     end_of_epoch: bool
 
 
+@other_names("fit", OF_FIT)
 def fit(
     step: Callable[..., Any],
     state: Any,

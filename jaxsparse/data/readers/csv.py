@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from jaxsparse._checks import message
+from jaxsparse._names import OF_PANDAS, other_names
 from jaxsparse.data.hashing import Fields, Table
 from jaxsparse.data.readers.columns import Columns, check_finite, convert, finite
 from jaxsparse.data.readers.digits import integers
 from jaxsparse.data.readers.lines import BadRowError, Blocks, Chunk, Reader, open_file, read
 
 
+@other_names("read_csv", OF_PANDAS)
 def read_csv(
     paths: Any,
     *,
