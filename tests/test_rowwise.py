@@ -605,7 +605,7 @@ def with_optimizer(tx):
     return STEP, create(tx)
 
 
-SCALED = "an update is scaled by a sum over all rows of a table"
+SCALED = "an update that is scaled by a sum over all rows of a table"
 KEPT = "a sum over all rows of what is kept in the state"
 ROUND = "a counter that goes round"
 REFUSED = {

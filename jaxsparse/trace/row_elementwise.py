@@ -82,7 +82,7 @@ def _elementwise_rows(walk: Walk, eqn: Equation, values: Values, like: Rows) -> 
     updated = any(x.updated for x in operands)
     notes = notes_of(*values)
     if updated and eqn.primitive in _SCALE and any(note.kind == "whole sum" for note in notes):
-        walk.note_refused(like.node, f"an update is scaled by a sum over all rows of a table: {eqn.primitive}")
+        walk.note_refused(like.node, f"an update that is scaled by a sum over all rows of a table: {eqn.primitive}")
     outside = _outside(eqn, [x.outside for x in operands])
     whole: Callable[[Any], Any] | None = None
     if all(x.whole is not None for x in operands):
