@@ -479,7 +479,7 @@ def test_text(write):
 def test_bad_lines_of_text(write, tmp_path):
     bad = {
         b"a b": "no tab between label and text",
-        b"eggs\ta b": "'eggs' is no label: those are 'ham', 'spam'",
+        b"eggs\ta b": "'eggs' is not a label: those are 'ham', 'spam'",
         b"ham\ta\rham\tb": "a carriage return in it",
         b"ham\t\xff": "it is not in UTF-8",
     }
@@ -489,7 +489,7 @@ def test_bad_lines_of_text(write, tmp_path):
     reader = js.read_text(write(b"ham\ta\n" + b"\n".join(bad)), bad_lines=tmp_path / "bad", **given)
     with pytest.warns(UserWarning, match="4 bad lines"):
         assert [len(y) for _, y, _ in reader] == [1]
-    fails(js.read_text(write("nan\ta\n"), num_rows=9), "'nan' is no number")
+    fails(js.read_text(write("nan\ta\n"), num_rows=9), "'nan' is not a number")
     with pytest.raises(ValueError, match="'num_rows'"):
         js.read_text(reader.paths, num_rows=0)
     with pytest.raises(TypeError, match=r"'labels'.*a list of names"):

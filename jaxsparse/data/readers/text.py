@@ -108,8 +108,8 @@ class _Text(LineReader):
         if not tab:
             raise BadRowError("it has no tab between label and text")
         if y is None:
-            must = "number" if self.labels is None else f"label: those are {', '.join(map(repr, self.labels))}"
-            raise BadRowError(f"{label[:40]!r} is no {must}")
+            must = "a number" if self.labels is None else f"a label: those are {', '.join(map(repr, self.labels))}"
+            raise BadRowError(f"{label[:40]!r} is not {must}")
         return y, text
 
     def label_of(self, text: str) -> float | None:
