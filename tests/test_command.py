@@ -82,7 +82,7 @@ def test_training_and_predictions(run, tmp_path, capsys):
     assert "360 examples to train, 40 held out, 65 columns, two classes" in shown and "epoch 3  loss" in shown
     assert history[-1]["held out auc"] > 0.85 and history[-1]["held out accuracy"] > 0.8
     has_plot = importlib.util.find_spec("matplotlib") is not None
-    assert (tmp_path / "model" / "curves.png").exists() == has_plot == ("no matplotlib" not in shown)
+    assert (tmp_path / "model" / "curves.png").exists() == has_plot == ("matplotlib is not installed" not in shown)
     labels, users, ages = table(20)
     (tmp_path / "new.csv").write_text(
         "\n".join(line.split(",", 1)[1] for line in csv_of(labels, users, ages).split("\n")[:-1])

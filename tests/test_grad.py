@@ -131,10 +131,6 @@ READS = {
     "stopped_and_read": lambda t: squares(t[IDS] * jax.lax.stop_gradient(t)[IDS]),
     "stopped_and_used_whole": lambda t: squares(t[IDS]) * jnp.sum(jax.lax.stop_gradient(t) ** 2),
     "ids_computed": lambda t: squares(t[(IDS * 7 + 3) % V]),
-    "columns_first": lambda t: (
-        squares(jax.lax.dynamic_slice(t, (0, 1), (V, D - 1))[IDS]) + squares(t[:, jnp.arange(D)[::-1]][IDS])
-    ),
-    "columns_set_first": lambda t: squares(t.at[:, 1].set(0.5)[IDS]),
     "one_row": lambda t: jax.jit(lambda t, i: squares(t[i]))(t, 3),
     "one_row_clamped": lambda t: squares(jax.lax.dynamic_slice(t, (V - 1, 0), (2, D))),
     "fixed_rows": lambda t: squares(t[IDS] * t[0]) + squares(t[-2:]) + squares(t[1:5:2, 1:]) + t[2, 0] + squares(t[:0]),

@@ -255,17 +255,13 @@ def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, index, updates = values
-    if isinstance(updates, Rows):
-        return row_rules.set_columns(walk, eqn, values)
-    if isinstance(into, Whole) or isinstance(index, Rows):
+    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (index, updates)):
         return None
     shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
     if isinstance(into, Same) and into.zero and into.axis not in numbers.scatter_dims_to_operand_dims:
         tall = [a for a in numbers.scatter_dims_to_operand_dims if shape[a] in walk.plan.heights]
         into = into.along(tall[0]) if tall else into
     axis = into.axis
-    if isinstance(into, Rows) and axis not in numbers.scatter_dims_to_operand_dims:
-        return row_rules.set_columns(walk, eqn, values)
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
     sizes = row_rules.window_sizes(eqn)
@@ -325,13 +321,9 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, update, *starts = values
-    if isinstance(update, Rows):
-        return row_rules.set_columns(walk, eqn, values)
-    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in starts):
+    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (update, *starts)):
         return None
     axis, shape, new = into.axis, _jax.shape(eqn.inputs[0]), _jax.shape(eqn.inputs[1])
-    if new[axis] == shape[axis] and isinstance(into, Rows):
-        return row_rules.set_columns(walk, eqn, values)
     if new[axis] == shape[axis] or _replaced(new, axis, shape[axis]) != tuple(shape):
         return None
     ids = _from(array_of(starts[axis]), new[axis], shape[axis])

@@ -159,31 +159,6 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
     return [Rows(block, like.node, axis, outside, updated) for block in blocks]
 
 
-def set_columns(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """scatter and dynamic_update_slice into some columns of all rows, which put each row of an update into itself."""
-    at, into = (2 if "dimension_numbers" in eqn.params else 1), values[0]
-    update, others = values[at], (*values[1:at], *values[at + 1 :])
-    if any(isinstance(v, Rows) for v in others):
-        return None
-    axes = dict(enumerate(range(len(_jax.shape(eqn.inputs[0])))))  # of the update: the same of the array
-    if at == 2:
-        numbers = eqn.param("dimension_numbers")
-        axes = dict(zip(numbers.update_window_dims, _window_axes(eqn), strict=True))
-        axes = {k: a for k, a in axes.items() if a not in numbers.scatter_dims_to_operand_dims}
-    is_along = lambda k, a: update.axis == k if isinstance(update, Rows) else into.axis == a  # noqa: E731
-    along = next((k for k, a in axes.items() if is_along(k, a)), None)
-    if along is None or _jax.shape(eqn.inputs[0])[axes[along]] != _jax.shape(eqn.inputs[at])[along]:
-        return None
-    node = next(v.node for v in (into, update) if isinstance(v, Rows))
-    rows, new = walk.as_rows(into, node, axes[along]), walk.as_rows(update, node, along)
-    if rows is None or new is None:
-        return None
-    blocks = [array_of(v) for v in others]
-    blocks.insert(at - 1, new.block)
-    (block,) = _jax.bind(eqn, [rows.block, *blocks])
-    return [Rows(block, node, rows.axis, min(rows.outside, new.outside), rows.updated or new.updated)]
-
-
 def window_sizes(eqn: Equation) -> list[int]:
     """Of a scatter: how large what one index adds to is, along each axis."""
     sizes = [1] * len(_jax.shape(eqn.inputs[0]))
