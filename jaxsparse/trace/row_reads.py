@@ -264,7 +264,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     axis = into.axis
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
-    sizes = row_rules.window_sizes(eqn)
+    sizes = window_sizes(eqn)
     if sizes[axis] != 1:
         return None
     component = tuple(numbers.scatter_dims_to_operand_dims).index(axis)
@@ -317,6 +317,16 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, [updates], adds=adds, clipped=clipped)
+
+
+def window_sizes(eqn: Equation) -> list[int]:
+    """Of a scatter: how large what one index adds to is, along each axis."""
+    shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
+    sizes = [1] * len(shape)
+    window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
+    for a, dim in zip(window, numbers.update_window_dims, strict=True):
+        sizes[a] = _jax.shape(eqn.inputs[2])[dim]
+    return sizes
 
 
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:

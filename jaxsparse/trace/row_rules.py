@@ -159,20 +159,6 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
     return [Rows(block, like.node, axis, outside, updated) for block in blocks]
 
 
-def window_sizes(eqn: Equation) -> list[int]:
-    """Of a scatter: how large what one index adds to is, along each axis."""
-    sizes = [1] * len(_jax.shape(eqn.inputs[0]))
-    for a, dim in zip(_window_axes(eqn), eqn.param("dimension_numbers").update_window_dims, strict=True):
-        sizes[a] = _jax.shape(eqn.inputs[2])[dim]
-    return sizes
-
-
-def _window_axes(eqn: Equation) -> list[int]:
-    numbers = eqn.param("dimension_numbers")
-    left = range(len(_jax.shape(eqn.inputs[0])))
-    return [a for a in left if a not in numbers.inserted_window_dims and a not in numbers.operand_batching_dims]
-
-
 _PAD, _CONCATENATE, _SORT, _TOP_K = (p for name in "pad concatenate sort top_k".split() for p in _jax.primitives(name))
 
 # ---------------------------------------------------------------------------------------------------------------------

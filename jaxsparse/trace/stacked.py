@@ -24,8 +24,7 @@ from jaxsparse.ops.rows import at_least_int32, in_range
 from jaxsparse.trace.lines import evaluate, in_place_of
 from jaxsparse.trace.rewriting import Rewriting
 from jaxsparse.trace.row_elementwise import ELEMENTWISE
-from jaxsparse.trace.row_reads import CLIPPED, clip_others
-from jaxsparse.trace.row_rules import window_sizes
+from jaxsparse.trace.row_reads import CLIPPED, clip_others, window_sizes
 
 Mode = jax.lax.GatherScatterMode
 
