@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -34,9 +35,12 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers("cpu"):
         if jax.default_backend() != "cpu":
             pytest.skip(f"on a CPU only: {mark.args[0]}")
-    for mark in item.iter_markers("devices"):
-        if jax.device_count() < mark.args[0]:
-            pytest.skip(f"{jax.device_count()} of {mark.args[0]} devices: {jax.devices()[0].device_kind}")
+    wanted = [mark.args[0] for mark in item.iter_markers("devices")]
+    if isinstance(item, pytest.DoctestItem):
+        wanted += [int(n) for line in item.dtest.examples for n in re.findall(r"jax\.devices\(\)\[:(\d)", line.source)]
+    for number in wanted:
+        if jax.device_count() < number:
+            pytest.skip(f"{jax.device_count()} of {number} devices: {jax.devices()[0].device_kind}")
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def train_step(tables, ids, w):
     return jax.tree.map(lambda t, g: t - 3.0 * g, tables, grads), value
 
 
+@pytest.mark.cpu("elsewhere there are no pieces")
 def test_results_are_those_of_jax(monkeypatch):
     monkeypatch.setattr(by_entry, "_LARGE", 100)
     monkeypatch.setattr(by_entry, "_PIECE", 1000)  # three examples, or 15 entries

@@ -114,6 +114,7 @@ def after_steps(tx, dim, pack):
 CASES = [("adam", 128, False), ("adam", 256, False), ("sgd", 128, False), ("adam", 64, True)]
 
 
+@pytest.mark.cpu("a GPU adds up in another order each time")
 @pytest.mark.parametrize(("name", "dim", "pack"), slow_but([("adam", 128, False)], CASES))
 def test_a_step_with_the_kernels_gives_the_same_bits(name, dim, pack, monkeypatch):
     tx = {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}[name]
