@@ -15,6 +15,7 @@ from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.planning import announce
 from jaxsparse.train.device_rows import knows_all
 from jaxsparse.train.host_rows import HostRows
+from jaxsparse.train.numpy_ids import numpy_function
 from jaxsparse.train.packing import warn_of_copies, warn_of_no_donation
 from jaxsparse.train.rowwise import evaluate, evaluate_by_ids, on_rows, over_any_mesh, prepare_step
 
@@ -48,6 +49,7 @@ class StepProgram:
         self._knows_all = knows_all(planned, traced.leaves)
         self._host = HostRows(planned)
         self._ids = jax.jit(self._wanted_ids)
+        self._numpy_ids = self._function_of_ids()
         # state first: JAX pairs donated arrays with outputs of their shape in order
         self._order = [traced.places[i] for i in self._donated if i in traced.places]
         self._order += [j for j in range(len(traced.program.outputs)) if j not in self._order]
@@ -68,6 +70,18 @@ class StepProgram:
             return (), self._host.wanted(self.planned.ids(whole))
 
         return in_auto_mode(wanted, (), used)[1]
+
+    def _function_of_ids(self) -> Callable[..., Any] | None:
+        """The ids of all reads by NumPy, if that can be. Not of donated arrays: NumPy's view of one would keep XLA from
+        taking over its memory."""
+        ids = self.planned.ids
+        if len(ids.program.inputs) != len(self._used) or {*self._donated, *self._stored} & {*self._used}:
+            return None
+        return numpy_function(ids.program, ids.numbers)
+
+    def _host_ids(self, used: list[Any]) -> list[list[Any]]:
+        """The ids of all reads, by class, for the host to sort."""
+        return self._ids(used) if self._numpy_ids is None else self._host.wanted(self._numpy_ids(used))
 
     def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
         leaves = self._together(donated, kept)
@@ -119,7 +133,7 @@ class StepProgram:
         if self._leaves_ids_to_device(leaves, used):
             outs = self._on_device(donated, kept)
         else:
-            chosen = None if self._knows_all else self._host.choose(self._ids(used))
+            chosen = None if self._knows_all else self._host.choose(self._host_ids(used))
             outs = self._on_host(donated, kept, chosen)
         return self._returned(outs)
 
@@ -148,14 +162,14 @@ class StepProgram:
             chosen, sizes = None, []
         else:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
-            ids = jax.eval_shape(self._ids, used) if abstract else self._ids(used)
+            ids = jax.eval_shape(self._ids, used) if abstract else self._host_ids(used)
             chosen = self._host.most(ids) if abstract else self._host.choose(ids)
             sizes = [x.shape[0] for x in chosen[0]]
 
         def with_rows(compiled: Any, leaves: list[Any]) -> Any:
             donated, kept = self._apart(leaves)
             used = [leaves[i] for i in self._used]
-            chosen = None if self._knows_all else self._host.choose(self._ids(used), sizes)
+            chosen = None if self._knows_all else self._host.choose(self._host_ids(used), sizes)
             return self._returned(compiled(donated, kept, chosen))
 
         return self._on_host.lower(donated, kept, chosen), with_rows
