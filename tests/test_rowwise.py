@@ -1119,6 +1119,29 @@ def test_nothing_leaks():
         js.jit(STEP)(copied(create(optax.adam(0.1))), *batch())
 
 
+@pytest.mark.slow
+@pytest.mark.cpu("elsewhere there are no pieces")
+def test_vmap_of_a_step_that_is_written_in_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "_PIECE", 0)
+    tx, num_ids = optax.adam(0.1), (300, 40)  # of two ensemble members: the second needs fewer pieces
+
+    def step(state, ids):
+        table, opt_state = state
+        value, g = jax.value_and_grad(lambda table: jnp.sum(jnp.sin(table[ids]) ** 2))(table)
+        updates, opt_state = tx.update(g, opt_state, table)
+        return (optax.apply_updates(table, updates), opt_state), value
+
+    tables = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2000, 3)), jnp.float32)
+    states = tables, jax.vmap(tx.init)(tables)
+    ids = jnp.stack([jnp.arange(300) * 5 % (n * 5) for n in num_ids])
+    together = jax.jit(jax.vmap(js.rowwise(step)))
+    assert "while" in together.lower(states, ids).as_text()
+    got = together(states, ids)
+    for k in range(2):
+        alone = jax.jit(js.rowwise(step))(jax.tree.map(lambda x, k=k: x[k], states), ids[k])
+        compare("member", jax.tree.map(lambda x, k=k: x[k], got), alone, 1e-6)
+
+
 def test_a_method():
     class Trainer:
         scale = 0.5
