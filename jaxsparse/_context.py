@@ -12,22 +12,27 @@ import jax.numpy as jnp
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """Marks the tracing of a program that will be evaluated on rows."""
-    token = _TRACING.set(True)
+def tracing(*, loss_alone: bool = False) -> Iterator[None]:
+    """Marks the tracing of a program that will be evaluated on rows. `loss_alone`: JAX differentiates it after that."""
+    token = _TRACING.set("loss" if loss_alone else "step")
     try:
         yield
     finally:
         _TRACING.reset(token)
 
 
-_TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", default=False)
+_TRACING: contextvars.ContextVar[str] = contextvars.ContextVar("tracing", default="")
 
 
 def is_tracing() -> bool:
     """Whether a step is being traced. All arrays have their full shapes there, and js.value_and_grad and js.lazy leave
     the choice of rows to the step."""
-    return _TRACING.get()
+    return bool(_TRACING.get())
+
+
+def is_tracing_loss_alone() -> bool:
+    """Whether a loss is being traced without its gradient, for js.value_and_grad."""
+    return _TRACING.get() == "loss"
 
 
 @contextlib.contextmanager
