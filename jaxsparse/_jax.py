@@ -216,7 +216,7 @@ class Scan(NamedTuple):
     num_consts: int
     num_carry: int
     length: int
-    again: Callable[..., Any]  # jax.lax.scan with this scan's settings
+    run: Callable[..., Any]  # jax.lax.scan with this scan's settings
 
 
 def scan_of(eqn: Equation) -> Scan:
@@ -227,15 +227,15 @@ def scan_of(eqn: Equation) -> Scan:
         with _looking_inside():
             num_consts, num_carry, _ = (len(list(part)) for part in eqn.param("ft_in").unpack())
     settings = {name: eqn.param(name) for name in ("length", "reverse", "unroll")}
-    again = functools.partial(jax.lax.scan, **settings)
-    return Scan(_program(eqn.param("jaxpr")), num_consts, num_carry, settings["length"], again)
+    run = functools.partial(jax.lax.scan, **settings)
+    return Scan(_program(eqn.param("jaxpr")), num_consts, num_carry, settings["length"], run)
 
 
 class Remat(NamedTuple):
     """A function under jax.checkpoint."""
 
     body: Program
-    again: Callable[..., Any]  # jax.checkpoint with this one's settings
+    wrap: Callable[..., Any]  # jax.checkpoint with this one's settings
 
 
 def is_remat(eqn: Equation) -> bool:

@@ -139,7 +139,7 @@ def test_remat_keeps_its_settings():
     remat = jax.checkpoint(lambda t, i: jnp.sum(jnp.sin(t[i]) ** 2), policy=policy, prevent_cse=False)
     assert_opened(lambda t: remat(t, IDS))
     (eqn,) = (e for e in _jax.trace(lambda t: remat(t, IDS), TABLE).equations if _jax.is_remat(e))
-    assert _jax.remat_of(eqn).again.keywords == {"policy": policy, "prevent_cse": False}
+    assert _jax.remat_of(eqn).wrap.keywords == {"policy": policy, "prevent_cse": False}
 
 
 @pytest.mark.skipif(not hasattr(jax.config, "jax_remat3"), reason="this jax knows one prevent_cse for all arguments")

@@ -641,7 +641,7 @@ def test_metrics_are_no_state():
 def test_numbers_among_the_operands_of_a_block():
     """An optimizer's rate may be a number of Python's: what is not an array is not waited for, and is used as it is."""
     ids, rows = jnp.array([0, 2, 4]), jnp.ones((3, 2))
-    later = pieces.Later(ids, [rows, 0.5], lambda part, x, rate: x * rate, rows.shape, rows.dtype)
+    later = pieces.DeferredBlock(ids, [rows, 0.5], lambda part, x, rate: x * rate, rows.shape, rows.dtype)
     assert all(x is rows for x in pieces.arrays_in([later, rows]))
     np.testing.assert_array_equal(later.block(), rows / 2)
 

@@ -25,7 +25,7 @@ from jaxsparse.ops.rows import check_arrays, is_stored
 from jaxsparse.trace.pieces import rows_of, write
 from jaxsparse.trace.planning import Planned, check, refused, settle, warn_once
 from jaxsparse.trace.trained import trained_rows
-from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of, rows_of_leaf, rows_of_update
+from jaxsparse.trace.values import FullArray, RefusedError, Rows, array_of, rows_of_leaf, rows_of_update
 from jaxsparse.trace.walk import Space, Walk
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -97,7 +97,7 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
                 tables = {i: (paths[i], g.num_rows, i) for i, g in enumerate(grads) if is_row_sparse(g)}
                 dense = [path for i, path in enumerate(paths) if i not in tables]
                 trained = trained_rows("lazy", rows, tables, dense)
-                grads = [trained[i].only(g) if i in trained else g for i, g in enumerate(grads)]
+                grads = [trained[i].restricted(g) if i in trained else g for i, g in enumerate(grads)]
         with jax.named_scope("lazy_update"):
             return _update(inner, tree, grads, state, params, extra_args)
 
@@ -126,7 +126,7 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
     ]
     ids = {planned.leaves[i]: grads[i].ids for i in by_row}
     spaces = {c: Space(ids[c], planned.classes[c], {}) for c in ids}
-    walk = Walk(planned.plan, spaces, later=not (planned.plan.axes or _jax.varying_axes([arrays, ids])))
+    walk = Walk(planned.plan, spaces, defers=not (planned.plan.axes or _jax.varying_axes([arrays, ids])))
 
     def block(i: int) -> Any:
         if i not in by_row:
@@ -136,18 +136,18 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
 
     def value(i: int) -> Any:
         if i not in planned.leaves:
-            return Whole(arrays[i])
+            return FullArray(arrays[i])
         return rows_of_update(block(i), i) if i in by_row else rows_of_leaf(block(i), i, arrays[i])
 
     values = [value(i) for i in range(len(arrays))]
     outs = walk.run(planned.program, values)
     results: list[Any] = [
-        None if i in planned.leaves else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
+        None if i in planned.leaves else walk.full_array(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
         for i, v in enumerate(outs)
     ]
     for c, space in spaces.items():
         old = {i: arrays[i] for i in planned.leaves if planned.leaves[i] == c}
-        new = walk.changed({i: (values[i], outs[i]) for i in old if i < len(outs)})
+        new = walk.changed_blocks({i: (values[i], outs[i]) for i in old if i < len(outs)})
         written = write(new, old, space.ids, space.num_rows, by_row & old.keys())
         for i in old.keys() & set(range(len(outs))):
             results[i] = RowSparse(ids[c], written[i], grads[i].shape, unique=True) if i in by_row else written[i]
@@ -191,12 +191,12 @@ def plan_update(
     settled = settle(program, leaves, places, can, updates=rows)
     planned, walked = settled.planned(), settled.walked
     try:
-        for why in (settled.banned[i] for i in by_row & settled.banned.keys()):
+        for why in (settled.dense_reasons[i] for i in by_row & settled.dense_reasons.keys()):
             raise refused(str(why), "It looks across rows.")
         if len({planned.leaves[i] for i in by_row}) < len(by_row):
             raise refused("one that adds the gradients of two tables", "It looks across rows.")
         paths = {i: jax.tree_util.keystr(path) for i, (path, _) in enumerate(_flatten_with_path(state)[0], len(grads))}
-        check(walked, places, paths, set(), settled.chosen, settled.lost)
+        check(walked, places, paths, set(), settled.row_leaves, settled.lost_updates)
     except RefusedError as error:
         must = "a transformation that acts on each row by itself"
         raise ValueError(message("lazy", "inner", must, error.got, error.do)) from None

@@ -1,6 +1,6 @@
-"""A step as a program, and its evaluation on some rows.
+"""Traces a train step into a program and evaluates the program on some rows of its tables.
 
-`tracing` makes the program and `states` finds what it updates. `planning` finds out which arrays share which rows.
-`walk` evaluates the program, with the rules of `row_elementwise`, `row_rules`, `row_reads` and `row_regions`, on the
-kinds of value in `values`; what is made row by row waits in `pieces` until it is written.
+`tracing` makes the program and `states` finds the arrays that it updates. `planning` finds which arrays share rows.
+`walk` evaluates the program with the rules of `row_elementwise`, `row_rules`, `row_reads` and `row_regions`. `values`
+has the kinds of value, and `pieces` the blocks of rows that are computed when they are written.
 """

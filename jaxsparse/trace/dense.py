@@ -1,4 +1,7 @@
-"""What makes an array dense, and what to write instead."""
+"""Finds the line that makes an array dense, and what to write instead, for warnings and `js.explain`.
+
+A program and one of its inputs go in. A `Reason` (primitive and source line) and a sentence of advice come out.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _ALSO = f"It is read by rows elsewhere: what uses all of it makes it dense. Use 
 class _Use(NamedTuple):
     eqn: Equation
     operand: int
-    axis: int  # where the variable's first axis is
+    axis: int  # of the operand, the first axis of the variable
     within: tuple[Equation, ...]
 
 
@@ -46,14 +49,14 @@ def first_use(program: Program, v: Any) -> Reason | None:
 
 
 def closed_advice(why: Reason) -> str:
-    """What to do about a reason that is a region which cannot be opened."""
+    """What to do if the reason is an equation whose inner program cannot be opened."""
     if not why.closed:
         return ""
     return f"This library cannot open a {why.cause} with jax {jax.__version__}: read the rows outside of it."
 
 
 def advice_on_whole(program: Program, v: Any, why: Reason) -> str:
-    """What to do about an input that is read by rows, and computed as a whole for this reason."""
+    """What to do about an input that is read by rows, but computed in full for this reason."""
     if why.closed or not why.source:
         return closed_advice(why)
     if why.cause in map(str, _WHILE):
@@ -64,7 +67,8 @@ def advice_on_whole(program: Program, v: Any, why: Reason) -> str:
 
 
 def why_not_read(program: Program, v: Any) -> tuple[Reason, str] | None:
-    """Of an input with many rows, none of which is read by ids: the line that might read rows, and what to write."""
+    """(the line that might read rows, what to write), for a large input that is not read by ids. None if there is no
+    such line."""
     shape = _jax.shape(v)
     is_large = shape and shape[0] >= LARGE and shape[0] > max(shape[1:2], default=1)
     if not is_large or not jnp.issubdtype(_jax.dtype(v), jnp.floating):
@@ -96,7 +100,7 @@ def _uses(
     within: tuple[Equation, ...],
     followed: Collection[Any] = _FOLLOWED,
 ) -> Iterator[_Use]:
-    """The equations that use a variable, in order, through those that are followed."""
+    """The equations that use a variable, in order. Equations of the primitives `followed` are looked through."""
     users = ((eqn, i) for eqn in program.equations for i, operand in enumerate(eqn.inputs) if operand is v)
     for user, i in users:
         if user.primitive in _MOVES and user.primitive in followed:
@@ -110,8 +114,8 @@ def _uses(
 
 
 def _inside(eqn: Equation, i: int, followed: Collection[Any]) -> list[tuple[Program, Any]]:
-    """The programs in an equation that get its operand i as it is, each with its name for it. What a scan is over comes
-    in without its rows: it is not followed."""
+    """(program, its input) for each program in an equation that gets operand i unchanged. An array that is scanned over
+    enters without its first axis, so it is not followed."""
     if eqn.primitive not in followed and not (followed is _FOLLOWED and _jax.is_remat(eqn)):
         return []
     if eqn.primitive is _jax.COND:

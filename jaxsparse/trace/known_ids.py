@@ -1,10 +1,9 @@
-"""Ids whose distinct values come with the batch (`distinct.py`), followed through the program that makes row ids of
-them.
+"""Follows ids whose distinct values come with the batch (`data/distinct.py`) through the program that computes row ids.
 
-An array is coded where it is known to be values[places]: the values being few, the places an integer for each element.
-What is elementwise is done with the values, what moves elements with the places. So row ids that a program makes of a
-batch's ids, whether it reshapes them, hashes them, or masks some, are coded as long as they are made in no other way;
-and the rows of a table are found among the few values.
+An array is coded if it is known to be values[places], with few values and an integer place for each element. An
+elementwise operation is done on the values, a move of elements on the places. So row ids stay coded if a program
+reshapes, hashes or masks a batch's ids. The rows of a table are then found among the few values, without sorting all
+ids.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ from jaxsparse.trace.row_elementwise import ELEMENTWISE
 
 
 class Known(NamedTuple):
-    """Numbers of leaves of a step's arguments: an array, its distinct ids and its positions."""
+    """Numbers of leaves among a step's arguments: an array, its distinct ids and its positions in these."""
 
     array: int
     ids: int
     positions: int
     size: int
-    is_column: bool  # it is the second column of the array, the indices of a BCOO
+    is_column: bool  # the ids are the second column of the array, the indices of a BCOO
 
 
 def find_known(tree: Any) -> list[Known]:
-    """Those in a pytree, of batches that are as js.batches made them, or a device's part of that."""
+    """Finds the arrays with known distinct ids in a pytree: those of batches that are unchanged since js.batches made
+    them, or a device's part of these."""
     leaves, definition = jax.tree.flatten(tree)
     numbers = jax.tree.unflatten(definition, range(len(leaves)))
     found = []
@@ -46,8 +46,8 @@ def find_known(tree: Any) -> list[Known]:
         if not isinstance(batch, Batch):
             continue
         arrays = jax.tree.leaves(batch.x, is_leaf=lambda x: isinstance(x, BCOO))
-        about = jax.tree.leaves(batch.distinct, is_leaf=lambda x: x is None or isinstance(x, DistinctIds))
-        for x, distinct in zip(arrays, about, strict=True) if len(arrays) == len(about) else ():
+        distinct_of = jax.tree.leaves(batch.distinct, is_leaf=lambda x: x is None or isinstance(x, DistinctIds))
+        for x, distinct in zip(arrays, distinct_of, strict=True) if len(arrays) == len(distinct_of) else ():
             if isinstance(distinct, DistinctIds):
                 is_column = isinstance(x, BCOO)
                 array = x.indices if is_column else x
@@ -58,8 +58,12 @@ def find_known(tree: Any) -> list[Known]:
 
 
 def known_of_traced(args: Any, kwargs: Any, start: int) -> tuple[list[Known], list[Any], Callable[..., Any]]:
-    """What is known of the arguments' ids, if they are being traced: the numbers of inputs from `start` on, these
-    inputs, and a function of them that returns (args, kwargs)."""
+    """What is known of the arguments' ids, if the arguments are being traced.
+
+    Returns:
+      The known arrays, with numbers of inputs from `start` on; these inputs; a function of them that returns (args,
+      kwargs).
+    """
     found = find_known((args, kwargs))
     others, tree = jax.tree.flatten((args, kwargs))
     found = [k for k in found if _jax.is_traced(others[k.array])]
@@ -77,7 +81,7 @@ def known_of_traced(args: Any, kwargs: Any, start: int) -> tuple[list[Known], li
 
 
 def _fits(known: Known, leaves: Sequence[Any], counted: tuple[int, ...]) -> bool:
-    """Whether an array still has the shape of which its ids were counted."""
+    """Whether an array still has the shape that it had when its distinct ids were found."""
     array, ids, positions = (jnp.shape(leaves[i]) for i in known[:3])
     same = array == (*positions, 2) if known.is_column else array == positions
     return same and positions == counted and len(ids) == 2 and ids[0] == counted[0] and ids[0] * ids[1] >= known.size
@@ -85,18 +89,18 @@ def _fits(known: Known, leaves: Sequence[Any], counted: tuple[int, ...]) -> bool
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shared:
-    """An array that is compared as an object: two codes with one `Shared` have the same values, or the same places."""
+    """An array that is compared by identity: two codes with one `Shared` have the same values, or the same places."""
 
     array: Any
 
 
 class Coded(NamedTuple):
-    """An array that is values[places].
+    """An array that is known to be values[places].
 
     values: (m,).
-    is_id: bool (m,), which of them are real; the others fill the array up.
+    is_id: bool (m,). The other values are padding.
     places: int32, the array's shape.
-    all_named: whether each of the values is known to be at some place.
+    all_named: whether each value is known to occur at some place.
     """
 
     values: Shared
@@ -106,8 +110,8 @@ class Coded(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """An array of a program, and what is known of it: its code; that of its second column; or that all of it is this
-    one number."""
+    """An array of a program and what is known of it: its code, the code of its second column, or the one number that
+    all its elements equal."""
 
     given: Shared
     coded: Coded | None = None
@@ -124,7 +128,7 @@ class _Entry(NamedTuple):
 
 
 def coded_ids(ids: _jax.Needed, leaves: Sequence[Any], known: Sequence[Known]) -> tuple[list[Coded | None], jax.Array]:
-    """Which ids are coded, and whether something that is known of the leaves they are made of is not so: bool ()."""
+    """(the code of each id array or None, whether some batch's distinct ids do not agree with its ids: bool ())."""
     entries = [_Entry(Shared(as_whole(x) if used else x)) for x, used in zip(leaves, ids.used, strict=False)]
     wrong = jnp.zeros((), bool)
     for k in (k for k in known if ids.used[k.array]):
@@ -133,14 +137,14 @@ def coded_ids(ids: _jax.Needed, leaves: Sequence[Any], known: Sequence[Known]) -
         coded = Coded(Shared(values), values != NO_ID, Shared(places), all_named=True)
         given = Shared(array)
         entries[k.array] = _Entry(given, column=coded) if k.is_column else _Entry(given, coded)
-        there = values.at[places].get(mode="fill", fill_value=NO_ID, wrap_negative_indices=False)
-        wrong |= jnp.any(there != (array[:, 1] if k.is_column else array))
+        stated = values.at[places].get(mode="fill", fill_value=NO_ID, wrap_negative_indices=False)
+        wrong |= jnp.any(stated != (array[:, 1] if k.is_column else array))
     inputs = [v for v, used in zip(entries, ids.used, strict=False) if used]
     return [v.coded for v in _Evaluation().run(ids.program, inputs)], wrong
 
 
 class _Evaluation:
-    """Of a program. What was done before with the same values or places is not done again."""
+    """Evaluates a program. Operations on the same values or places are done once."""
 
     def __init__(self) -> None:
         self._done: dict[Any, Shared] = {}
@@ -166,7 +170,7 @@ class _Evaluation:
         return [read(v) for v in program.outputs]
 
     def _known(self, eqn: Equation, entries: list[_Entry], out: _Entry) -> _Entry:
-        """The output, with what is known of it."""
+        """The output with what is known of it."""
         first = next(iter(entries), out)
         if eqn.primitive in ELEMENTWISE:
             return self._elementwise(eqn, entries, out)
@@ -178,7 +182,7 @@ class _Evaluation:
             if bounds == [(0, 1), (n, 2), ()]:
                 places = self._once("column", [column.places], lambda: column.places.array[:, None])
                 return out._replace(coded=column._replace(places=places))
-        casts = _jax.summed_axes(eqn) == ()  # to vary over devices
+        casts = _jax.summed_axes(eqn) == ()  # a cast: the array varies over devices
         if not casts and eqn.primitive not in _MOVES:
             return out
         code, number = first.coded, first.one_number
@@ -200,8 +204,8 @@ class _Evaluation:
     def _elementwise(self, eqn: Equation, entries: list[_Entry], out: _Entry) -> _Entry:
         given = [v.coded for v in entries if v.coded is not None]
         operands = [v.one_number if v.coded is None else v.coded.values for v in entries]
-        alike = all(code.places is given[0].places for code in given)
-        if alike and all(x is not None for x in operands):
+        same_places = all(code.places is given[0].places for code in given)
+        if same_places and all(x is not None for x in operands):
             known = [x for x in operands if x is not None]
             if not given:
                 return out._replace(number=self._bind(eqn, known))
@@ -216,15 +220,17 @@ class _Evaluation:
             return out._replace(coded=self._joined(eqn, entries[1:], [entries[0].given], all_named=False))
         return out
 
-    def _joined(self, eqn: Equation, entries: list[_Entry], before: list[Shared], *, all_named: bool) -> Coded | None:
-        """Of what consists of elements of the entries: all their values, one after another, single ones last."""
+    def _joined(
+        self, eqn: Equation, entries: list[_Entry], index_operands: list[Shared], *, all_named: bool
+    ) -> Coded | None:
+        """The code of an array whose elements come from the entries: their values concatenated, single numbers last."""
         codes = []
         for v in entries:
             code = v.coded
             if code is None and v.one_number is not None:
                 one = self._once("one", [v.one_number], lambda x=v.one_number: jnp.reshape(jnp.asarray(x.array), 1))  # type: ignore[misc]
-                nowhere_else = Shared(jnp.zeros(jnp.shape(v.array), jnp.int32))
-                code = Coded(one, jnp.ones(1, bool), nowhere_else, all_named=jnp.size(v.array) > 0)
+                zeros = Shared(jnp.zeros(jnp.shape(v.array), jnp.int32))
+                code = Coded(one, jnp.ones(1, bool), zeros, all_named=jnp.size(v.array) > 0)
             if code is None:
                 return None
             codes.append(code)
@@ -232,7 +238,7 @@ class _Evaluation:
         parts = dict(sorted(parts.items(), key=lambda part: part[0].array.shape == (1,)))
         ends = itertools.accumulate(code.values.array.shape[0] for code in parts.values())
         start = dict(zip(parts, [0, *ends], strict=False))
-        places = self._bind(eqn, [*before, *(Shared(code.places.array + start[code.values]) for code in codes)])
+        places = self._bind(eqn, [*index_operands, *(Shared(code.places.array + start[code.values]) for code in codes)])
         if len(parts) == 1:
             return codes[0]._replace(places=places, all_named=all_named and any(code.all_named for code in codes))
         values = self._once("joined", list(parts), lambda: jnp.concatenate([x.array for x in parts]))

@@ -1,4 +1,4 @@
-"""A walk through a program that evaluates each equation in another way: what `joined` and `stacked` share."""
+"""The base of `joined` and `stacked`: a walk through a program that replaces some equations by others."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jaxsparse._jax import Equation, Program
 
 
 class Rewriting:
-    """One way through a program, whose values are arrays or stand for some.
+    """A walk through a program. Its values are arrays, or objects that stand for arrays.
 
     Attributes:
-      within: the equation at hand, behind those that it is inside of.
+      within: the equations that the present one is inside of, then the present one.
     """
 
     def __init__(self) -> None:
         self.within: tuple[Equation, ...] = ()
 
     def walk(self, program: Program, values: Sequence[Any]) -> list[Any]:
-        """The outputs, given the inputs."""
+        """The outputs of a program. `values` are its inputs."""
         env: dict[Any, Any] = dict(program.constants)
         env.update(zip(program.inputs, values, strict=True))
 

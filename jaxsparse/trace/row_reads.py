@@ -1,9 +1,10 @@
-"""Reads of rows, and what adds to rows or writes them: gather, dynamic_slice, scatter, dynamic_update_slice.
+"""Rules for equations that read rows, add to rows or set rows: gather, slices, scatter, pad.
 
-In all of them an index names a row. In the block it becomes the row's position there, along whatever axis the rows are.
-On CPU two things are made one id of an example after another, because XLA would make an array with a row for each id of
-the batch first: a sum over an axis of ids that is all that becomes of a gather (a bag of embeddings), and a scatter of
-equal rows along such an axis (the gradient of such a sum).
+A rule takes a walk, an equation and its operands, and returns the outputs, or None if it cannot be done row by row (see
+`row_elementwise`). In the table an index names a row; in the block it becomes the position of that row.
+
+On CPU, two cases loop over the ids of an example: a gather that is only summed over an axis of ids (a bag of
+embeddings), and a scatter of equal rows along such an axis (its gradient). XLA would first make a row for each id.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jaxsparse import _jax
 from jaxsparse._jax import Equation
 from jaxsparse.ops.rows import add_in_order, add_rows, at_least_int32, is_crowded, is_narrow, read_rows, row_ids
 from jaxsparse.trace import row_elementwise, row_rules
-from jaxsparse.trace.by_entry import Entries, adds_entries, by_pieces, made, noted
-from jaxsparse.trace.values import UNIFORM, UNKNOWN, Outs, Rows, Same, Summed, Values, Whole, array_of
+from jaxsparse.trace.by_entry import Entries, adds_entries, by_pieces, entries_if_wanted, entries_in
+from jaxsparse.trace.values import UNIFORM, UNKNOWN, EqualRows, FullArray, Outs, Rows, Summed, Values, array_of
 
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
@@ -32,7 +33,7 @@ CLIPPED = frozenset({Mode.CLIP, Mode.PROMISE_IN_BOUNDS})
 
 def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     rows, index = values
-    if isinstance(index, Rows) and isinstance(rows, Whole):
+    if isinstance(index, Rows) and isinstance(rows, FullArray):
         return _look_up(eqn, rows, index)
     if not isinstance(rows, Rows) or isinstance(index, Rows):
         return None
@@ -45,7 +46,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         if sizes[axis] != num_rows:
             return None
         kept = _axes_left(shape, numbers.collapsed_slice_dims, numbers.operand_batching_dims)
-        sizes = _replaced(sizes, axis, rows.made.shape[axis])
+        sizes = _replaced(sizes, axis, rows.data.shape[axis])
         (block,) = _jax.bind(eqn, [rows.block, at], slice_sizes=sizes)
         return [Rows(block, rows.node, numbers.offset_dims[kept.index(axis)], UNKNOWN, rows.updated)]
     if sizes[axis] != 1:
@@ -53,28 +54,29 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     component = tuple(numbers.start_index_map).index(axis)
     ids, mode = at[..., component], eqn.param("mode")
     place = walk.note_read(rows.node, ids, num_rows, rows.updated, mode in CLIPPED)
-    if walk.planning and rows.whole is not None:  # other ids may be made of these rows
-        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows), at])[0], []))]
+    if walk.planning and rows.full is not None:  # other ids may be computed from these rows
+        return [FullArray(walk.output(eqn, lambda: _jax.bind(eqn, [walk.full_array(rows), at])[0], []))]
     at = at.astype(jnp.int32)
     if mode in CLIPPED:
         at = clip_others(at, component, numbers.start_index_map, shape, sizes)
-    fill = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
-    fill = nothing(rows.made.dtype) if fill is None else fill
-    along = _summed_along(walk, eqn) if walk.alone and not walk.planning else None
-    whole_rows = _whole_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
-    if not (whole_rows and along is not None and along < place.ndim and sizes[1:] == shape[1:]):
-        along = None
+    fill_value = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
+    fill_value = missing_value(rows.data.dtype) if fill_value is None else fill_value
+    sum_axis = _only_sum_axis(walk, eqn) if walk.alone and not walk.planning else None
+    full_rows = _takes_full_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
+    if not (full_rows and sum_axis is not None and sum_axis < place.ndim and sizes[1:] == shape[1:]):
+        sum_axis = None
 
     def read(rows: jax.Array, place: jax.Array, at: jax.Array = at, cpu: bool | None = None) -> jax.Array:
-        if along is not None:
-            return _sum_of_rows(rows, place, along, fill, cpu)
-        changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill, "unique_indices": False, "indices_are_sorted": False}
+        if sum_axis is not None:
+            return _sum_of_rows(rows, place, sum_axis, fill_value, cpu)
+        changes = {"mode": Mode.FILL_OR_DROP, "fill_value": fill_value}
+        changes |= {"unique_indices": False, "indices_are_sorted": False}
         return _jax.bind(eqn, [rows, at.at[..., component].set(place)], **changes)[0]
 
     if rows.table is not None:
-        wide = at_least_int32(ids)
-        inside = row_ids(jnp.clip(wide, 0, num_rows - 1) if mode in CLIPPED else wide, num_rows)
-        block = rows.elsewhere()
+        wide_ids = at_least_int32(ids)
+        inside = row_ids(jnp.clip(wide_ids, 0, num_rows - 1) if mode in CLIPPED else wide_ids, num_rows)
+        block = rows.block_off_cpu()
         out = jax.lax.platform_dependent(
             cpu=lambda: read(rows.table, inside, cpu=True), default=lambda: read(block, place, cpu=False)
         )
@@ -83,38 +85,38 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
     else:
         out = read(rows.block, place)
         source, places = rows.block, place
-    if along is not None:
+    if sum_axis is not None:
         return [Summed(out)]
     entries = None
     if 0 not in numbers.offset_dims and not numbers.operand_batching_dims:
         by_piece = Entries(lambda cut: read(source, cut(places), cut(at)), gathered=True)
-        entries = noted(walk, eqn, by_piece)
-    return [Whole(out, entries=entries)]
+        entries = entries_if_wanted(walk, eqn, by_piece)
+    return [FullArray(out, entries=entries)]
 
 
-def _look_up(eqn: Equation, array: Whole, index: Rows) -> Outs:
-    """What rows of indices read in an array that is no table."""
+def _look_up(eqn: Equation, array: FullArray, index: Rows) -> Outs:
+    """Reads an array that is no table by indices that have a row for each of a table's."""
     numbers = eqn.param("dimension_numbers")
-    if index.axis in numbers.start_indices_batching_dims or index.axis == index.made.ndim - 1:
+    if index.axis in numbers.start_indices_batching_dims or index.axis == index.data.ndim - 1:
         return None
     (block,) = _jax.bind(eqn, [array.array, index.block])
     axis = _axes_left(block.shape, numbers.offset_dims)[index.axis]
-    whole = index.whole and (lambda walk: _jax.bind(eqn, [array.array, walk.whole(index)])[0])
-    return [Rows(block, index.node, axis, min(index.outside, UNIFORM), index.updated, whole)]
+    full = index.full and (lambda walk: _jax.bind(eqn, [array.array, walk.full_array(index)])[0])
+    return [Rows(block, index.node, axis, min(index.outside, UNIFORM), index.updated, full)]
 
 
 def clip_others(
     at: jax.Array, component: int, axes: Sequence[int], shape: Sequence[int], sizes: Sequence[int]
 ) -> jax.Array:
-    """Indices whose other components are moved into the array, as XLA does it."""
+    """Indices, all components but one clipped into the array, as XLA clips them."""
     for i, axis in enumerate(axes):
         if i != component:
             at = at.at[..., i].set(jnp.clip(at[..., i], 0, shape[axis] - sizes[axis]))
     return at
 
 
-def nothing(dtype: Any) -> Any:
-    """What is read where there is no row, as jnp.take has it."""
+def missing_value(dtype: Any) -> Any:
+    """What a read of no row returns, as in jnp.take."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return jnp.nan
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -122,48 +124,48 @@ def nothing(dtype: Any) -> Any:
     return jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.signedinteger) else jnp.iinfo(dtype).max
 
 
-def _whole_rows(window: Any, rows_axis: Any, table_ndim: int, ids_ndim: int) -> bool:
-    """Whether a gather or scatter is one of whole rows, their dimensions last."""
+def _takes_full_rows(window: Any, rows_axis: Any, table_ndim: int, ids_ndim: int) -> bool:
+    """Whether a gather or scatter takes full rows, with their dimensions last."""
     return tuple(rows_axis) == (0,) and tuple(window) == tuple(range(ids_ndim, ids_ndim + table_ndim - 1))
 
 
-def _summed_along(walk: Walk, eqn: Equation) -> int | None:
-    """The axis over which the sum is taken that is all that becomes of an equation's output."""
+def _only_sum_axis(walk: Walk, eqn: Equation) -> int | None:
+    """The axis of the sum that is the only use of an equation's output; None if there is no such sum."""
     use, _ = walk.only_use(eqn.outputs[0]) or (None, 0)
     if use is None or use.primitive is not _jax.REDUCE_SUM or len(use.param("axes")) != 1:
         return None
     return int(use.param("axes")[0])
 
 
-def _sum_of_rows(block: jax.Array, place: jax.Array, along: int, fill: Any, cpu: bool | None) -> jax.Array:
-    """sum(block[place], along), NaN or `fill` being read where place is outside the block. cpu: whether this is for
-    CPUs only, or never."""
-    turns = jnp.moveaxis(place, along, 0)  # (L, ...)
+def _sum_of_rows(block: jax.Array, place: jax.Array, sum_axis: int, fill_value: Any, cpu: bool | None) -> jax.Array:
+    """sum(block[place], sum_axis). Places outside the block read `fill_value`. cpu: True if this is for CPU only, False
+    if it is never for CPU."""
+    turns = jnp.moveaxis(place, sum_axis, 0)  # (L, ...)
 
     def read(i: Any) -> jax.Array:
-        return read_rows(block, _turn(turns, i), fill)
+        return read_rows(block, _index(turns, i), fill_value)
 
-    def one_by_one() -> jax.Array:
-        return _repeat(len(turns) - 1, lambda i, total: total + read(i + 1), read(0))
+    def sequential() -> jax.Array:
+        return _loop(len(turns) - 1, lambda i, total: total + read(i + 1), read(0))
 
-    def at_once() -> jax.Array:
-        return jnp.sum(read_rows(block, place, fill), axis=along)
+    def vectorized() -> jax.Array:
+        return jnp.sum(read_rows(block, place, fill_value), axis=sum_axis)
 
     if cpu is None and len(turns):
-        return jax.lax.platform_dependent(cpu=one_by_one, default=at_once)
-    return one_by_one() if cpu and len(turns) else at_once()
+        return jax.lax.platform_dependent(cpu=sequential, default=vectorized)
+    return sequential() if cpu and len(turns) else vectorized()
 
 
-def _turn(turns: jax.Array, i: Any) -> jax.Array:
-    """turns[i], for i in range. jnp's indexing costs ten times as long to trace."""
+def _index(turns: jax.Array, i: Any) -> jax.Array:
+    """turns[i], for i in range. jnp's indexing takes ten times as long to trace."""
     return jax.lax.index_in_dim(turns, i, keepdims=False) if isinstance(i, int) else turns[i]
 
 
-def _repeat(many: int, turn: Callable[[Any, Any], Any], start: Any) -> Any:
-    """fori_loop from 0, written out while that is not too long to compile: XLA puts more together then."""
-    if many > _UNROLL:
-        return jax.lax.fori_loop(0, many, turn, start)
-    for i in range(many):
+def _loop(count: int, turn: Callable[[Any, Any], Any], start: Any) -> Any:
+    """fori_loop from 0. Short loops are unrolled, so that XLA fuses more."""
+    if count > _UNROLL:
+        return jax.lax.fori_loop(0, count, turn, start)
+    for i in range(count):
         start = turn(i, start)
     return start
 
@@ -176,29 +178,29 @@ def dynamic_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if not isinstance(rows, Rows) or any(isinstance(v, Rows) for v in starts):
         return None
     axis, sizes = rows.axis, tuple(eqn.param("slice_sizes"))
-    num_rows, many, arrays = _jax.shape(eqn.inputs[0])[axis], sizes[axis], [array_of(v) for v in starts]
-    if many == num_rows:
-        sizes = _replaced(sizes, axis, rows.made.shape[axis])
+    num_rows, count, arrays = _jax.shape(eqn.inputs[0])[axis], sizes[axis], [array_of(v) for v in starts]
+    if count == num_rows:
+        sizes = _replaced(sizes, axis, rows.data.shape[axis])
         (block,) = _jax.bind(eqn, [rows.block, *arrays], slice_sizes=sizes)
         return [Rows(block, rows.node, axis, rows.outside, rows.updated)]
-    place = walk.note_read(rows.node, _from(arrays[axis], many, num_rows), num_rows, rows.updated, clipped=False)
-    if walk.planning and rows.whole is not None:
-        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows), *arrays])[0], []))]
+    place = walk.note_read(rows.node, _ids_from(arrays[axis], count, num_rows), num_rows, rows.updated, clipped=False)
+    if walk.planning and rows.full is not None:
+        return [FullArray(walk.output(eqn, lambda: _jax.bind(eqn, [walk.full_array(rows), *arrays])[0], []))]
     read = jnp.take(rows.block, place, axis=axis, mode="fill")
     arrays[axis] = jnp.zeros_like(arrays[axis])
-    return [Whole(x) for x in _jax.bind(eqn, [read, *arrays])]
+    return [FullArray(x) for x in _jax.bind(eqn, [read, *arrays])]
 
 
-def _from(start: Any, many: int, num_rows: int) -> jax.Array:
-    """The ids of so many rows from one on, which XLA moves into the table."""
-    return jnp.clip(start, 0, num_rows - many).astype(jnp.int32) + jnp.arange(many, dtype=jnp.int32)
+def _ids_from(start: Any, count: int, num_rows: int) -> jax.Array:
+    """The ids of `count` rows from `start` on, clipped into the table as XLA clips them."""
+    return jnp.clip(start, 0, num_rows - count).astype(jnp.int32) + jnp.arange(count, dtype=jnp.int32)
 
 
 def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """Rows of fixed numbers, `t[0]` or `t[:4]`, are read where other ids are read as well."""
+    """Reads rows of constant ids, `t[0]` or `t[:4]`. They are read by rows if other ids are read as well."""
     (rows,) = values
     outs = row_rules.one_operand(walk, eqn, values)
-    if outs is not None or not isinstance(rows, Rows) or _jax.shape(eqn.outputs[0])[rows.axis] > _FEW:
+    if outs is not None or not isinstance(rows, Rows) or _jax.shape(eqn.outputs[0])[rows.axis] > _MAX_STATIC_ROWS:
         return outs
     if rows.updated:  # jnp.roll of a gradient moves rows that nothing reads
         return None
@@ -206,8 +208,8 @@ def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     strides = list(eqn.param("strides") or [1] * len(start))
     num_rows, ids = _jax.shape(eqn.inputs[0])[axis], jnp.arange(start[axis], limit[axis], strides[axis], jnp.int32)
     place = walk.note_read(rows.node, ids, num_rows, False, clipped=False, static=True)
-    if walk.planning and rows.whole is not None:
-        return [Whole(walk.output(eqn, lambda: _jax.bind(eqn, [walk.whole(rows)])[0], []))]
+    if walk.planning and rows.full is not None:
+        return [FullArray(walk.output(eqn, lambda: _jax.bind(eqn, [walk.full_array(rows)])[0], []))]
     start[axis], limit[axis], strides[axis] = 0, len(ids), 1
     changes = {"start_indices": tuple(start), "limit_indices": tuple(limit), "strides": tuple(strides)}
 
@@ -215,28 +217,26 @@ def static_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
         return _jax.bind(eqn, [jnp.take(block, place, axis=axis, mode="fill")], **changes)[0]
 
     if rows.table is None:
-        return [Whole(read(rows.block))]
-    block = rows.elsewhere()
+        return [FullArray(read(rows.block))]
+    block = rows.block_off_cpu()
     out = jax.lax.platform_dependent(cpu=lambda: _jax.bind(eqn, [rows.table])[0], default=lambda: read(block))
     walk.tables_read.append(out)
-    return [Whole(out)]
+    return [FullArray(out)]
 
 
-_FEW = 1 << 12  # rows of fixed numbers: with more of them, a table is dense
-
-# ---------------------------------------------------------------------------------------------------------------------
+_MAX_STATIC_ROWS = 1 << 12  # a slice of more rows makes its table dense
 
 
 def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """Of few rows with zeros: the gradient of a slice, which adds to rows of fixed numbers."""
+    """Pads a few rows with zeros: the gradient of a slice, which adds to rows of constant ids."""
     new, filler = values
     config, shape = list(eqn.param("padding_config")), _jax.shape(eqn.outputs[0])
-    tall = [a for a, c in enumerate(config) if shape[a] in walk.plan.heights and tuple(c) != (0, 0, 0)]
-    if not tall or not isinstance(new, Whole) or not row_elementwise.is_zero(filler):
+    table_axes = [a for a, c in enumerate(config) if shape[a] in walk.plan.table_heights and tuple(c) != (0, 0, 0)]
+    if not table_axes or not isinstance(new, FullArray) or not row_elementwise.is_zero(filler):
         return None
-    axis, size = tall[0], new.shape[tall[0]]
+    axis, size = table_axes[0], new.shape[table_axes[0]]
     (low, high, between), config[axis] = config[axis], (0, 0, 0)
-    if low < 0 or high < 0 or size > _FEW:
+    if low < 0 or high < 0 or size > _MAX_STATIC_ROWS:
         return None
     ids = jnp.arange(low, shape[axis] - high, between + 1, jnp.int32)
 
@@ -249,18 +249,18 @@ def pad(walk: Walk, eqn: Equation, values: Values) -> Outs:
         zero = jnp.zeros((*shape[:axis], 1, *shape[axis + 1 :]), _jax.dtype(eqn.outputs[0]))
         return _jax.vary(zero, _jax.varying_axes(new.array))
 
-    into = Same(walk.output(eqn, zeros, [new], axis=axis), axis, shape[axis], zero=True)
+    into = EqualRows(walk.output(eqn, zeros, [new], axis=axis), axis, shape[axis], zero=True)
     return _changed(walk, into, ids, shape[axis], put, [new], adds=True, clipped=False)
 
 
 def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, index, updates = values
-    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (index, updates)):
+    if isinstance(into, FullArray) or any(isinstance(v, Rows) for v in (index, updates)):
         return None
     shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
-    if isinstance(into, Same) and into.zero and into.axis not in numbers.scatter_dims_to_operand_dims:
-        tall = [a for a in numbers.scatter_dims_to_operand_dims if shape[a] in walk.plan.heights]
-        into = into.along(tall[0]) if tall else into
+    if isinstance(into, EqualRows) and into.zero and into.axis not in numbers.scatter_dims_to_operand_dims:
+        table_axes = [a for a in numbers.scatter_dims_to_operand_dims if shape[a] in walk.plan.table_heights]
+        into = into.along(table_axes[0]) if table_axes else into
     axis = into.axis
     if axis not in numbers.scatter_dims_to_operand_dims or axis in numbers.operand_batching_dims:
         return None
@@ -273,14 +273,14 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if clipped:
         at = clip_others(at, component, numbers.scatter_dims_to_operand_dims, shape, sizes)
     adds = eqn.primitive is _jax.SCATTER_ADD
-    adds_rows = (
+    adds_full_rows = (
         adds
         and not walk.planning
         and walk.alone  # otherwise each of the small scatters would be added up over the devices
-        and _whole_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
+        and _takes_full_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
     )
-    repeated = adds_rows and isinstance(updates, Same) and updates.axis < at.ndim - 1
-    in_pieces = adds and isinstance(updates, Whole) and updates.entries is not None and adds_entries(eqn)
+    adds_equal_rows = adds_full_rows and isinstance(updates, EqualRows) and updates.axis < at.ndim - 1
+    in_pieces = adds and isinstance(updates, FullArray) and updates.entries is not None and adds_entries(eqn)
 
     def put(block: jax.Array, place: jax.Array) -> jax.Array:
         where = at.astype(jnp.int32).at[..., component].set(place)
@@ -292,35 +292,35 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
             changes = {"mode": Mode.FILL_OR_DROP, "indices_are_sorted": False, "unique_indices": False}
             return _jax.bind(eqn, [block, where, new], **changes)[0]
 
-        def as_they_come() -> jax.Array:
+        def unsorted() -> jax.Array:
             return with_new(block.astype(wide), where, array_of(updates))
 
-        def at_once() -> jax.Array:
-            if not (adds_rows and is_crowded(place, block)):
-                return as_they_come()
+        def vectorized() -> jax.Array:
+            if not (adds_full_rows and is_crowded(place, block)):
+                return unsorted()
             in_order = lambda: add_in_order(block.astype(wide), place, array_of(updates))  # noqa: E731
-            return jax.lax.platform_dependent(cuda=in_order, default=as_they_come)
+            return jax.lax.platform_dependent(cuda=in_order, default=unsorted)
 
-        def one_by_one() -> jax.Array:
+        def sequential() -> jax.Array:
             turns, row = jnp.moveaxis(place, updates.axis, 0), jnp.squeeze(updates.row, updates.axis).astype(wide)
 
             def add(i: Any, sums: jax.Array) -> jax.Array:
-                return add_rows(sums, _turn(turns, i), row)
+                return add_rows(sums, _index(turns, i), row)
 
-            return _repeat(len(turns), add, _jax.vary(block.astype(wide), _jax.varying_axes(row)))
+            return _loop(len(turns), add, _jax.vary(block.astype(wide), _jax.varying_axes(row)))
 
         if in_pieces:
-            add = lambda sums, cut: with_new(sums, cut(where), made(updates, cut))  # noqa: E731
-            out = by_pieces(updates, add, block.astype(wide), at_once)
+            add = lambda sums, cut: with_new(sums, cut(where), entries_in(updates, cut))  # noqa: E731
+            out = by_pieces(updates, add, block.astype(wide), vectorized)
         else:
-            out = jax.lax.platform_dependent(cpu=one_by_one, default=at_once) if repeated else at_once()
+            out = jax.lax.platform_dependent(cpu=sequential, default=vectorized) if adds_equal_rows else vectorized()
         return out.astype(block.dtype)
 
     return _changed(walk, into, ids, shape[axis], put, [updates], adds=adds, clipped=clipped)
 
 
 def window_sizes(eqn: Equation) -> list[int]:
-    """Of a scatter: how large what one index adds to is, along each axis."""
+    """The shape of the window that one index of a scatter adds to."""
     shape, numbers = _jax.shape(eqn.inputs[0]), eqn.param("dimension_numbers")
     sizes = [1] * len(shape)
     window = _axes_left(shape, numbers.inserted_window_dims, numbers.operand_batching_dims)
@@ -331,12 +331,12 @@ def window_sizes(eqn: Equation) -> list[int]:
 
 def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
     into, update, *starts = values
-    if isinstance(into, Whole) or any(isinstance(v, Rows) for v in (update, *starts)):
+    if isinstance(into, FullArray) or any(isinstance(v, Rows) for v in (update, *starts)):
         return None
     axis, shape, new = into.axis, _jax.shape(eqn.inputs[0]), _jax.shape(eqn.inputs[1])
     if new[axis] == shape[axis] or _replaced(new, axis, shape[axis]) != tuple(shape):
         return None
-    ids = _from(array_of(starts[axis]), new[axis], shape[axis])
+    ids = _ids_from(array_of(starts[axis]), new[axis], shape[axis])
 
     def put(block: jax.Array, place: jax.Array) -> jax.Array:
         rows = jnp.moveaxis(array_of(update), axis, 0)
@@ -347,7 +347,7 @@ def dynamic_update_slice(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 def _changed(
     walk: Walk,
-    into: Rows | Same,
+    into: Rows | EqualRows,
     ids: Any,
     num_rows: int,
     put: Callable[[Any, Any], Any],
@@ -356,30 +356,30 @@ def _changed(
     adds: bool,
     clipped: bool,
 ) -> Outs:
-    """Rows of which those that ids name are changed by put(block, place), made of new values."""
+    """Rows after put(block, place) has changed those that the ids name. `new`: the values that it puts there."""
     path = walk.path
-    if isinstance(into, Same):
-        if path in walk.plan.loose:
+    if isinstance(into, EqualRows):
+        if path in walk.plan.tableless_scatters:
             return None
         node = walk.plan.scatter_at(path)
         size, outside = walk.ids(node).shape[0], into.outside
         shape = into.shape_of(size)
     else:
-        node, shape, outside = into.node, into.made.shape, into.outside
+        node, shape, outside = into.node, into.data.shape, into.outside
 
     def before() -> Any:
         if isinstance(into, Rows):
             return into.block
         block = into.times(size)
-        if walk.planning:  # which rows it has is not known, and no row ids can be made of what they hold
+        if walk.planning:  # its rows are unknown, so no row ids may depend on their contents
             along = [-1 if axis == into.axis else 1 for axis in range(block.ndim)]
             block = jnp.where(walk.ids(node).reshape(along) == 0, block, block)
         return block
 
-    place = walk.note_read(node, ids, num_rows, late=None, clipped=clipped)
-    add_to = (lambda block: put(block, place)) if adds and isinstance(into, Same) and into.zero else None
-    updated = adds or isinstance(into, Same) or into.updated  # rows that are set, a padding row, are no update
-    block = walk.when_needed(shape, into.made.dtype, lambda: put(before(), place), [into, *new])
+    place = walk.note_read(node, ids, num_rows, after_update=None, clipped=clipped)
+    add_to = (lambda block: put(block, place)) if adds and isinstance(into, EqualRows) and into.zero else None
+    updated = adds or isinstance(into, EqualRows) or into.updated  # setting rows, of padding say, is no update
+    block = walk.lazy_array(shape, into.data.dtype, lambda: put(before(), place), [into, *new])
     return [Rows(block, node, into.axis, outside, updated, add_to=add_to)]
 
 

@@ -1,8 +1,8 @@
-"""Regions of a program that are evaluated as a whole: cond, scan, while, remat.
+"""Rules for equations that hold programs: cond, scan, while, remat.
 
-Each is made again around a walk of its own. Rows go in as they are, closed over or carried as blocks; the ids that are
-read inside come out as further outputs. What is carried, or comes out of several branches, has to be of one kind: both
-Rows of one class, both Same, or both whole.
+A rule walks through the inner program and rebuilds the equation around it. Rows go in as blocks, closed over or
+carried. The ids that are read inside come out as further outputs. Values that are carried, or come out of several
+branches, must be of one kind: Rows of one class, EqualRows, or full arrays.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import jax.numpy as jnp
 from jaxsparse import _jax
 from jaxsparse._jax import Equation, Program
 from jaxsparse.trace.uses import INLINED
-from jaxsparse.trace.values import NOBODY, Outs, Rows, Same, Value, Values, Whole, array_of, notes_of
+from jaxsparse.trace.values import NOBODY, EqualRows, FullArray, Outs, Rows, Value, Values, array_of, notes_of
 
 if TYPE_CHECKING:
     from jaxsparse.trace.walk import Walk
 
 
 def _inside(walk: Walk, program: Program, values: Values) -> tuple[list[Value], list[Any], list[jax.Array]]:
-    """Values of the outputs, and the reads that were made, with their ids."""
+    """(the outputs of a region's program, the reads in it, the ids of these reads)."""
     inner = walk.inside()
     outs = [_portable(v) for v in inner.run(program, values)]
     return outs, [read for read, _ in inner.reads], [ids for _, ids in inner.reads]
 
 
 def _portable(v: Value) -> Value:
-    """A value that may leave a region: an array is one of JAX's."""
-    if isinstance(v, Whole):
-        return Whole(jnp.asarray(v.array), v.notes)
+    """A value that may leave a region: its array is a JAX array."""
+    if isinstance(v, FullArray):
+        return FullArray(jnp.asarray(v.array), v.notes)
     return Rows(v.block, v.node, v.axis, v.outside, v.updated) if isinstance(v, Rows) else v
 
 
@@ -43,9 +43,9 @@ def _like(v: Value, kind: Value, walk: Walk) -> Value:
         rows = walk.as_rows(v, kind.node, kind.axis)
         assert rows is not None, "kinds were unified before"
         return Rows(rows.block, kind.node, kind.axis, kind.outside, kind.updated)
-    if isinstance(kind, Same):
-        return Same(v.row, kind.axis, kind.size, kind.zero, kind.notes)
-    return Whole(jnp.asarray(array_of(v)), kind.notes)
+    if isinstance(kind, EqualRows):
+        return EqualRows(v.row, kind.axis, kind.size, kind.zero, kind.notes)
+    return FullArray(jnp.asarray(array_of(v)), kind.notes)
 
 
 def _kind(walk: Walk, a: Value, b: Value) -> Value | None:
@@ -58,9 +58,9 @@ def _kind(walk: Walk, a: Value, b: Value) -> Value | None:
         outside, updated = min(x.outside for x in both), any(x.updated for x in both)  # type: ignore[union-attr]
         return Rows(None, walk.plan.find(rows.node), rows.axis, outside, updated)
     notes = notes_of(a, b)
-    if isinstance(a, Same) and isinstance(b, Same) and a.axis == b.axis:
-        return Same(None, a.axis, a.size, a.zero and b.zero, notes)
-    return Whole(None, notes)
+    if isinstance(a, EqualRows) and isinstance(b, EqualRows) and a.axis == b.axis:
+        return EqualRows(None, a.axis, a.size, a.zero and b.zero, notes)
+    return FullArray(None, notes)
 
 
 def _signature(kinds: Values) -> Any:
@@ -75,7 +75,7 @@ def remat(walk: Walk, eqn: Equation, values: Values) -> Outs:
         outs, reads[:], ids = _inside(walk, found.body, values)
         return outs, ids
 
-    outs, ids = found.again(body)()
+    outs, ids = found.wrap(body)()
     walk.reads += zip(reads, ids, strict=True)
     return list(outs)
 
@@ -87,13 +87,13 @@ def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
     branches = _jax.branches(eqn)
     reads: list[list[Any]] = [[] for _ in branches]
 
-    def taken(number: int) -> Any:
+    def run_branch(number: int) -> Any:
         outs, reads[number], ids = _inside(walk, branches[number], operands)
         return outs, ids
 
     kinds, ids_of = _known_kinds(walk), [[] for _ in branches]  # type: ignore[var-annotated]
     if kinds is None:
-        found = [jax.eval_shape(lambda n=n: taken(n)) for n in range(len(branches))]  # type: ignore[misc]
+        found = [jax.eval_shape(lambda n=n: run_branch(n)) for n in range(len(branches))]  # type: ignore[misc]
         kinds = [_common_kind(walk, outs) for outs in zip(*(outs for outs, _ in found), strict=True)]
         if any(kind is None for kind in kinds):
             return None
@@ -101,7 +101,7 @@ def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
     notes = notes_of(index)
 
     def branch(number: int) -> Any:
-        outs, ids = taken(number)
+        outs, ids = run_branch(number)
         all_ids = [[jnp.full(x.shape, NOBODY, x.dtype) for x in other] for other in ids_of]
         all_ids[number] = ids
         return [_like(v, kind, walk) for v, kind in zip(outs, kinds, strict=True)], all_ids
@@ -112,15 +112,15 @@ def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
     )
     for some_reads, some_ids in zip(reads, ids, strict=True):
         walk.reads += zip(some_reads, some_ids, strict=True)
-    return [_noted(v, notes) for v in outs]
+    return [_with_notes(v, notes) for v in outs]
 
 
-def _noted(v: Value, notes: Any) -> Value:
-    return Whole(v.array, v.notes | notes) if isinstance(v, Whole) and notes else v
+def _with_notes(v: Value, notes: Any) -> Value:
+    return FullArray(v.array, v.notes | notes) if isinstance(v, FullArray) and notes else v
 
 
 def _common_kind(walk: Walk, outs: Values) -> Value | None:
-    """Of the outputs of all branches; they are abstract."""
+    """The kind that fits the outputs of all branches, which are abstract."""
     kinds: list[Value | None] = []
 
     def common(*outs: Value) -> jax.Array:
@@ -140,31 +140,31 @@ def _common_kind(walk: Walk, outs: Values) -> Value | None:
 
 def scan(walk: Walk, eqn: Equation, values: Values) -> Outs:
     found = _jax.scan_of(eqn)
-    consts, carry, xs = _split(values, found.num_consts, found.num_carry)
+    consts, carry, xs = _split_operands(values, found.num_consts, found.num_carry)
     if any(isinstance(v, Rows) for v in xs):
         return None
     arrays = [array_of(v) for v in xs]
     reads: list[Any] = []
 
     def body(carry: Values, x: Sequence[jax.Array]) -> Any:
-        outs, reads[:], ids = _inside(walk, found.body, [*consts, *carry, *map(Whole, x)])
+        outs, reads[:], ids = _inside(walk, found.body, [*consts, *carry, *map(FullArray, x)])
         return outs[: len(carry)], (outs[len(carry) :], ids)
 
-    def once(kinds: list[Value]) -> tuple[list[Value | None], Any]:
-        """The scan with a carry of these kinds, and which kinds come out of its body; it is right if they are these."""
+    def loop_with(kinds: list[Value]) -> tuple[list[Value | None], Any]:
+        """(the kinds that come out of the body, the scan with a carry of `kinds`). The scan is right if both agree."""
         found_kinds: list[Value | None] = []
 
         def turn(carry: Values, x: Sequence[jax.Array]) -> Any:
             new, (ys, ids) = body(carry, x)
             found_kinds[:] = _kinds_after(walk, kinds, carry, new)
             settled = _signature(found_kinds) == _signature(kinds)
-            ys = [Whole(array_of(y), y.notes) if isinstance(y, Same) else y for y in ys]
+            ys = [FullArray(array_of(y), y.notes) if isinstance(y, EqualRows) else y for y in ys]
             return [_like(v, kind, walk) for v, kind in zip(new if settled else carry, kinds, strict=True)], (ys, ids)
 
         start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
-        return found_kinds, found.again(turn, start, arrays)
+        return found_kinds, found.run(turn, start, arrays)
 
-    settled = _settle_carry(walk, carry, once)
+    settled = _settle_carry(walk, carry, loop_with)
     if settled is None:
         return None
     end, (ys, ids) = settled
@@ -174,9 +174,9 @@ def scan(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 
 def while_loop(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """How often a while loop turns is not known, so nothing can be read in it."""
+    """The number of turns of a while loop is unknown, so no rows can be read in it."""
     test, body, num_test, num_body = _jax.while_of(eqn)
-    for_test, for_body, carry = _split(values, num_test, num_body)
+    for_test, for_body, carry = _split_operands(values, num_test, num_body)
     read = False
 
     def run(program: Program, values: Values) -> Values:
@@ -185,7 +185,7 @@ def while_loop(walk: Walk, eqn: Equation, values: Values) -> Outs:
         read = read or bool(reads)
         return outs
 
-    def once(kinds: list[Value]) -> tuple[list[Value | None], Any]:
+    def loop_with(kinds: list[Value]) -> tuple[list[Value | None], Any]:
         found_kinds: list[Value | None] = []
 
         def turn(carry: list[Value]) -> list[Value]:
@@ -197,16 +197,16 @@ def while_loop(walk: Walk, eqn: Equation, values: Values) -> Outs:
         start = [_like(v, kind, walk) for v, kind in zip(carry, kinds, strict=True)]
         return found_kinds, jax.lax.while_loop(lambda carry: run(test, [*for_test, *carry])[0].array, turn, start)
 
-    end = _settle_carry(walk, carry, once)
+    end = _settle_carry(walk, carry, loop_with)
     return None if read or end is None else list(end)
 
 
-def _split(values: Values, first: int, second: int) -> tuple[list[Value], list[Value], list[Value]]:
+def _split_operands(values: Values, first: int, second: int) -> tuple[list[Value], list[Value], list[Value]]:
     return list(values[:first]), list(values[first : first + second]), list(values[first + second :])
 
 
 def _known_kinds(walk: Walk) -> list[Value] | None:
-    """The kinds of what leaves a region, as planning has found them; None while planning."""
+    """The kinds of a region's outputs, as planning has found them; None while planning."""
     if walk.planning:
         return None
     kinds, find = walk.plan.kinds[walk.path], walk.plan.find
@@ -214,16 +214,16 @@ def _known_kinds(walk: Walk) -> list[Value] | None:
 
 
 def _settle_carry(
-    walk: Walk, carry: list[Value], once: Callable[[list[Value]], tuple[list[Value | None], Any]]
+    walk: Walk, carry: list[Value], loop_with: Callable[[list[Value]], tuple[list[Value | None], Any]]
 ) -> Any | None:
-    """A loop whose carry is of kinds that its body keeps; None if there are none. Planning looks for them.
+    """A loop whose body keeps the kinds of its carry; None if there are no such kinds. Planning searches for them.
 
     Args:
-      once: the kinds after a turn with a carry of these kinds, and the loop.
+      loop_with: (the kinds after a turn, the loop), for a carry of given kinds.
     """
     kinds: list[Any] = _known_kinds(walk) or [_kind(walk, v, v) for v in carry]
     for _ in range(_SETTLES):
-        now, loop = once(kinds)
+        now, loop = loop_with(kinds)
         if any(kind is None for kind in now):
             return None
         if _signature(now) == _signature(kinds):
@@ -234,7 +234,7 @@ def _settle_carry(
 
 
 def _kinds_after(walk: Walk, kinds: list[Value], carry: Values, new: Values) -> list[Value | None]:
-    """The kinds that a carry of these kinds has after a turn, None where what it was and is are of no common one."""
+    """The kinds of a carry after a turn. None where the values before and after the turn fit no common kind."""
     pairs = zip(kinds, carry, new, strict=True)
     return [kind if after is before else _kind(walk, before, after) for kind, before, after in pairs]
 
@@ -250,7 +250,7 @@ _OPEN = frozenset(REGIONS) | INLINED
 
 
 def is_closed(eqn: Equation) -> bool:
-    """Whether an equation of a kind that is unknown here holds a program that reads rows, or cannot be seen."""
+    """Whether an equation without a rule holds a program that reads rows, or one that cannot be inspected."""
     held = None if eqn.primitive in _OPEN else _jax.held_programs(eqn)
     return held is not None and (not held or any(map(_reads, held)))
 

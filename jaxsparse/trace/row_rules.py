@@ -1,6 +1,7 @@
-"""What equations do with some rows of an array that are not elementwise: other shapes, sums, products.
+"""Rules for equations that are not elementwise: changes of shape, sums and products.
 
-Rules are as in `row_elementwise`.
+A rule takes a walk, an equation and its operands, and returns the outputs, or None if it cannot be done row by row (see
+`row_elementwise`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from jaxsparse.trace.values import (
     UNIFORM,
     UNKNOWN,
     ZERO,
+    EqualRows,
+    FullArray,
     Note,
     Notes,
     Outs,
     Rows,
-    Same,
     Value,
     Values,
-    Whole,
     array_of,
-    ready,
+    materialize,
 )
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
 # other shapes
 
 
-def moved(eqn: Equation, axis: int, size: int) -> tuple[dict[str, Any], int] | None:
-    """Of an equation with one operand, whose rows along `axis` are replaced by `size` others: the parameters that
-    change, and the axis of the result. None where rows do not stay rows."""
+def move_rows_axis(eqn: Equation, axis: int, size: int) -> tuple[dict[str, Any], int] | None:
+    """(the parameters that change, the axis of the rows in the result), for an equation whose operand gets `size` rows
+    along `axis`. None if rows do not stay rows."""
     before, after = _jax.shape(eqn.inputs[0]), _jax.shape(eqn.outputs[0])
     primitive, param = eqn.primitive, eqn.param
 
@@ -87,51 +88,51 @@ _RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE = (
 
 def one_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
     v = values[0]
-    if len(values) != 1 or isinstance(v, Whole):
+    if len(values) != 1 or isinstance(v, FullArray):
         return None
-    found = moved(eqn, v.axis, 1 if isinstance(v, Same) else v.made.shape[v.axis])
+    found = move_rows_axis(eqn, v.axis, 1 if isinstance(v, EqualRows) else v.data.shape[v.axis])
     if found is None:
-        return over_rows(walk, eqn, v) if isinstance(v, Rows) and eqn.primitive in _REDUCTIONS else None
+        return reduce_rows(walk, eqn, v) if isinstance(v, Rows) and eqn.primitive in _REDUCTIONS else None
     changes, axis = found
     keeps_zero = eqn.primitive is not _CUMLOGSUMEXP
-    if isinstance(v, Same):
+    if isinstance(v, EqualRows):
         row = walk.output(eqn, lambda: _jax.bind(eqn, [v.row], **changes)[0], values, axis=axis)
-        return [Same(row, axis, v.size, v.zero and keeps_zero, v.notes)]
+        return [EqualRows(row, axis, v.size, v.zero and keeps_zero, v.notes)]
 
     def make(part: Part, block: Any) -> Any:
-        changes, _ = moved(eqn, v.axis, block.shape[v.axis]) or ({}, 0)
+        changes, _ = move_rows_axis(eqn, v.axis, block.shape[v.axis]) or ({}, 0)
         return _jax.bind(eqn, [block], **changes)[0]
 
-    block = walk.by_row(v.node, eqn.outputs[0], axis, [v.made], make, before=v.axis)
-    whole = v.whole and (lambda walk: _jax.bind(eqn, [walk.whole(v)])[0])
+    block = walk.by_row(v.node, eqn.outputs[0], axis, [v.data], make, before=v.axis)
+    full = v.full and (lambda walk: _jax.bind(eqn, [walk.full_array(v)])[0])
     outside = v.outside if keeps_zero else min(v.outside, UNIFORM)
-    return [Rows(block, v.node, axis, outside, v.updated, whole, origin=v.first)]
+    return [Rows(block, v.node, axis, outside, v.updated, full, origin=v.first)]
 
 
 def broadcast(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """Of an array: a Same where it makes equal rows for a table, or equal rows that are only scattered."""
+    """Broadcasts an array. The output is EqualRows if it has as many rows as a table, or is only scattered."""
     (v,) = values
-    if not isinstance(v, Whole):
+    if not isinstance(v, FullArray):
         return one_operand(walk, eqn, values)
     shape, dims = eqn.param("shape"), [int(d) for d in eqn.param("broadcast_dimensions")]
     given = v.shape
     new = [a for a in range(len(shape)) if a not in dims or given[dims.index(a)] == 1 != shape[a]]
-    tall = [a for a in new if shape[a] in walk.plan.heights]
+    table_axes = [a for a in new if shape[a] in walk.plan.table_heights]
     new = [a for a in new if shape[a] != 1]
-    if not tall and not walk.planning and len(new) == 1:
+    if not table_axes and not walk.planning and len(new) == 1:
         use, operand = walk.only_use(eqn.outputs[0]) or (None, 0)
         if use is not None and use.primitive is _jax.SCATTER_ADD and operand == 2:
-            tall = new
-    if not tall:
+            table_axes = new
+    if not table_axes:
         return None
-    axis = tall[0]
+    axis = table_axes[0]
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     row = walk.output(eqn, lambda: _jax.bind(eqn, [v.array], shape=one)[0], values, axis=axis)
-    return [Same(row, axis, shape[axis], is_zero(v), v.notes)]
+    return [EqualRows(row, axis, shape[axis], is_zero(v), v.notes)]
 
 
-def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """pad, split, concatenate, stack, unstack, sort, top_k: along another axis than that of the rows."""
+def multi_operand(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """pad, split, concatenate, stack, unstack, sort and top_k, along another axis than the rows."""
     like = next((v for v in values if isinstance(v, Rows)), None)
     if like is None:
         return None
@@ -147,7 +148,7 @@ def several(walk: Walk, eqn: Equation, values: Values) -> Outs:
     if along == axis and not stacked:
         return None
     if stacked and along == 0 and len({walk.plan.find(v.node) for v in values if isinstance(v, Rows)}) > 1:
-        return None  # tables of which a read names one: they do not share their rows
+        return None  # stacked tables, which do not share their rows
     operands = [walk.as_rows(v, like.node, axis) for v in values]
     if any(x is None for x in operands):
         return None
@@ -165,8 +166,8 @@ _PAD, _CONCATENATE, _SORT, _TOP_K = (p for name in "pad concatenate sort top_k".
 # sums and products over rows
 
 
-def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
-    """A reduction over the rows themselves, all of them."""
+def reduce_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
+    """A reduction over all rows."""
     primitive, (out,) = eqn.primitive, eqn.outputs
     if primitive not in _NEUTRAL:
         return None
@@ -175,54 +176,54 @@ def over_rows(walk: Walk, eqn: Equation, rows: Rows) -> Outs:
     def reduced(block: Callable[[], Any]) -> Any:
         return walk.output(eqn, lambda: _jax.bind(eqn, [block()])[0], [rows])
 
-    def with_others() -> Any:
-        """Of rows the last of which is padding, and like each of those outside of the block."""
+    def with_uniform_rest() -> Any:
+        """The reduction if all rows outside of the block equal the last one of it, which is padding."""
         is_real = walk.is_real(rows)
         num_others = num_rows - jnp.sum(is_real)
         if primitive is not _jax.REDUCE_SUM:
             first = jax.lax.slice_in_dim(rows.block, 0, 1, axis=rows.axis)
             return _jax.bind(eqn, [jnp.where(is_real | (num_others > 0), rows.block, first)])[0]
-        row = jax.lax.slice_in_dim(rows.block, rows.made.shape[rows.axis] - 1, None, axis=rows.axis)
+        row = jax.lax.slice_in_dim(rows.block, rows.data.shape[rows.axis] - 1, None, axis=rows.axis)
         (inside,), (one,) = _jax.bind(eqn, [jnp.where(is_real, rows.block, 0)]), _jax.bind(eqn, [row])
         return (inside + one * num_others.astype(one.dtype)).astype(_jax.dtype(out))
 
     if rows.outside == ZERO and primitive is _jax.REDUCE_SUM:
-        return [Whole(reduced(lambda: rows.block))]
+        return [FullArray(reduced(lambda: rows.block))]
     if rows.outside >= UNIFORM:
-        return [Whole(walk.output(eqn, with_others, [rows]))]
+        return [FullArray(walk.output(eqn, with_uniform_rest, [rows]))]
     if rows.updated:  # frozen rows get no update
-        neutral = np.asarray(_NEUTRAL[primitive](rows.made.dtype), rows.made.dtype)
-        notes = _note_part_sum(walk, eqn, rows)
-        return [Whole(reduced(lambda: jnp.where(walk.is_real(rows), rows.block, neutral)), notes)]
-    if rows.whole is not None:
-        walk.note_whole_sum(rows.node, eqn)
-        return [Whole(reduced(lambda: walk.whole(rows)), frozenset({Note("whole sum", walk.source)}))]
+        neutral = np.asarray(_NEUTRAL[primitive](rows.data.dtype), rows.data.dtype)
+        notes = _note_update_sum(walk, eqn, rows)
+        return [FullArray(reduced(lambda: jnp.where(walk.is_real(rows), rows.block, neutral)), notes)]
+    if rows.full is not None:
+        walk.note_table_sum(rows.node, eqn)
+        return [FullArray(reduced(lambda: walk.full_array(rows)), frozenset({Note("table sum", walk.source)}))]
     return None
 
 
-def _note_part_sum(walk: Walk, eqn: Equation, rows: Rows) -> Notes:
-    """Of a sum over the rows that were chosen of an update: what its result was made from."""
+def _note_update_sum(walk: Walk, eqn: Equation, rows: Rows) -> Notes:
+    """Notes a sum over the chosen rows of an update. Returns the notes of its result."""
     source = f"{eqn.primitive} at {walk.source}"
-    walk.plan.part_sums.append((rows, source))
-    if jnp.issubdtype(rows.made.dtype, jnp.bool_):
+    walk.plan.update_sums.append((rows, source))
+    if jnp.issubdtype(rows.data.dtype, jnp.bool_):
         return NOTHING
-    if walk.source != UNKNOWN_SOURCE:  # and no metric of this library's own step
-        walk.plan.part_sources[source] = None
-    return frozenset({Note("part sum", source)})
+    if walk.source != UNKNOWN_SOURCE:  # a metric of this library's own step is not announced
+        walk.plan.update_sum_sources[source] = None
+    return frozenset({Note("update sum", source)})
 
 
-def _least(dtype: Any) -> Any:
+def _lowest(dtype: Any) -> Any:
     return -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
 
 
-def _most(dtype: Any) -> Any:
+def _highest(dtype: Any) -> Any:
     return jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max
 
 
 _NEUTRAL: dict[Any, Callable[[Any], Any]] = dict(
     zip(
         (p for name in "sum max min and or".split() for p in _jax.primitives(f"reduce_{name}")),
-        (lambda dtype: 0, _least, _most, lambda dtype: True, lambda dtype: False),
+        (lambda dtype: 0, _lowest, _highest, lambda dtype: True, lambda dtype: False),
         strict=True,
     )
 )
@@ -236,8 +237,8 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
     contracted, batch = eqn.param("dimension_numbers")
     axis = rows.axis
 
-    def bind(mine: Any, theirs: Any) -> Any:
-        return _jax.bind(eqn, [mine, theirs] if side == 0 else [theirs, mine])[0]
+    def bind(block: Any, other_block: Any) -> Any:
+        return _jax.bind(eqn, [block, other_block] if side == 0 else [other_block, block])[0]
 
     def product(both: Sequence[Rows], with_zeros: bool) -> Any:
         return bind(*(_with_zeros(walk, x) if with_zeros else x.block for x in both))
@@ -256,52 +257,58 @@ def dot(walk: Walk, eqn: Equation, values: Values) -> Outs:
             block = walk.block(rows.node, eqn, at, functools.partial(product, both, zero), both)
             return [Rows(block, rows.node, at, outside, updated)]
         of_update = rows if rows.updated else partner if partner.updated else None
-        if not zero and (of_update is None or _jax.shape(eqn.outputs[0])):  # a norm is over the rows that are read
+        if not zero and (
+            of_update is None or _jax.shape(eqn.outputs[0])
+        ):  # only a norm may be over the rows that are read
             return None
-        notes = NOTHING if zero or of_update is None else _note_part_sum(walk, eqn, of_update)
+        notes = NOTHING if zero or of_update is None else _note_update_sum(walk, eqn, of_update)
         both = rows, partner
-        return [Whole(walk.output(eqn, functools.partial(product, both, True), both), notes)]
+        return [FullArray(walk.output(eqn, functools.partial(product, both, True), both), notes)]
     if isinstance(other, Rows):
         return None
-    free = [a for a in range(rows.made.ndim) if a not in contracted[side] and a not in batch[side]]
+    free = [a for a in range(rows.data.ndim) if a not in contracted[side] and a not in batch[side]]
     before = len(_jax.shape(eqn.inputs[1 - side])) - len(contracted[0]) - len(batch[0]) if side == 1 else 0
     out_axis = len(batch[0]) + before + free.index(axis)
-    # without a whole: what sums this over all rows, as a tied softmax does, uses the table as a whole
+    # no `full`: a sum of it over all rows, as in a tied softmax, needs the full table
     outside = ZERO if rows.outside == ZERO else UNKNOWN
     block = walk.block(rows.node, eqn, out_axis, lambda: bind(rows.block, array_of(other)), values)
     return [Rows(block, rows.node, out_axis, outside, rows.updated)]
 
 
 def _with_zeros(walk: Walk, rows: Rows) -> Any:
-    """The block, with zeros in its padding rows where they may be anything: 0 times NaN is NaN."""
+    """The block, with zeros in its padding rows, which may be infinite: 0 times infinity is NaN."""
     if rows.outside == ZERO:
         return rows.block
     return jnp.where(walk.is_real(rows), rows.block, 0)
 
 
 def across_devices(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """Sums over mapped axes, and casts that say over which of them a value varies."""
+    """Sums over mapped axes, and casts that declare over which of them a value varies."""
     axes = _jax.summed_axes(eqn)
     outs: list[Value] = []
     for v, operand in zip(values, eqn.inputs, strict=True):
-        given = (lambda v=v: v.block) if isinstance(v, Rows) else (lambda v=v: ready(v.made))  # type: ignore[misc]
-        shape = v.shape if isinstance(v, Whole) else v.made.shape
+        given = (lambda v=v: v.block) if isinstance(v, Rows) else (lambda v=v: materialize(v.data))  # type: ignore[misc]
+        shape = v.shape if isinstance(v, FullArray) else v.data.shape
         bound = lambda given=given: _jax.bind(eqn, [given()])[0]  # noqa: E731
-        made = walk.when_needed(shape, _jax.dtype(operand), bound, [v])
+        made = walk.lazy_array(shape, _jax.dtype(operand), bound, [v])
         if not isinstance(v, Rows):
-            outs.append(Same(made, v.axis, v.size, v.zero, v.notes) if isinstance(v, Same) else Whole(made, v.notes))
+            outs.append(
+                EqualRows(made, v.axis, v.size, v.zero, v.notes)
+                if isinstance(v, EqualRows)
+                else FullArray(made, v.notes)
+            )
             continue
-        whole = None
+        full = None
         if axes:
             walk.plan.axes.setdefault(v.node, set()).update(axes)
-        elif v.whole is not None:
-            whole = lambda walk, v=v: _jax.bind(eqn, [walk.whole(v)])[0]  # noqa: E731
-        outs.append(Rows(made, v.node, v.axis, v.outside, v.updated, whole, origin=v.first))
+        elif v.full is not None:
+            full = lambda walk, v=v: _jax.bind(eqn, [walk.full_array(v)])[0]  # noqa: E731
+        outs.append(Rows(made, v.node, v.axis, v.outside, v.updated, full, origin=v.first))
     return outs
 
 
-def placed(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    """A wish where an array is to be: rows are where the block is."""
+def sharding_hint(walk: Walk, eqn: Equation, values: Values) -> Outs:
+    """Ignores a sharding constraint: rows have the sharding of the block."""
     del walk, eqn
     return list(values)
 
@@ -310,10 +317,10 @@ RULES: dict[Any, Callable[[Walk, Equation, Values], Outs]] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(_jax.primitives("bitcast_convert_type"), bitcast),
     "optimization_barrier": barrier,
-    **dict.fromkeys(("sharding_constraint", "reshard"), placed),
+    **dict.fromkeys(("sharding_constraint", "reshard"), sharding_hint),
     **dict.fromkeys(_REDUCTIONS | _CUMULATIVE | {_RESHAPE, _REV, _SLICE, _SQUEEZE, _TRANSPOSE}, one_operand),
-    **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K), several),
-    **dict.fromkeys(("split", "stack", "unstack"), several),  # by name: JAX does not list them
+    **dict.fromkeys((_PAD, _CONCATENATE, _SORT, _TOP_K), multi_operand),
+    **dict.fromkeys(("split", "stack", "unstack"), multi_operand),  # by name: JAX does not list them
     _jax.BROADCAST: broadcast,
     **dict.fromkeys(_jax.primitives("dot_general"), dot),
 }

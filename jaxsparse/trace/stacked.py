@@ -1,9 +1,8 @@
-"""Tables of one shape in one array (F, V, d), of which a program reads row `ids` of table `f`: `t[f, ids]`,
-`t.reshape(F * V, d)[f * V + ids]`, `jax.vmap(lambda t, i: t[i])(t, ids)`, `nn.vmap(nn.Embed)`.
+"""Rewrites programs that read stacked tables: F tables in one array (F, V, d), read by table and row.
 
-Rows are along the first axis everywhere else, where this array has F, each a whole table. So the program is rewritten
-into one of an array (F * V, d), and the same for its gradient and slots. Where such an array is used in another way, it
-gets its own shape back, and its rows are lost: then the step is left as it was.
+Examples: `t[f, ids]`, `t.reshape(F * V, d)[f * V + ids]`, `jax.vmap(lambda t, i: t[i])(t, ids)`, `nn.vmap(nn.Embed)`.
+All other code has rows along the first axis, where this array has tables. So the program, its gradient and its slots
+are rewritten to an array (F * V, d). If the array is used in another way, the step stays as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jaxsparse._checks import MAX_ROWS
 from jaxsparse._context import ROW_NUMBERS, ROWS_OF, rows_of
 from jaxsparse._jax import Equation, Program
 from jaxsparse.ops.rows import at_least_int32, in_range
-from jaxsparse.trace.lines import evaluate, in_place_of
+from jaxsparse.trace.lines import evaluate, with_line_of
 from jaxsparse.trace.rewriting import Rewriting
 from jaxsparse.trace.row_elementwise import ELEMENTWISE
 from jaxsparse.trace.row_reads import CLIPPED, clip_others, window_sizes
@@ -40,42 +39,42 @@ _DOT, _RESHAPE, _SQUEEZE, _UPDATE_SLICE = (
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Which of a program's inputs are stacked tables and their slots, with their shapes."""
+    """The inputs of a program that are stacked tables or their slots, with their shapes."""
 
     shapes: dict[int, tuple[int, ...]]
 
     def flat(self, leaves: Sequence[Any]) -> list[Any]:
-        """The leaves, with one axis for the tables and their rows. Leaves may be abstract."""
+        """The leaves with one axis for tables and rows. Leaves may be abstract."""
         flat = [_reshaped(x, _merged(self.shapes[i])) if i in self.shapes else x for i, x in enumerate(leaves)]
-        # without a barrier XLA reads rows of one shape and writes those of the other, and copies tables on a GPU
+        # without a barrier XLA reads rows in one shape, writes them in the other, and copies tables on a GPU
         return [
             jax.lax.optimization_barrier(x) if i in self.shapes and isinstance(x, jax.Array) else x
             for i, x in enumerate(flat)
         ]
 
-    def apart(self, leaves: Sequence[Any]) -> list[Any]:
-        """As they were."""
+    def unflattened(self, leaves: Sequence[Any]) -> list[Any]:
+        """The leaves with two axes for tables and rows again."""
         return [_reshaped(x, self.shapes[i]) if i in self.shapes else x for i, x in enumerate(leaves)]
 
 
-NONE = Stacked({})
+NO_STACKED = Stacked({})
 
 
-def find_stacked(program: Program, places: dict[int, int], everywhere: bool = False) -> Stacked:
-    """The leaves of a step's state that may be stacked tables, for all that is read, and what may be their slots.
-    `everywhere`: reads inside of a scan, cond or remat count too."""
-    back = {}
+def find_stacked(program: Program, places: dict[int, int], in_regions: bool = False) -> Stacked:
+    """The leaves of a step's state that are read by table and row, and their possible slots. `in_regions`: whether
+    reads inside of a scan, cond or remat count."""
+    state_shapes = {}
     for i, j in places.items():
         v, out = program.inputs[i], program.outputs[j]
         if (_jax.shape(v), _jax.dtype(v)) == (_jax.shape(out), _jax.dtype(out)) and len(_jax.shape(v)) > 1:
-            back[i] = _jax.shape(v)
-    can = {s for s in back.values() if len(s) > 2 and min(s[:2]) > 1 and math.prod(s[:2]) < MAX_ROWS}
-    leads = (
-        {shape[:2] for shape in _read_shapes(program, can, _jax.held_programs if everywhere else _called)}
-        if can
+            state_shapes[i] = _jax.shape(v)
+    candidates = {s for s in state_shapes.values() if len(s) > 2 and min(s[:2]) > 1 and math.prod(s[:2]) < MAX_ROWS}
+    leading_shapes = (
+        {shape[:2] for shape in _read_shapes(program, candidates, _jax.held_programs if in_regions else _called)}
+        if candidates
         else set()
     )
-    return Stacked({i: shape for i, shape in back.items() if shape[:2] in leads})
+    return Stacked({i: shape for i, shape in state_shapes.items() if shape[:2] in leading_shapes})
 
 
 def _called(eqn: Equation) -> list[Program]:
@@ -85,7 +84,7 @@ def _called(eqn: Equation) -> list[Program]:
 def _read_shapes(
     program: Program, shapes: Collection[tuple[int, ...]], inside: Callable[[Equation], Sequence[Program] | None]
 ) -> set[tuple[int, ...]]:
-    """Which of these shapes have arrays that are read by table and row, or whose tables are put below each other."""
+    """Which of these shapes have arrays that are read by table and row, or reshaped to one axis for both."""
     found = set()
     for eqn in program.equations:
         for held in inside(eqn) or ():
@@ -101,13 +100,12 @@ def _read_shapes(
 
 
 def read_flat(program: Program, leaves: Sequence[Any], places: dict[int, int], stacked: Stacked) -> Program:
-    """The program whose stacked inputs, and what stands in their places, have one axis for tables and rows. `leaves`
-    have two."""
+    """The program with one axis for tables and rows in its stacked inputs and their new values. `leaves` have two."""
     flat = {places[i] for i in stacked.shapes}
 
     def run(leaves: Sequence[Any]) -> list[Any]:
         outs = _Rewriting(stacked.shapes).run(program, leaves)
-        return [_flat(x) if j in flat else _whole(x) for j, x in enumerate(outs)]
+        return [_flat(x) if j in flat else _stacked(x) for j, x in enumerate(outs)]
 
     return _jax.trace(run, stacked.flat(leaves))
 
@@ -123,22 +121,23 @@ def _reshaped(x: Any, shape: Sequence[int]) -> Any:
 
 
 class LostError(Exception):
-    """Something in a program is for each row of the first axis, and cannot be for each row of each table."""
+    """Raised if a program keeps or draws something for each entry of the first axis, not for each row."""
 
 
-def _lost() -> Any:
+def _raise_lost() -> Any:
     raise LostError("the optimizer keeps or draws something for each row of the first axis")
 
 
-class _Pair:
-    """An array that has two leading axes, or one for both: each is made when something needs it."""
+class _StackedArray:
+    """An array in two forms: `stacked`, with axes for tables and for rows, and `flat`, with one axis for both. Each
+    form is computed when it is needed."""
 
-    def __init__(self, shape: Sequence[int], whole: Callable[[], Any] | None, flat: Callable[[], Any] | None) -> None:
+    def __init__(self, shape: Sequence[int], stacked: Callable[[], Any] | None, flat: Callable[[], Any] | None) -> None:
         self.shape, self._made = tuple(shape), {}  # type: ignore[var-annotated]
-        self._is_flat, self.ndim = whole is None, len(self.shape)
+        self._is_flat, self.ndim = stacked is None, len(self.shape)
         self._make = {
-            "whole": whole or (lambda: jnp.reshape(self.flat, self.shape)),
-            "flat": flat or (lambda: jnp.reshape(self.whole, _merged(self.shape))),
+            "stacked": stacked or (lambda: jnp.reshape(self.flat, self.shape)),
+            "flat": flat or (lambda: jnp.reshape(self.stacked, _merged(self.shape))),
         }
 
     def _get(self, name: str) -> Any:
@@ -146,111 +145,118 @@ class _Pair:
             self._made[name] = self._make[name]()
         return self._made[name]
 
-    def whole_at(self, eqns: Sequence[Equation]) -> Any:
-        """As `whole`, for the last of these equations, which is named if rows are lost by it."""
-        if self._is_flat and "whole" not in self._made:
-            self._made["whole"] = in_place_of(eqns, lambda x: jnp.reshape(x, self.shape), self.flat)
-        return self.whole
+    def stacked_at(self, eqns: Sequence[Equation]) -> Any:
+        """`stacked`, with the source line of the last of `eqns`: warnings name that line."""
+        if self._is_flat and "stacked" not in self._made:
+            self._made["stacked"] = with_line_of(eqns, lambda x: jnp.reshape(x, self.shape), self.flat)
+        return self.stacked
 
     @property
-    def whole(self) -> Any:
-        return self._get("whole")
+    def stacked(self) -> Any:
+        return self._get("stacked")
 
     @property
     def flat(self) -> Any:
         return self._get("flat")
 
 
-def _whole(v: Any) -> Any:
-    return v.whole if isinstance(v, _Pair) else v
+def _stacked(v: Any) -> Any:
+    return v.stacked if isinstance(v, _StackedArray) else v
 
 
 def _flat(v: Any) -> Any:
-    return v.flat if isinstance(v, _Pair) else jnp.reshape(v, _merged(jnp.shape(v)))
+    return v.flat if isinstance(v, _StackedArray) else jnp.reshape(v, _merged(jnp.shape(v)))
 
 
 class _Rewriting(Rewriting):
-    """One way through a program. shapes: of the inputs that are stacked."""
+    """A walk through a program. shapes: {stacked input: its shape}."""
 
     def __init__(self, shapes: dict[int, tuple[int, ...]]) -> None:
         super().__init__()
         self._shapes = shapes
-        self._leads = {shape[:2] for shape in shapes.values()}
+        self._leading_shapes = {shape[:2] for shape in shapes.values()}
 
     def run(self, program: Program, leaves: Sequence[Any]) -> list[Any]:
         shapes = self._shapes
-        values = [_Pair(shapes[i], None, lambda x=x: x) if i in shapes else x for i, x in enumerate(leaves)]  # type: ignore[misc]
+        values = [_StackedArray(shapes[i], None, lambda x=x: x) if i in shapes else x for i, x in enumerate(leaves)]  # type: ignore[misc]
         return self.walk(program, values)
 
     def step(self, program: Program, eqn: Equation, values: list[Any]) -> list[Any]:
         primitive, name, within = eqn.primitive, _jax.called_name(eqn), self.within
-        some = any(isinstance(v, _Pair) for v in values)
-        if name == ROWS_OF and some:
+        any_stacked = any(isinstance(v, _StackedArray) for v in values)
+        if name == ROWS_OF and any_stacked:
             return self._rows_of(values[0])
-        if name == ROW_NUMBERS and some:
-            return [_Pair(values[0].shape[:1], _lost, None)]
+        if name == ROW_NUMBERS and any_stacked:
+            return [_StackedArray(values[0].shape[:1], _raise_lost, None)]
         if primitive in _jax.CALLS and name not in (ROWS_OF, ROW_NUMBERS):
             return self.walk(_jax.called(eqn), values)
 
-        def whole() -> list[Any]:
-            return evaluate(program, within, [v.whole_at(within) if isinstance(v, _Pair) else v for v in values])
+        def evaluated() -> list[Any]:
+            return evaluate(
+                program, within, [v.stacked_at(within) if isinstance(v, _StackedArray) else v for v in values]
+            )
 
-        rule = self._rule(eqn, values) if some or primitive in (_jax.BROADCAST, _RESHAPE) else None
+        rule = self._rule(eqn, values) if any_stacked or primitive in (_jax.BROADCAST, _RESHAPE) else None
         if rule is None:
-            return whole()
-        make, is_pair = rule
+            return evaluated()
+        make, gives_stacked = rule
 
         def made() -> Any:
-            return in_place_of(within, make, *[v.flat if isinstance(v, _Pair) else v for v in values])
+            return with_line_of(within, make, *[v.flat if isinstance(v, _StackedArray) else v for v in values])
 
-        if not is_pair:
+        if not gives_stacked:
             return [made()]
-        return [_Pair(_jax.shape(eqn.outputs[0]), None if some else (lambda: whole()[0]), made)]
+        return [_StackedArray(_jax.shape(eqn.outputs[0]), None if any_stacked else (lambda: evaluated()[0]), made)]
 
-    def _rows_of(self, v: _Pair) -> list[Any]:
-        """How many rows of all tables, which is enough for a metric. Which: there are as many as tables."""
-        return [rows_of(v.flat)[0], _Pair(v.shape[:1], _lost, None)]
+    def _rows_of(self, v: _StackedArray) -> list[Any]:
+        """The rule for `_context.rows_of`: the number of rows, and a mask that raises LostError when it is used."""
+        return [rows_of(v.flat)[0], _StackedArray(v.shape[:1], _raise_lost, None)]
 
     def _rule(self, eqn: Equation, values: list[Any]) -> Rule:
-        """What an equation does with one axis for tables and rows, and whether its output has one; None if nothing."""
+        """(the equation on flat arrays, whether its output is stacked too); None if it is not done on flat arrays."""
         primitive, shape = eqn.primitive, _jax.shape(eqn.outputs[0])
-        lead, pair = shape[:2] in self._leads, isinstance(values[0], _Pair)
-        if primitive in ELEMENTWISE and lead:
+        has_tables, is_stacked = shape[:2] in self._leading_shapes, isinstance(values[0], _StackedArray)
+        if primitive in ELEMENTWISE and has_tables:
             return _elementwise(eqn, values, shape)
-        if primitive is _jax.BROADCAST and lead:
+        if primitive is _jax.BROADCAST and has_tables:
             return _broadcast(eqn, values[0], shape)
-        if primitive in _REDUCTIONS and pair:
+        if primitive in _REDUCTIONS and is_stacked:
             axes = sorted(eqn.param("axes"))
             if axes[:2] == [0, 1]:
                 return lambda x: _jax.bind(eqn, [x], axes=(0, *(a - 1 for a in axes[2:])))[0], False
             if axes and axes[0] > 1:
                 return lambda x: _jax.bind(eqn, [x], axes=tuple(a - 1 for a in axes))[0], True
         if primitive is _RESHAPE:
-            if pair and values[0].ndim > 1 and shape == _merged(values[0].shape):
+            if is_stacked and values[0].ndim > 1 and shape == _merged(values[0].shape):
                 return lambda x: x, False
-            before = values[0].shape if pair else jnp.shape(values[0])
-            if lead and (before[:2] == shape[:2] if pair else before == _merged(shape)):
+            before = values[0].shape if is_stacked else jnp.shape(values[0])
+            if has_tables and (before[:2] == shape[:2] if is_stacked else before == _merged(shape)):
                 return lambda x: jnp.reshape(x, _merged(shape)), True
-        if primitive is _SQUEEZE and lead and pair and min(eqn.param("dimensions"), default=0) > 1:
+        if primitive is _SQUEEZE and has_tables and is_stacked and min(eqn.param("dimensions"), default=0) > 1:
             return lambda x: jnp.reshape(x, _merged(shape)), True
-        if primitive is _jax.GATHER and pair and not isinstance(values[1], _Pair) and _reads(eqn):
+        if primitive is _jax.GATHER and is_stacked and not isinstance(values[1], _StackedArray) and _reads(eqn):
             return lambda x, at: _gather(eqn, x, at), False
-        if primitive is _jax.SCATTER_ADD and pair and not any(isinstance(v, _Pair) for v in values[1:]) and _adds(eqn):
+        if (
+            primitive is _jax.SCATTER_ADD
+            and is_stacked
+            and not any(isinstance(v, _StackedArray) for v in values[1:])
+            and _adds(eqn)
+        ):
             return lambda x, at, new: _scatter(eqn, x, at, new), True
-        if primitive is _DOT and all(isinstance(v, _Pair) for v in values):
+        if primitive is _DOT and all(isinstance(v, _StackedArray) for v in values):
             every, none = tuple(range(len(values[0].shape))), ((), ())
             if eqn.param("dimension_numbers") == ((every, every), none):
                 numbers = ((every[:-1], every[:-1]), none)
                 return lambda x, y: _jax.bind(eqn, [x, y], dimension_numbers=numbers)[0], False
-        if primitive is _jax.DYNAMIC_SLICE and pair and eqn.param("slice_sizes")[:2] == (1, 1):
+        if primitive is _jax.DYNAMIC_SLICE and is_stacked and eqn.param("slice_sizes")[:2] == (1, 1):
             return lambda x, *starts: _slice(eqn, x, starts), False
-        if primitive is _UPDATE_SLICE and pair and _jax.shape(eqn.inputs[1])[:2] == (1, 1):
+        if primitive is _UPDATE_SLICE and is_stacked and _jax.shape(eqn.inputs[1])[:2] == (1, 1):
             return lambda x, new, *starts: _set_slice(eqn, x, new, starts), True
         return None
 
 
 def _elementwise(eqn: Equation, values: list[Any], shape: tuple[int, ...]) -> Rule:
-    shapes = [v.shape if isinstance(v, _Pair) else jnp.shape(v) for v in values]
+    shapes = [v.shape if isinstance(v, _StackedArray) else jnp.shape(v) for v in values]
     if any(s and s[:2] not in (shape[:2], (1, 1)) for s in shapes):
         return None
 
@@ -262,19 +268,19 @@ def _elementwise(eqn: Equation, values: list[Any], shape: tuple[int, ...]) -> Ru
 
 
 def _broadcast(eqn: Equation, v: Any, shape: tuple[int, ...]) -> Rule:
-    at, before = tuple(eqn.param("broadcast_dimensions")), v.shape if isinstance(v, _Pair) else jnp.shape(v)
-    if isinstance(v, _Pair):
+    at, before = tuple(eqn.param("broadcast_dimensions")), v.shape if isinstance(v, _StackedArray) else jnp.shape(v)
+    if isinstance(v, _StackedArray):
         if at[:2] != (0, 1) or before[:2] != shape[:2]:
             return None
         new = (0, *(a - 1 for a in at[2:]))
         return lambda x: _jax.bind(eqn, [x], shape=_merged(shape), broadcast_dimensions=new)[0], True
     if any(a < 2 and n != 1 for a, n in zip(at, before, strict=True)):
         return None
-    kept = [k for k, a in enumerate(at) if a > 1]
+    column_dims = [k for k, a in enumerate(at) if a > 1]
 
     def make(x: Any) -> Any:
-        x = x if len(kept) == len(at) else jnp.reshape(x, [before[k] for k in kept])
-        return _jax.bind(eqn, [x], shape=_merged(shape), broadcast_dimensions=tuple(at[k] - 1 for k in kept))[0]
+        x = x if len(column_dims) == len(at) else jnp.reshape(x, [before[k] for k in column_dims])
+        return _jax.bind(eqn, [x], shape=_merged(shape), broadcast_dimensions=tuple(at[k] - 1 for k in column_dims))[0]
 
     return make, True
 
@@ -292,12 +298,16 @@ def _adds(eqn: Equation) -> bool:
 
 
 def _window(ndim: int, collapsed: Sequence[int], batching: Sequence[int], dims: Sequence[int]) -> tuple[Any, Any, Any]:
-    """Of an array's window: the axes that it has no dimension for, where one axis stands for two; where its dimensions
-    are then among those of what is read or added; and at which of these were those of the two axes."""
+    """The window of a gather or scatter on the flat array.
+
+    Returns:
+      The collapsed axes; the window's dimensions in the array that is read or added; and the dimensions there that the
+      axes of tables and rows had.
+    """
     at = dict(zip([a for a in range(ndim) if a not in collapsed and a not in batching], dims, strict=True))
-    gone = sorted(at[a] for a in (0, 1) if a in at)
-    left = tuple(k - sum(g < k for g in gone) for a, k in at.items() if a > 1)
-    return (0, *(a - 1 for a in collapsed if a > 1)), left, gone
+    dropped = sorted(at[a] for a in (0, 1) if a in at)
+    window_dims = tuple(k - sum(g < k for g in dropped) for a, k in at.items() if a > 1)
+    return (0, *(a - 1 for a in collapsed if a > 1)), window_dims, dropped
 
 
 def _slice(eqn: Equation, x: jax.Array, starts: Sequence[Any]) -> jax.Array:
@@ -322,8 +332,11 @@ def _merge(
     shape: Sequence[int],
     clipped: bool,
 ) -> tuple[jax.Array, tuple[int, ...], dict[str, tuple[int, ...]]]:
-    """Indices of a table and a row in it as those of a row of all: these, the axes that they are of, and the dimensions
-    that batch. Where there is no such row, the index is that of no row at all."""
+    """Indices of a table and a row as indices of the flat array.
+
+    Returns:
+      The indices, out of range where they name no row; the axes that they index; and the batching dimensions.
+    """
     at = at_least_int32(at)
     part = []
     for axis in (0, 1):
@@ -336,8 +349,11 @@ def _merge(
     merged = jnp.where(inside, part[0] * shape[1] + part[1], shape[0] * shape[1])
     others = [k for k, axis in enumerate(axes) if axis > 1]
     index = jnp.concatenate([merged[..., None], at[..., jnp.array(others, int)]], -1) if others else merged[..., None]
-    left = [k for k, axis in enumerate(batching) if axis > 1]
-    dims = {"batching": tuple(batching[k] - 1 for k in left), "batching_at": tuple(batching_at[k] for k in left)}
+    batch_axes = [k for k, axis in enumerate(batching) if axis > 1]
+    dims = {
+        "batching": tuple(batching[k] - 1 for k in batch_axes),
+        "batching_at": tuple(batching_at[k] for k in batch_axes),
+    }
     return index, (0, *(axes[k] - 1 for k in others)), dims
 
 
@@ -349,9 +365,9 @@ def _gather(eqn: Equation, x: jax.Array, at: jax.Array) -> jax.Array:
     sizes = (1, *eqn.param("slice_sizes")[2:])
     if mode in CLIPPED:
         index = clip_others(index, 0, axes, x.shape, sizes)
-    collapsed, left, _ = _window(len(shape), n.collapsed_slice_dims, n.operand_batching_dims, n.offset_dims)
+    collapsed, window_dims, _ = _window(len(shape), n.collapsed_slice_dims, n.operand_batching_dims, n.offset_dims)
     numbers = n._replace(
-        offset_dims=left,
+        offset_dims=window_dims,
         start_index_map=axes,
         collapsed_slice_dims=collapsed,
         operand_batching_dims=dims["batching"],
@@ -367,14 +383,16 @@ def _scatter(eqn: Equation, x: jax.Array, at: jax.Array, new: jax.Array) -> jax.
     index, new_axes, dims = _merge(at, axes, n.operand_batching_dims, n.scatter_indices_batching_dims, shape, clipped)
     if clipped:
         index = clip_others(index, 0, new_axes, x.shape, [1, *window_sizes(eqn)[2:]])
-    collapsed, left, gone = _window(len(shape), n.inserted_window_dims, n.operand_batching_dims, n.update_window_dims)
+    collapsed, window_dims, dropped = _window(
+        len(shape), n.inserted_window_dims, n.operand_batching_dims, n.update_window_dims
+    )
     numbers = n._replace(
-        update_window_dims=left,
+        update_window_dims=window_dims,
         scatter_dims_to_operand_dims=new_axes,
         inserted_window_dims=collapsed,
         operand_batching_dims=dims["batching"],
         scatter_indices_batching_dims=dims["batching_at"],
     )
-    new = jnp.squeeze(new, tuple(gone))
+    new = jnp.squeeze(new, tuple(dropped))
     changes = {"dimension_numbers": numbers, "unique_indices": False, "indices_are_sorted": False}
     return _jax.bind(eqn, [x, index, new], **changes)[0]

@@ -1,4 +1,8 @@
-"""Which arguments of a step are state: those that come back as a part of its output."""
+"""Finds which arguments of a step are state: those that come back as a part of its output.
+
+The functions take the step's output, its arguments and its program. They return, for each state, the part of the output
+that is its new value. So users need not say which argument is the state.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ from jaxsparse.trace.uses import INLINED
 
 
 def named_states(out: Any, args: Sequence[Any], numbers: Sequence[int], program: Program) -> dict[int, Any]:
-    """The parts of a step's output that are the new states of the arguments `numbers`, in their order: of those with a
-    state's structure the first whose arrays are like the state's, or the first. `out` has the outputs' numbers for
-    leaves."""
+    """The parts of a step's output that are the new states of the arguments `numbers`, by number.
+
+    A part must have the structure of the state. The first part whose shapes and dtypes also agree is taken, or else the
+    first part. The leaves of `out` are the numbers of the program's outputs.
+    """
     found: dict[int, Any] = {}
     for n in numbers:
-        same = [part for part in _free_parts(out, found) if _structure(part) == _structure(args[n])]
+        same = [part for part in _unclaimed_parts(out, found) if _structure(part) == _structure(args[n])]
         part = next((part for part in same if _kinds(part, program) == _kinds(args[n])), next(iter(same), None))
         if part is not None:
             found[n] = part
@@ -29,26 +35,27 @@ def named_states(out: Any, args: Sequence[Any], numbers: Sequence[int], program:
 def found_states(out: Any, args: Sequence[Any], starts: Sequence[int], program: Program) -> dict[int, Any]:
     """The parts of a step's output that are the new states of arguments, by number.
 
-    An argument comes back as a part of its structure and shapes. What is no tree, or shares its structure and shapes
-    with another argument, has to be made into it row by row or element by element, too: so predictions are not taken
-    for new labels, nor one of two tables for the other.
+    An argument comes back as a part with its structure and shapes. If the argument is a single array, or has the
+    structure and shapes of another argument, the part must also be computed from it by equations that keep the shape.
+    So predictions are not mistaken for new labels, nor one of two tables for the other.
 
-    State is the first argument; if that is a key or a counter, or does not come back, the first that is a tree; and
-    what has an array of a shape that these have, as slots do. `starts` are the numbers of the arguments' first leaves.
+    The first argument is state. If it is a key or a counter, or does not come back, the first tree is state instead.
+    Other arguments that come back are state if one of their arrays has a shape that occurs in these, as slots have.
+    `starts` are the numbers of the arguments' first leaves.
     """
     origins = _origins(program)
-    alike = [(_structure(x), _shapes(x)) for x in args]
+    kinds = [(_structure(x), _shapes(x)) for x in args]
 
-    def continues(n: int, part: Any) -> bool:
+    def is_made_of(n: int, part: Any) -> bool:
         return all(starts[n] + k in origins[j] for k, j in enumerate(jax.tree.leaves(part)))
 
     found: dict[int, Any] = {}
     for n, x in enumerate(args):
-        strict = alike.count(alike[n]) > 1 or (n > 0 and not _is_tree(x))
-        for part in _free_parts(out, found):
+        must_be_made_of = kinds.count(kinds[n]) > 1 or (n > 0 and not _is_tree(x))
+        for part in _unclaimed_parts(out, found):
             same = _structure(part) == _structure(x) and _shapes(part, program) == _shapes(x)
             same &= _is_tree(x) or _kinds(part, program) == _kinds(x)
-            if same and (not strict or continues(n, part)):
+            if same and (not must_be_made_of or is_made_of(n, part)):
                 found[n] = part
                 break
     leaves = {n: jax.tree.leaves(args[n]) for n in found}
@@ -79,21 +86,21 @@ def _shapes(tree: Any, program: Program | None = None) -> list[Any]:
     return [shape for shape, _ in _kinds(tree, program)]
 
 
-def _free_parts(out: Any, found: dict[int, Any]) -> list[Any]:
-    """A step's output, what is in it, if it is a tuple, list or dictionary, and so on; the outer ones first, without
-    those that have been found to be something already."""
+def _unclaimed_parts(out: Any, found: dict[int, Any]) -> list[Any]:
+    """A step's output and all its nested tuples, lists and dictionaries, outer ones first. Parts in `found` are left
+    out."""
     parts = [out]
-    for part in parts:  # which grows
+    for part in parts:  # the loop extends the list
         if isinstance(part, tuple | list):
             parts += part
         elif isinstance(part, dict):
             parts += part.values()
-    taken = {j for part in found.values() for j in jax.tree.leaves(part)}
-    return [part for part in parts if (own := set(jax.tree.leaves(part))) and not own & taken]
+    claimed = {j for part in found.values() for j in jax.tree.leaves(part)}
+    return [part for part in parts if (leaf_numbers := set(jax.tree.leaves(part))) and not leaf_numbers & claimed]
 
 
 def _origins(program: Program) -> list[frozenset[int]]:
-    """For each output, which inputs of its shape it is made of with equations that keep the shape all the way."""
+    """For each output, the inputs that it is computed from by equations that keep the shape."""
 
     def run(program: Program, given: Sequence[frozenset[int]]) -> list[frozenset[int]]:
         made: dict[Any, frozenset[int]] = dict(zip(program.inputs, given, strict=True))

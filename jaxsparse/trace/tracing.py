@@ -1,4 +1,7 @@
-"""Tracing a train step at full shapes, so that all that Python does with shapes is right."""
+"""Traces a train step at full shapes: a step and its arguments go in, a `TracedStep` comes out.
+
+At full shapes all Python code in the step that looks at shapes is right. The program is evaluated on some rows later.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from jaxsparse._checks import Modules, message
 from jaxsparse._context import tracing
 from jaxsparse._jax import Program
 from jaxsparse.ops.rows import as_shape, is_stored
-from jaxsparse.trace.joined import read_apart
-from jaxsparse.trace.stacked import NONE, Stacked, read_flat
+from jaxsparse.trace.joined import read_tables_separately
+from jaxsparse.trace.stacked import NO_STACKED, Stacked, read_flat
 from jaxsparse.trace.states import found_states, named_states
 
 
@@ -23,12 +26,14 @@ class TracedStep:
     """A step's program, whose inputs are the leaves of its arguments.
 
     Attributes:
-      leaves: arrays, or what is stored in another form.
-      places: for a leaf of the state, by its number, the number of the output that it becomes.
-      donated: the leaves of all arguments that are given as state.
-      paths: of these.
-      name: of the step, for messages.
-      stacked: inputs of the program that have one axis where the leaves have two.
+      leaves: arrays, or `Storage` objects such as packed tables.
+      places: {number of a leaf of the state: number of the output that is its new value}.
+      donated: the numbers of the leaves of all arguments that are state.
+      paths: the paths of these leaves.
+      name: the step's name, for messages.
+      unflatten: makes the step's output from the program's outputs.
+      retrace: traces the step for leaves of other shapes.
+      stacked: the inputs of the program that have one axis where the leaves have two.
     """
 
     program: Program
@@ -38,18 +43,18 @@ class TracedStep:
     paths: dict[int, str]
     name: str
     unflatten: Callable[[list[Any]], Any]
-    again: Callable[[list[Any]], Program]  # traced at other shapes
-    stacked: Stacked = NONE
+    retrace: Callable[[list[Any]], Program]
+    stacked: Stacked = NO_STACKED
 
-    def with_flat(self, stacked: Stacked) -> TracedStep:
-        """The step, in whose program these leaves have one axis for tables and rows."""
+    def with_flat_tables(self, stacked: Stacked) -> TracedStep:
+        """The step with another program, in which these leaves have one axis for tables and rows."""
 
-        def again(leaves: list[Any]) -> Program:
-            leaves = stacked.apart(leaves)
-            return read_flat(self.again(leaves), leaves, self.places, stacked)
+        def retrace(leaves: list[Any]) -> Program:
+            leaves = stacked.unflattened(leaves)
+            return read_flat(self.retrace(leaves), leaves, self.places, stacked)
 
         program = read_flat(self.program, list(map(as_shape, self.leaves)), self.places, stacked)
-        return dataclasses.replace(self, program=program, again=again, stacked=stacked)
+        return dataclasses.replace(self, program=program, retrace=retrace, stacked=stacked)
 
 
 def check_arguments(args: Any, kwargs: Any) -> None:
@@ -71,10 +76,11 @@ def trace_step(
     state_argnums: int | Sequence[int] | None,
     prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda leaves: leaves,
 ) -> TracedStep:
-    """Traces step(*args, **kwargs), whose leaves are what `prepare` makes of the given ones.
+    """Traces step(*args, **kwargs).
 
     Args:
-      state_argnums: as of `rowwise`.
+      state_argnums: as in `rowwise`.
+      prepare: a function of the leaves, whose result the step gets in their place.
     """
     check_arguments(args, kwargs)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_stored)
@@ -117,19 +123,20 @@ def trace_step(
     places = {i: j for n, state in found.items() for i, j in zip(leaves_of[n], jax.tree.leaves(state), strict=True)}
     donated = [i for n in numbers for i in leaves_of[n]]
     return TracedStep(
-        read_apart(program, shapes, places),
+        read_tables_separately(program, shapes, places),
         leaves,
         places,
         set(donated),
         {i: jax.tree_util.keystr(with_paths[i][0][1:]) for i in donated},
         getattr(step, "__qualname__", type(step).__name__),
         lambda outs: jax.tree.unflatten(structure, outs),
-        lambda leaves: read_apart(_jax.trace(flat_step, *leaves), leaves, places),
+        lambda leaves: read_tables_separately(_jax.trace(flat_step, *leaves), leaves, places),
     )
 
 
-def without_zeros(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
-    """Abstract leaves with one example or id where a batch has none; None where it has some of all."""
+def with_nonempty_shapes(leaves: Sequence[Any], places: dict[int, int]) -> list[Any] | None:
+    """The leaves as shapes, with sizes of 0 replaced by 1 except in the state: a batch without ids gets one. None if no
+    size is 0."""
     kinds = [_jax.kind_of_array(x) for x in leaves]
     if not any(0 in shape for i, (shape, _, _) in enumerate(kinds) if i not in places):
         return None

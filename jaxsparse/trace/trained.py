@@ -1,4 +1,7 @@
-"""`rows=`: which rows of a table are trained, where others keep their bits in parameter and slots."""
+"""The argument `rows=`: which rows of a table are trained. All other rows keep their bits in parameter and slots.
+
+`trained_rows` takes what the user gave, ids or masks by name, and returns a `TrainedRows` for each class of rows.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from jaxsparse.ops.row_sparse import RowSparse
 
 
 class TrainedRows:
-    """Some rows of a table, kept as their ids or as those of all others, whichever are fewer.
+    """The trained rows of a table. The ids of these or of all other rows are kept, whichever are fewer.
 
     Args:
-      function, name: for messages.
+      function, name: names for messages.
       rows: integers in [0, num_rows), or bool (num_rows,).
     """
 
@@ -36,30 +39,30 @@ class TrainedRows:
         ids = chosen if self._are_trained else np.setdiff1d(np.arange(num_rows), chosen, assume_unique=True)
         self._ids = ids.astype(np.int32)
 
-    def among(self, ids: jax.Array) -> jax.Array:
-        """Which of some ids are trained: bool, the shape of ids."""
+    def is_trained(self, ids: jax.Array) -> jax.Array:
+        """Which ids are of trained rows: bool, the shape of ids."""
         if not len(self._ids):
             return jnp.full(ids.shape, not self._are_trained)
         known = jnp.asarray(self._ids)
         at = jnp.searchsorted(known, ids, method="scan_unrolled")
         return (known.at[at].get(mode="clip") == ids) == self._are_trained
 
-    def only(self, g: RowSparse) -> RowSparse:
-        """A gradient with unique ids, all others being padding."""
+    def restricted(self, g: RowSparse) -> RowSparse:
+        """A gradient with unique ids, in which the ids of other rows become padding."""
         k = g.ids.shape[0]
         padding = g.num_rows + k + jnp.arange(k, dtype=jnp.int32)
-        return RowSparse(jnp.where(self.among(g.ids), g.ids, padding), g.rows, g.shape, unique=True)
+        return RowSparse(jnp.where(self.is_trained(g.ids), g.ids, padding), g.rows, g.shape, unique=True)
 
 
 def trained_rows(
     function: str, rows: Any, tables: Mapping[int, tuple[str, int, int]], others: Sequence[str] = ()
 ) -> dict[int, TrainedRows]:
-    """The rows that `rows` names, by class.
+    """The trained rows by class.
 
     Args:
       rows: ids or a mask, if there is one class; or a dictionary of them, whose keys are parts of paths.
-      tables: by number (path, number of rows, class), of what has rows.
-      others: paths of what is no table, for messages.
+      tables: {number: (path, number of rows, class)} of the arrays with rows.
+      others: the paths of dense arrays, for messages.
     """
     if rows is None:
         return {}

@@ -1,4 +1,7 @@
-"""What becomes of a variable of a program, through the calls in it and the call that it is in."""
+"""Finds the uses of a variable of a program, through nested calls.
+
+Rules ask `only_use` whether an array has one use, a sum for example, so that the array itself need not be made.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from jaxsparse._jax import Equation, Program
 
 INLINED = _jax.CALLS | _jax.primitives("custom_jvp_call custom_vjp_call")
 
-# The uses of a variable: an equation, None standing for the program's outputs, and which operand or output it is.
+# {variable: its uses}. A use is an equation and the operand; or None and the number of the program's output.
 Uses = dict[Any, list[tuple[Equation | None, int]]]
 
 
 class Frame(NamedTuple):
     program: Program
-    caller: Sequence[Equation]  # one, or none of the outermost program
+    caller: Sequence[Equation]  # the call of the program; empty for the outermost program
     uses: Uses
 
 

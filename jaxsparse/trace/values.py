@@ -1,8 +1,8 @@
-"""What a value of a train step is while only some rows of its tables are computed.
+"""The kinds of value in a train step of which only some rows are computed.
 
-Every value has the shape that it has in the traced program. `Whole` has all of it. `Rows` has the block of rows that
-were chosen of a table's, along one axis, and knows what the other rows are. `Same` has one row, all others being equal
-to it: a broadcast that nobody needs yet, of which nothing table-sized is made.
+Every value stands for an array of the traced program. A `FullArray` has all of it. `Rows` has the block of chosen rows,
+along one axis, and knows what the other rows are. `EqualRows` has one row that all others equal: a broadcast that is
+not made, so that no table-sized array is.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import jax.numpy as jnp
 
 from jaxsparse._jax import vary, varying_axes
 from jaxsparse.ops.rows import as_whole
-from jaxsparse.trace.pieces import Later
+from jaxsparse.trace.pieces import DeferredBlock
 
-# What the rows of a `Rows` are outside of its block: anything; what the padding rows at the block's end are; zero.
+# The rows of a `Rows` outside of its block: unknown; all equal to the padding rows at the block's end; zero.
 UNKNOWN, UNIFORM, ZERO = range(3)
 
-
-NOBODY = 2**31 - 1  # the id of what a branch that is not taken would have read
+NOBODY = 2**31 - 1  # names no row: stands for the ids in a branch that is not taken
 
 
 class Note(NamedTuple):
-    """Something that an array was made from, which decides what it may be used for.
+    """One thing that an array depends on, and that restricts what the array may be used for.
 
-    kind: "whole sum" (over all rows of a table), "part sum" (over the chosen rows of an update), "counter" (an integer
-    of the state, or what is made of it), "remainder" (a counter's, after division), "gate" (a comparison of a counter).
+    kind: "table sum" (over all rows of a table), "update sum" (over the chosen rows of an update), "counter" (an
+    integer of the state), "remainder" (of a counter, after division), "gate" (a comparison of a counter).
     """
 
     kind: str
@@ -40,22 +39,21 @@ Notes = frozenset[Note]
 NOTHING: Notes = frozenset()
 
 
-class Unmade:
-    """An array that is made when something needs it, in the trace that it belongs to. While planning, few are needed:
-    those that row ids are made of.
+class LazyArray:
+    """An array that is computed when it is first needed. Planning needs few arrays: those that row ids depend on.
 
     Args:
-      needs: what it is made of, arrays and others of these, which are made before.
+      needs: the operands of `make`. Those that are LazyArrays are computed first.
     """
 
     def __init__(self, shape: Sequence[int], dtype: Any, make: Callable[[], Any], needs: Iterable[Any]) -> None:
         self.shape, self.ndim, self.dtype = tuple(shape), len(shape), dtype
         self._make: Callable[[], Any] | None = make
-        self._needs, self._array = [x for x in needs if isinstance(x, Unmade)], None
+        self._needs, self._array = [x for x in needs if isinstance(x, LazyArray)], None
 
     @property
     def array(self) -> Any:
-        stack = [self]  # no recursion: a chain of them is as long as the program
+        stack = [self]  # no recursion: a chain may be as long as the program
         while stack:
             x = stack[-1]
             if missing := [y for y in x._needs if y._make is not None]:
@@ -67,63 +65,68 @@ class Unmade:
         return self._array
 
 
-def ready(x: Any) -> Any:
-    """An array, made if it is not yet."""
-    return x.array if isinstance(x, Unmade) else x
+def materialize(x: Any) -> Any:
+    """The array; a LazyArray is computed."""
+    return x.array if isinstance(x, LazyArray) else x
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Whole:
-    """An array, all of it: `made`, or what makes it."""
+class FullArray:
+    """A full array. `data` is the array, or a LazyArray."""
 
-    made: Any
+    data: Any
     notes: Notes = dataclasses.field(default=NOTHING, metadata={"static": True})
-    # the equation that computed as many rows as a table has, if one did
+    # the equation that computed it, if it has as many rows as a table
     made_by: Any = dataclasses.field(default=None, metadata={"static": True})
-    zero: bool = dataclasses.field(default=False, metadata={"static": True})  # known to be
-    # how it is made in pieces (`by_entry.Entries`), if its one use may want that
+    zero: bool = dataclasses.field(default=False, metadata={"static": True})  # all of it
+    # how it is computed in pieces (`by_entry.Entries`), if its only use may want that
     entries: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def array(self) -> Any:
-        return ready(self.made)
+        return materialize(self.data)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.made.shape if isinstance(self.made, Unmade) else jnp.shape(self.made)
+        return self.data.shape if isinstance(self.data, LazyArray) else jnp.shape(self.data)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """Some rows of an array that has as many as a table, along `axis`.
+    """Some rows, along `axis`, of an array that has as many rows as a table.
 
-    `made` is the block, or what makes it (`pieces.Later`, or an Unmade). `node` names these rows in the plan, where
-    nodes with the same rows are joined. `updated`: a scatter is among what it was made from, so that rows outside
-    the block, which are frozen, get nothing of it. Not known any more behind a region's end: `whole`, which
-    computes the array itself, while only state is among what it was made from; `add_to`, which adds it to another
-    block with the same rows, where it is nothing but a scatter-add into zeros; `origin`, the first of a chain of
-    reshaped, cast and elementwise changed Rows; `table`, the array itself, in which reads are made on CPU.
+    Attributes:
+      data: the block of rows, a `DeferredBlock` or a LazyArray.
+      node: names these rows in the plan, where nodes with the same rows are unified.
+      outside: the rows outside of the block: UNKNOWN, UNIFORM or ZERO.
+      updated: whether it depends on a scatter. Rows outside of the block are frozen and get no update.
+      full: computes the full array, if that depends on state alone.
+      add_to: adds it to another block with the same rows, if it is a scatter-add into zeros.
+      origin: the first Rows of a chain of reshapes, casts and elementwise operations.
+      table: the full array, if reads on CPU are made in it.
+
+    The last four are None for what leaves a region.
     """
 
-    made: Any
+    data: Any
     node: int
     axis: int = 0
     outside: int = UNKNOWN
     updated: bool = False
-    whole: Callable[[Any], Any] | None = None  # of a walk, which remembers
+    full: Callable[[Any], Any] | None = None  # of a walk, which keeps the result
     add_to: Callable[[Any], Any] | None = None
     origin: Rows | None = None
     table: Any = None
 
     @property
     def block(self) -> Any:
-        """The rows that were chosen."""
-        return self.made.block() if isinstance(self.made, Later) else ready(self.made)
+        """The chosen rows."""
+        return self.data.block() if isinstance(self.data, DeferredBlock) else materialize(self.data)
 
-    def elsewhere(self) -> Any:
-        """The block, for what no CPU runs."""
-        return self.made.elsewhere() if isinstance(self.made, Later) else ready(self.made)
+    def block_off_cpu(self) -> Any:
+        """The block, for code that never runs on CPU."""
+        return self.data.block_off_cpu() if isinstance(self.data, DeferredBlock) else materialize(self.data)
 
     @property
     def first(self) -> Rows:
@@ -139,11 +142,11 @@ jax.tree_util.register_pytree_node(Rows, _flatten_rows, lambda aux, blocks: Rows
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Same:
-    """An array of which all rows along `axis` are equal: `row` has size 1 there, where the array has `size`. `made` is
-    the row, or what makes it."""
+class EqualRows:
+    """An array whose rows along `axis` are all equal. `row` has size 1 there, the array has `size`. `data` is the row
+    or a LazyArray."""
 
-    made: Any
+    data: Any
     axis: int = dataclasses.field(metadata={"static": True})
     size: int = dataclasses.field(metadata={"static": True})
     zero: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -151,30 +154,30 @@ class Same:
 
     @property
     def row(self) -> Any:
-        return ready(self.made)
+        return materialize(self.data)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """The shape of the array."""
         return self.shape_of(self.size)
 
     def shape_of(self, size: int) -> tuple[int, ...]:
-        """Of the row, so many times."""
-        shape = tuple(self.made.shape)
+        """The shape of `size` equal rows."""
+        shape = tuple(self.data.shape)
         return (*shape[: self.axis], size, *shape[self.axis + 1 :])
 
     def times(self, size: int) -> jax.Array:
-        """The row, so many times."""
+        """An array of `size` equal rows."""
         return jnp.broadcast_to(self.row, self.shape_of(size))
 
-    def along(self, axis: int) -> Same:
-        """Of zeros: the same, as equal rows along another axis."""
+    def along(self, axis: int) -> EqualRows:
+        """Zeros as equal rows along another axis."""
         if axis == self.axis:
             return self
         shape = list(jnp.shape(self.row))
         shape[self.axis], size, shape[axis] = self.size, shape[axis], 1
         row = vary(jnp.zeros(shape, self.row.dtype), varying_axes(self.row))
-        return Same(row, axis, size, self.zero, self.notes)
+        return EqualRows(row, axis, size, self.zero, self.notes)
 
     @property
     def outside(self) -> int:
@@ -183,30 +186,30 @@ class Same:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Summed:
-    """What a gather returns whose output is only summed: the sum, which the next equation is to hand on."""
+    """The result of a gather whose output is only summed: the sum. The equation that sums returns `total`."""
 
     total: Any
 
 
-Value = Any  # Whole, Rows, Same or Summed
+Value = Any  # FullArray, Rows, EqualRows or Summed
 
-# What a rule takes, and what it makes: None where it cannot be done row by row.
+# The operands and the outputs of a rule. None: the equation cannot be done row by row.
 Values = Sequence[Value]
 Outs = list[Value] | None
 
 
 def array_of(v: Value) -> Any:
-    """All of a Whole or Same."""
-    return v.times(v.size) if isinstance(v, Same) else v.array
+    """The array that a FullArray or EqualRows stands for."""
+    return v.times(v.size) if isinstance(v, EqualRows) else v.array
 
 
 def notes_of(*values: Value) -> Notes:
-    """What arrays were made from; Rows have no notes, what enters them is looked at where it does."""
+    """The notes of all values. Rows have none: operands are checked where they meet rows."""
     return NOTHING.union(*(v.notes for v in values if not isinstance(v, Rows)))
 
 
 class RefusedError(ValueError):
-    """A step that cannot be right on the rows that it reads."""
+    """Raised for a step that cannot be evaluated on the rows that it reads."""
 
     def __init__(self, text: str, got: str, do: str) -> None:
         super().__init__(text)
@@ -214,8 +217,8 @@ class RefusedError(ValueError):
 
 
 def rows_of_leaf(block: jax.Array, i: int, leaf: jax.Array, table: jax.Array | None = None) -> Rows:
-    """Some rows of a leaf of the state. `table`: the leaf, where it is to be read there."""
-    return Rows(block, i, whole=lambda walk: as_whole(leaf), table=table)
+    """Some rows of a leaf of the state. `table`: the leaf, if reads on CPU are made in it."""
+    return Rows(block, i, full=lambda walk: as_whole(leaf), table=table)
 
 
 def rows_of_update(block: jax.Array, i: int) -> Rows:

@@ -213,7 +213,7 @@ def _reads_of(planned: Planned, i: int) -> list[tuple[str, int]]:
     """The source lines that read rows of an input, each with its number of ids. A read that is repeated for the
     gradient counts once."""
     found = zip(planned.reads, planned.ids.numbers, planned.ids.sizes, strict=True)
-    reads = {(r.source, number): size for r, number, size in found if r.node == i and r.late is not None}
+    reads = {(r.source, number): size for r, number, size in found if r.node == i and r.after_update is not None}
     return [(source, size) for (source, _), size in reads.items()]
 
 

@@ -21,13 +21,13 @@ from jaxsparse._jax import vary, varying_axes
 from jaxsparse.ops.row_sparse import RowSparse
 from jaxsparse.ops.rows import gather_rows, is_stored, zero_after
 from jaxsparse.trace.dense import LARGE, advice_on_whole, closed_advice, first_use, why_not_read
-from jaxsparse.trace.joined import read_apart
+from jaxsparse.trace.joined import read_tables_separately
 from jaxsparse.trace.known_ids import known_of_traced
 from jaxsparse.trace.plan import Reason
 from jaxsparse.trace.planning import Planned, Walked, settle
 from jaxsparse.trace.stacked import find_stacked
-from jaxsparse.trace.tracing import without_zeros
-from jaxsparse.trace.values import ZERO, Rows, Same, Whole, array_of, rows_of_leaf
+from jaxsparse.trace.tracing import with_nonempty_shapes
+from jaxsparse.trace.values import ZERO, EqualRows, FullArray, Rows, array_of, rows_of_leaf
 from jaxsparse.trace.walk import Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 
@@ -80,13 +80,15 @@ def value_and_grad(
         ids = ids_of(planned, inputs)
         spaces = {c: choose_rows(planned, c, ids) for c in planned.classes}
         values = [
-            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x, x) if i in planned.leaves else Whole(x)
+            rows_of_leaf(gather_rows(x, spaces[planned.leaves[i]].ids), i, x, x)
+            if i in planned.leaves
+            else FullArray(x)
             for i, x in enumerate(inputs)
         ]
         walk = Walk(planned.plan, spaces)
         outs = walk.run(planned.program, values)
         arrays = [
-            None if isinstance(v, Rows) and v.whole is None else ids.checked(_whole(walk, v), leaves) for v in outs
+            None if isinstance(v, Rows) and v.full is None else ids.checked(_full_array(walk, v), leaves) for v in outs
         ]
         gradient, others = outs[1 : 1 + len(leaves)], [arrays[0], *arrays[1 + len(leaves) :]]
         with jax.named_scope("row_gradients"):
@@ -220,12 +222,12 @@ def plan_gradient(
     with tracing(loss_alone=True):
         known, arrays, with_arrays = known_of_traced(args, kwargs, len(leaves))
         program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
-        program = read_apart(program, [*leaves, *arrays], can)
+        program = read_tables_separately(program, [*leaves, *arrays], can)
         would = _would_be_read(both, leaves, args, kwargs, places, can)
-    settled = settle(program, [*leaves, *arrays], places, can, would, unfit=functools.partial(_unfit, places))
+    settled = settle(program, [*leaves, *arrays], places, can, would, unfit_leaves=functools.partial(_unfit, places))
     unused = set()
-    for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.chosen):
-        why = settled.banned.get(i) or first_use(program, program.inputs[i])
+    for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.row_leaves):
+        why = settled.dense_reasons.get(i) or first_use(program, program.inputs[i])
         if why is not None:
             got = f"{paths[i]}, which {why.cause} uses as a whole at {why.source}"
             raise ValueError(message("value_and_grad", "tables", "leaves that are only read by rows", got))
@@ -263,7 +265,7 @@ def _would_be_read(
     if not any(hasattr(x, "dtype") and 0 in jnp.shape(x) for x in others):
         return set()
     known = {i for i, x in enumerate(others) if hasattr(x, "dtype")}
-    filled = without_zeros([x for i, x in enumerate(others) if i in known], {})
+    filled = with_nonempty_shapes([x for i, x in enumerate(others) if i in known], {})
 
     def traced(leaves: list[Any], arrays: list[Any]) -> list[Any]:
         it = iter(arrays)
@@ -273,9 +275,9 @@ def _would_be_read(
         program = _jax.trace(traced, leaves, filled)
     except Exception:  # the function wants these shapes, or values
         return set()
-    program = read_apart(program, [*leaves, *(filled or ())], can)
-    settled = settle(program, [*leaves, *(filled or ())], places, can, unfit=functools.partial(_unfit, places))
-    return settled.chosen
+    program = read_tables_separately(program, [*leaves, *(filled or ())], can)
+    settled = settle(program, [*leaves, *(filled or ())], places, can, unfit_leaves=functools.partial(_unfit, places))
+    return settled.row_leaves
 
 
 def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
@@ -287,21 +289,21 @@ def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int
 
     for node, why in plan.refused.items():
         found |= of_class(node, why)
-    for node, source in walked.part_sums:
+    for node, source in walked.update_sums:
         found |= of_class(node, Reason(f"a sum over all rows of what has a gradient in it: {source}", ""))
     for number in walked.ids.outputs_with_effects:  # which would happen twice
         read = walked.reads[number]
         found |= of_class(read.node, Reason("row ids that come from a callback or print", read.source))
     for i in chosen:
         out = walked.outs[places[i]]
-        zero = out.zero if isinstance(out, Same) else isinstance(out, Rows) and out.outside == ZERO
+        zero = out.zero if isinstance(out, EqualRows) else isinstance(out, Rows) and out.outside == ZERO
         if not zero or (isinstance(out, Rows) and (out.axis != 0 or find(out.node) != find(i))):
-            sums = [why for why, node in plan.whole_sums.items() if find(node) == find(i)]
+            sums = [why for why, node in plan.table_sums.items() if find(node) == find(i)]
             others = [why for node, why in plan.not_by_row.items() if find(node) == find(i)]
             unknown = Reason("its gradient is not zero in rows that are not read", "")
             found[i] = next(iter([*sums, *others]), unknown)
     for j, out in enumerate(walked.outs):
-        if isinstance(out, Rows) and out.whole is None and j not in places.values():
+        if isinstance(out, Rows) and out.full is None and j not in places.values():
             found |= of_class(out.node, Reason("it is returned", ""))
     return found
 
@@ -314,7 +316,7 @@ def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
     line whose primitive this library cannot look into.
 
     Args:
-      chosen: whether the caller has chosen the leaves.
+      row_leaves: whether the caller has chosen the leaves.
     """
     for i in sorted(set(range(len(planned.paths))) - planned.leaves.keys() - planned.unused):
         why, advice = planned.why_dense(i), planned.advice(i)
@@ -326,7 +328,7 @@ def _warn_of_dense(planned: PlannedGradient, *, chosen: bool) -> None:
 
 def _warn_of_stacked(planned: PlannedGradient) -> None:
     """Warns once for each line that reads a row of one of several tables in one array: a RowSparse has no such ids."""
-    found = find_stacked(planned.program, {i: 1 + i for i in range(len(planned.paths))}, everywhere=True)
+    found = find_stacked(planned.program, {i: 1 + i for i in range(len(planned.paths))}, in_regions=True)
     for i, shape in found.shapes.items():
         sources = [read.source for read in planned.reads if read.node == i] or [planned.why_dense(i).source]
         if len(shape) < 3 or i in planned.unused or sources[0] in (*_WARNED, ""):
@@ -359,8 +361,8 @@ def _check_value(value: Any) -> None:
         raise TypeError(message("value_and_grad", "fun", "a function that returns a real scalar", got, do))
 
 
-def _whole(walk: Walk, v: Any) -> Any:
-    return walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
+def _full_array(walk: Walk, v: Any) -> Any:
+    return walk.full_array(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))
 
 
 def _row_sparse(walk: Walk, v: Any, ids: jax.Array, i: int, leaf: jax.Array) -> RowSparse:

@@ -27,12 +27,12 @@ from jaxsparse.ops.rows import as_array, as_shape, as_whole, is_stored, zero_aft
 from jaxsparse.optim.up_to_date import Replayed, catch_up, find_replayed, flush_before, history_of, numbers_of
 from jaxsparse.parallel.collectives import in_auto_mode
 from jaxsparse.trace.known_ids import find_known
-from jaxsparse.trace.pieces import arrays_in, known, write
+from jaxsparse.trace.pieces import arrays_in, computed, write
 from jaxsparse.trace.planning import NoStateError, PlannedStep, announce, plan_step, refused
 from jaxsparse.trace.stacked import LostError, find_stacked
 from jaxsparse.trace.tracing import TracedStep, trace_step
 from jaxsparse.trace.trained import TrainedRows, trained_rows
-from jaxsparse.trace.values import RefusedError, Rows, Whole, array_of, rows_of_leaf
+from jaxsparse.trace.values import FullArray, RefusedError, Rows, array_of, rows_of_leaf
 from jaxsparse.trace.walk import Space, Walk
 from jaxsparse.train.device_rows import choose_rows, ids_of
 
@@ -189,8 +189,8 @@ def _prepare(
         traced = trace_step(step, args, kwargs, (), prepare)
         planned = plan_step(traced, list(map(as_shape, traced.leaves)), history_of(replayed))
     traced = planned.traced
-    said = [*planned.said, *_unpacked(planned, args, kwargs)]
-    planned = dataclasses.replace(planned, known=find_known((args, kwargs)), said=said)
+    warnings = [*planned.warnings, *_unpacked(planned, args, kwargs)]
+    planned = dataclasses.replace(planned, known=find_known((args, kwargs)), warnings=warnings)
     late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
     for i in late:
         got = f"row ids made of rows of {traced.paths[i]}"
@@ -211,7 +211,7 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
     stacked, why = find_stacked(traced.program, places), "rows= names rows of its first axis"
     if stacked.shapes and rows is None:
         try:
-            planned = plan_step(traced.with_flat(stacked), stacked.flat(leaves), history)
+            planned = plan_step(traced.with_flat_tables(stacked), stacked.flat(leaves), history)
         except LostError as error:
             why = str(error)
         except RefusedError as error:
@@ -224,54 +224,54 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
                 return planned
             why = next(iter(reasons), "not read by rows")
     elif not stacked.shapes:
-        stacked, why = find_stacked(traced.program, places, everywhere=True), "that is in a scan, cond or remat"
+        stacked, why = find_stacked(traced.program, places, in_regions=True), "that is in a scan, cond or remat"
     planned = plan_step(traced, leaves, history)
     tables = sorted(stacked.shapes.keys() & planned.leaves.keys() & planned.plan.read)
     said = f"is read by table and row, and each of its tables is one row here: {why}."
-    return dataclasses.replace(planned, said=[f"{traced.paths[i]} {said}" for i in tables])
+    return dataclasses.replace(planned, warnings=[f"{traced.paths[i]} {said}" for i in tables])
 
 
 def _unpacked(planned: PlannedStep, args: Any, kwargs: Any) -> list[str]:
     """The packed leaves that each step unpacks as a whole, though as plain arrays they would be row-sparse."""
     with_paths = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_stored)[0]
-    places, used, said = planned.traced.places, planned.ids.used, []
+    places, used, warnings = planned.traced.places, planned.ids.used, []
     for i, (path, x) in enumerate(with_paths):
         if is_stored(x) and (i not in places or used[i]):
             why = "row ids are made of it" if used[i] else "it is no state, which comes back"
             name = f"{type(x).__name__} {jax.tree_util.keystr(path[1:])}"
-            said.append(f"{name} is unpacked whole at each step: {why}. Pass js.unpack of it.")
-    return said
+            warnings.append(f"{name} is unpacked whole at each step: {why}. Pass js.unpack of it.")
+    return warnings
 
 
 def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
     """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
     spaces = {
-        c: s._replace(trained=prepared.trained[c].among(s.ids)) if c in prepared.trained else s
+        c: s._replace(trained=prepared.trained[c].is_trained(s.ids)) if c in prepared.trained else s
         for c, s in spaces.items()
     }
     arrays = flush_before(prepared.replayed, list(map(as_array, leaves)), planned.leaves)
     arrays = planned.traced.stacked.flat(arrays)
-    later = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
-    walk = Walk(planned.plan, spaces, alone=alone, later=later)
+    defers = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
+    walk = Walk(planned.plan, spaces, alone=alone, defers=defers)
     values = [
-        rows_of_leaf(walk.leaf(x, i), i, x, x if later and not is_stored(x) else None)
+        rows_of_leaf(walk.leaf(x, i), i, x, x if defers and not is_stored(x) else None)
         if i in planned.leaves
-        else Whole(as_whole(x))
+        else FullArray(as_whole(x))
         for i, x in enumerate(arrays)
     ]
     outs = walk.run(planned.program, values)
     leaf_at = {place: i for i, place in places.items() if i in planned.leaves}
     results = [
-        None if j in leaf_at else walk.whole(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
+        None if j in leaf_at else walk.full_array(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
         for j, v in enumerate(outs)
     ]
     # written after everything that is read from the tables has been read
     of_class = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
-    new = {c: walk.changed({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
-    made = [v.made for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
+    new = {c: walk.changed_blocks({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
+    made = [v.data for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
     small = [x for x in _numbers(results) if x.size < _SMALL or walk.tables_read]
-    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numbers(map(known, made))))
+    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numbers(map(computed, made))))
     for c, space in spaces.items():
         old = {i: arrays[i] for i in of_class[c]}
         for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
