@@ -41,7 +41,7 @@ from jaxsparse._checks import message
 
 HISTORY = 1 << 16  # steps of history: skipped rows are brought up to date before it has gone round once
 _LOG_DECAY = ("log_decay", "log_decay_lost")  # a sum of logarithms, and what rounding lost of it
-_LAST = 2.0**-24  # terms below this part of the first are left out of a sum
+_NEGLIGIBLE = 2.0**-24  # terms below this part of the first are left out of a sum
 
 History = dict[str, jax.Array]
 Slots = dict[str, jax.Array]
@@ -65,7 +65,7 @@ class Adam:
     @property
     def window(self) -> int:
         """How many missed steps move a row by more than rounding."""
-        return math.ceil(math.log(_LAST) / math.log(max(self.b1, 1e-9) / math.sqrt(self.b2)))
+        return math.ceil(math.log(_NEGLIGIBLE) / math.log(max(self.b1, 1e-9) / math.sqrt(self.b2)))
 
     def init(self) -> History:
         nodes = _choose_nodes(self.b1, self.b2)[0]
@@ -85,8 +85,8 @@ class Adam:
             out["weights"] = _record(out["weights"], step, terms)
         if self.decayed:
             sums = [history[name] for name in _LOG_DECAY]
-            total = _add([_of_steps(x, step - 1) for x in sums], jnp.log1p(-decay))
-            terms = terms * jnp.exp(_difference([_of_steps(x, step - k) for x in sums], total))[None]
+            total = _add([_at_steps(x, step - 1) for x in sums], jnp.log1p(-decay))
+            terms = terms * jnp.exp(_difference([_at_steps(x, step - k) for x in sums], total))[None]
             out["decayed"] = _record(out["decayed"], step, terms)
             out |= {name: x.at[step % HISTORY].set(n) for name, x, n in zip(_LOG_DECAY, sums, total, strict=True)}
         return out
@@ -110,7 +110,7 @@ class Adam:
         missed = now - last
         spread = functools.partial(_spread, ndim=p.ndim)
         count, log_b2 = _choose_nodes(self.b1, self.b2)[0], math.log(self.b2)
-        weights = [_of_steps(x, last) for x in history["decayed" if decayed else "weights"]]
+        weights = [_at_steps(x, last) for x in history["decayed" if decayed else "weights"]]
         middle, half = _interval(last, log_b2, _choose_nodes(self.b1, self.b2)[1])
         mu, nu = slots["mu"].astype(wide), slots["nu"].astype(wide)
         root, total = jnp.sqrt(nu), jnp.zeros_like(nu)
@@ -119,14 +119,15 @@ class Adam:
         move = mu * total
         value = p.astype(wide)
         if decayed:
-            log_decay = _difference(*([_of_steps(history[name], at) for name in _LOG_DECAY] for at in (now, last)))
-            lost = spread(-jnp.expm1(log_decay))  # times 1 - lost would round alike at every visit of a popular row
-            move = move + lost * (value - move)
-        late = spread(missed > 0)
+            log_decay = _difference(*([_at_steps(history[name], at) for name in _LOG_DECAY] for at in (now, last)))
+            # multiplying by 1 - share would round in the same direction at every visit of a popular row
+            share = spread(-jnp.expm1(log_decay))
+            move = move + share * (value - move)
+        has_missed = spread(missed > 0)
         new = {"mu": mu * _power(self.b1, missed, p.ndim), "nu": nu * _power(self.b2, missed, p.ndim)}
         return (
-            jnp.where(late, (value - move).astype(p.dtype), p),
-            {name: jnp.where(late, new[name].astype(slots[name].dtype), slots[name]) for name in slots},
+            jnp.where(has_missed, (value - move).astype(p.dtype), p),
+            {name: jnp.where(has_missed, new[name].astype(slots[name].dtype), slots[name]) for name in slots},
         )
 
 
@@ -154,7 +155,7 @@ class Decay:
     def window(self) -> int:
         if not (self.scaled and self._momentum):
             return 1
-        return math.ceil(math.log(_LAST * (1 - self._momentum)) / math.log(self._momentum))
+        return math.ceil(math.log(_NEGLIGIBLE * (1 - self._momentum)) / math.log(self._momentum))
 
     def init(self) -> History:
         return {"weights": jnp.zeros((HISTORY,), jnp.float32)} if self.scaled and self._momentum else {}
@@ -175,20 +176,22 @@ class Decay:
         """Rows p (k, ...) and slots, up to date after step `last` (k,), as they are after step `now`."""
         del decayed
         missed = now - last
-        late = _spread(missed > 0, p.ndim)
+        has_missed = _spread(missed > 0, p.ndim)
         new = {
-            name: jnp.where(late, (slots[name] * _power(rate, missed, p.ndim)).astype(slots[name].dtype), slots[name])
+            name: jnp.where(
+                has_missed, (slots[name] * _power(rate, missed, p.ndim)).astype(slots[name].dtype), slots[name]
+            )
             for name, rate in self.rates
         }
         momentum = self._momentum
         if momentum:
             if self.scaled:
-                total = _of_steps(history["weights"], last)
+                total = _at_steps(history["weights"], last)
             else:  # momentum + momentum^2 + ..., a geometric series
                 total = momentum * -jnp.expm1(missed * math.log(momentum)) / (1 - momentum)
             move = slots["trace"] * _spread(total * (momentum if self.nesterov else 1), p.ndim)
             wide = jnp.promote_types(p.dtype, jnp.float32)
-            p = jnp.where(late, (p.astype(wide) + move).astype(p.dtype), p)
+            p = jnp.where(has_missed, (p.astype(wide) + move).astype(p.dtype), p)
         return p, new
 
 
@@ -252,14 +255,14 @@ def _record(x: jax.Array, step: jax.Array, terms: jax.Array) -> jax.Array:
     for start, end, skipped in ((first, HISTORY, first - oldest), (0 * first, first, HISTORY - oldest)):
         column = start + jnp.arange(size, dtype=jnp.int32)
         k = jnp.where(column < end, (step - column) % HISTORY, HISTORY)[None]  # how many steps ago
-        old = jax.vmap(_of_steps)(x, jnp.broadcast_to(column[None], (x.shape[0], size)))
+        old = jax.vmap(_at_steps)(x, jnp.broadcast_to(column[None], (x.shape[0], size)))
         new = old + jax.lax.dynamic_slice_in_dim(terms, size + skipped, size, axis=1)
         new = jnp.where(k == 0, 0, jnp.where(k <= jnp.minimum(step, window), new, old))
         x = jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
     return x
 
 
-def _of_steps(x: jax.Array, steps: jax.Array) -> jax.Array:
+def _at_steps(x: jax.Array, steps: jax.Array) -> jax.Array:
     """What history (HISTORY,) has of some steps."""
     return x.at[steps & (HISTORY - 1)].get(mode="promise_in_bounds")
 
@@ -315,7 +318,8 @@ def _choose_nodes(b1: float, b2: float) -> tuple[int, int]:
     window, shrink = Adam(b1, b2, 0.0).window, math.log(max(b1, 1e-9) / math.sqrt(b2))
     for count in (4, 6, 8, 12, 16):
         best = (math.inf, 0)
-        for part in (_LAST, 1e-6, 1e-5):  # of the first term: an interval that leaves out smaller ones is narrower
+        # terms below this part of the first are left out: the interval is narrower then
+        for part in (_NEGLIGIBLE, 1e-6, 1e-5):
             last = max(2, min(window, math.ceil(math.log(part) / shrink)))
             best = min(best, (max(interpolation_error(b1, b2, s, count, last) for s in (1, 10, 100)), last))
         if best[0] < 1e-6:
