@@ -120,7 +120,7 @@ def params_ema(
         if params is None:
             raise ValueError(message("params_ema", "params", "the parameters", "None", "Pass params to update."))
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        ema = named_leaves(state.ema)[1].unflatten(_up_to_date("params_ema", state, params).values())
+        ema = named_leaves(state.ema)[1].unflatten(_averages_now("params_ema", state, params).values())
 
         def stamp(name: str, p: Any) -> jax.Array:
             count, chosen = rows_of(p)  # not the count in all rows: that is no array with the rows of a table
@@ -176,7 +176,7 @@ def ema_params(opt_state: Any, params: Any) -> Any:
 
 @jax.jit
 def _read(state: ParamsEmaState, params: dict[str, Any]) -> dict[str, Any]:
-    ema = _up_to_date("ema_params", state, params)
+    ema = _averages_now("ema_params", state, params)
 
     def corrected(e: jax.Array, p: Any) -> jax.Array:
         weight = _weight(state.decay, state.count, e.dtype)
@@ -189,19 +189,19 @@ def _is_state(x: object) -> bool:
     return isinstance(x, ParamsEmaState)
 
 
-def _up_to_date(function: str, state: ParamsEmaState, params: Any) -> dict[str, jax.Array]:
+def _averages_now(function: str, state: ParamsEmaState, params: Any) -> dict[str, jax.Array]:
     """The averages by name, up to date before update number `count`, in the order of state.ema."""
     values, averages = named_leaves(params)[0], named_leaves(state.ema)[0]
     if {name: jnp.shape(p) for name, p in values.items()} != {name: jnp.shape(e) for name, e in averages.items()}:
         must, got = "those that the average is kept of", "other names or shapes"
         raise ValueError(message(function, "params", must, got, "Pass all parameters that the optimizer is made for."))
 
-    def bring(name: str, e: jax.Array) -> jax.Array:
+    def advance(name: str, e: jax.Array) -> jax.Array:
         weight = _weight(state.decay, state.count - state.stamps[name], e.dtype)
         weight = weight.reshape(weight.shape + (1,) * (e.ndim - weight.ndim))
         return e + weight * (jnp.asarray(values[name], e.dtype) - e)
 
-    return {name: bring(name, e) for name, e in averages.items()}
+    return {name: advance(name, e) for name, e in averages.items()}
 
 
 def _weight(decay: float, steps: jax.Array, dtype: Any) -> jax.Array:

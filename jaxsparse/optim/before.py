@@ -12,7 +12,7 @@ import optax
 from jaxsparse._checks import check_transformation, message
 
 
-def first(function: str, before: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def checked_before(function: str, before: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`before`, whose init refuses what belongs behind js.{function}."""
     check_transformation(function, "before", before)
 
@@ -25,8 +25,8 @@ def first(function: str, before: optax.GradientTransformation) -> optax.Gradient
 
 def _check_direction(function: str, before: optax.GradientTransformation, params: Any) -> None:
     """Raises ValueError if `before` changes the gradient's sign, as an optimizer does."""
-    turned = [path for path, x in _made_of(before, params, 0.1) if (x < 0).all()]
-    if turned:
+    sign_changed = [path for path, x in _result_of(before, params, 0.1) if (x < 0).all()]
+    if sign_changed:
         got = "one that turns them round, as an optimizer or a learning rate does"
         do = "That belongs behind: js.lazy(optax.chain(optax.adam(1e-3), ...))."
         raise ValueError(message(function, "before", "one that leaves gradients their direction", got, do))
@@ -44,13 +44,13 @@ def check_by_row(function: str, before: optax.GradientTransformation, params: An
     if kept:
         got = f"one with state of shape {kept[0]}"
         raise ValueError(message(function, "before", "without state by row for untouched='replay'", got, do))
-    moved = [path for path, x in _made_of(before, params, 0) if (x != 0).any()]
-    if moved:
-        got = "one that makes something else of them" + (f", at {moved[0]}" if moved[0] else "")
+    not_zero = [path for path, x in _result_of(before, params, 0) if (x != 0).any()]
+    if not_zero:
+        got = "one that makes something else of them" + (f", at {not_zero[0]}" if not_zero[0] else "")
         raise ValueError(message(function, "before", "one that makes zeros of zeros for untouched='replay'", got, do))
 
 
-def _made_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:
+def _result_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:
     """The result of `before`, with paths, for a gradient that is this number everywhere and parameters of a few
     elements, all 0.5. None if `before` needs more than that; then the real call shows its errors."""
     try:

@@ -18,7 +18,7 @@ import optax
 
 from jaxsparse._checks import check_choice
 from jaxsparse._names import OF_ADAM, OF_OPTIMIZERS, other_names
-from jaxsparse.optim.before import first
+from jaxsparse.optim.before import checked_before
 from jaxsparse.optim.catch_up import Adam, Decay, check_adam, check_rates
 from jaxsparse.optim.lazy import lazy
 from jaxsparse.optim.replaying import replay
@@ -267,7 +267,7 @@ def lazy_chain(
     function: str, before: optax.GradientTransformation | None, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """`lazy(chain(before, inner))` for the named optimizer js.{function}."""
-    return lazy(inner if before is None else optax.chain(first(function, before), inner))
+    return lazy(inner if before is None else optax.chain(checked_before(function, before), inner))
 
 
 def _wide(adam: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -26,7 +26,7 @@ from jaxsparse._jax import is_traced
 from jaxsparse.ops.row_sparse import RowSparse, coalesce, is_row_sparse
 from jaxsparse.ops.rows import as_array, gather_rows, in_range, is_stored, scatter_rows, zero_after
 from jaxsparse.optim import catch_up
-from jaxsparse.optim.before import check_by_row, first
+from jaxsparse.optim.before import check_by_row, checked_before
 from jaxsparse.optim.lazy import lazy, named_leaves, per_leaf
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -104,7 +104,7 @@ def replay(
       before: a transformation of the gradient without state by row, that makes zeros of zeros.
       weight_decay, mask: inner's.
     """
-    frozen = lazy(inner if before is None else optax.chain(first(function, before), inner))
+    frozen = lazy(inner if before is None else optax.chain(checked_before(function, before), inner))
 
     def init_fn(params: Any) -> ReplayState:
         if before is not None:
@@ -130,14 +130,14 @@ def replay(
                 count, chosen = rows_of(g)
                 stamps[name] = Stamps(jnp.where(chosen, now, rows), jnp.where(count < 0, now, whole))
                 continue
-            late = whole != state.steps
+            is_stale = whole != state.steps
             if is_row_sparse(g):
-                late &= jnp.any(in_range(g.ids, g.num_rows) & (gather_rows(rows, g.ids) != state.steps))
-                stamp = jnp.broadcast_to(now + zero_after(late.astype(jnp.float32)), g.ids.shape)
+                is_stale &= jnp.any(in_range(g.ids, g.num_rows) & (gather_rows(rows, g.ids) != state.steps))
+                stamp = jnp.broadcast_to(now + zero_after(is_stale.astype(jnp.float32)), g.ids.shape)
                 stamps[name] = Stamps(scatter_rows(rows, g.ids, stamp), whole)
             else:
                 stamps[name] = Stamps(rows, now)
-            leaves[name] = _refuse_late(g, late)
+            leaves[name] = _refuse_stale(g, is_stale)
         updates, wrapped = frozen.update(tree.unflatten(leaves.values()), state.wrapped, params, **extra_args)
         rate = learning_rate(_count(state)) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, jnp.float32)
@@ -191,7 +191,7 @@ class View:
         last = jnp.maximum(stamps, self.stamps[name].whole)
         return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
 
-    def among(self, names: Collection[str]) -> list[str]:
+    def names_in(self, names: Collection[str]) -> list[str]:
         """Its parameters whose names are in `names`, in the same order in every process."""
         return [name for name in self.stamps if name in names]
 
@@ -236,7 +236,7 @@ def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -
     return map_replaying(change, params, opt_state)
 
 
-def flush_in_time(params: Any, opt_state: Any, dense: Collection[str] = ()) -> tuple[Any, Any]:
+def flush_expiring(params: Any, opt_state: Any, dense: Collection[str] = ()) -> tuple[Any, Any]:
     """Brings rows up to date whose missed steps are about to leave the history, and always the parameters `dense`."""
 
     def due(name: str, view: View) -> Any:
@@ -273,9 +273,9 @@ def _flush(view: View, name: str, p: Any, is_due: jax.Array) -> Any:
     return p
 
 
-def _refuse_late(g: Any, late: jax.Array) -> Any:
-    if not is_traced(late):
-        if late:
+def _refuse_stale(g: Any, is_stale: jax.Array) -> Any:
+    if not is_traced(is_stale):
+        if is_stale:
             do = "Call js.refresh(loss_fn)(state, batch) before the gradient is taken, or use js.make_train_step."
             raise ValueError(
                 message(
@@ -284,8 +284,8 @@ def _refuse_late(g: Any, late: jax.Array) -> Any:
             )
         return g
     if not is_row_sparse(g):
-        return jnp.where(late, jnp.nan, g).astype(g.dtype)
-    return RowSparse(g.ids, jnp.where(late, jnp.nan, g.rows), g.shape, unique=True)
+        return jnp.where(is_stale, jnp.nan, g).astype(g.dtype)
+    return RowSparse(g.ids, jnp.where(is_stale, jnp.nan, g.rows), g.shape, unique=True)
 
 
 def _count(state: ReplayState) -> jax.Array:
@@ -295,9 +295,9 @@ def _count(state: ReplayState) -> jax.Array:
     return next((part.count for part in parts if isinstance(part, kind)), state.steps)
 
 
-def _decays(any_do: bool, mask: Any, params: Any) -> dict[str, bool]:
+def _decays(any_decay: bool, mask: Any, params: Any) -> dict[str, bool]:
     """Which parameters decay."""
-    if not any_do or mask is None or not jax.tree.leaves(params):
-        return dict.fromkeys(named_leaves(params)[0], any_do)
+    if not any_decay or mask is None or not jax.tree.leaves(params):
+        return dict.fromkeys(named_leaves(params)[0], any_decay)
     chosen = mask(params) if callable(mask) else mask
     return named_leaves(jax.tree.map(lambda m, part: jax.tree.map(lambda _: bool(m), part), chosen, params))[0]

@@ -93,11 +93,11 @@ def stochastic_rounding(inner: optax.GradientTransformation, *, seed: int = 0) -
         wide = _widened(params, params)
         updates, inner_state = inner.update(_widened(updates, params), inner_state, wide, **extra_args)
         leaves, tree = jax.tree.flatten(updates)
-        narrow, values = jax.tree.leaves(params), jax.tree.leaves(wide)
+        param_leaves, wide_leaves = jax.tree.leaves(params), jax.tree.leaves(wide)
         step = _mixed(_mixed(jnp.uint32(seed % 2**32)) ^ count.astype(jnp.uint32))
-        for i, (u, p, like) in enumerate(zip(leaves, values, narrow, strict=True)):
-            if _is_16_bit(like):
-                new = _rounded(p + u, _noise(_mixed(step + jnp.uint32(i)), p), like.dtype)
+        for i, (u, p, param) in enumerate(zip(leaves, wide_leaves, param_leaves, strict=True)):
+            if _is_16_bit(param):
+                new = _rounded(p + u, _noise(_mixed(step + jnp.uint32(i)), p), param.dtype)
                 leaves[i] = jnp.where(jnp.isfinite(p + u), new - p, u)
         return jax.tree.unflatten(tree, leaves), StochasticRoundingState(optax.safe_increment(count), inner_state)
 
@@ -116,13 +116,13 @@ def _widened(tree: Any, params: Any) -> Any:
 def _rounded(x: jax.Array, noise: jax.Array, dtype: Any) -> jax.Array:
     """float32, rounded to a neighbour of a 16-bit type: up if `noise`, uint32, is large enough."""
     wide, narrow = jnp.finfo(jnp.float32), jnp.finfo(dtype)
-    eps, least = float(narrow.eps), max(float(narrow.tiny), float(wide.tiny / narrow.eps))  # XLA has no subnormals
+    eps, smallest = float(narrow.eps), max(float(narrow.tiny), float(wide.tiny / narrow.eps))  # XLA has no subnormals
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # of 2, at most |x|
-    unit = jnp.maximum(power, least) * eps  # between neighbours: x / unit is exact, and so is its sum with the noise
-    lost = wide.nmant - narrow.nmant
-    fraction = (noise >> (32 - lost)).astype(jnp.float32) * 2.0**-lost  # in [0, 1)
-    return jnp.floor(x / unit + fraction) * unit
+    spacing = jnp.maximum(power, smallest) * eps  # of neighbours: x / spacing is exact, also with the noise added
+    dropped_bits = wide.nmant - narrow.nmant
+    fraction = (noise >> (32 - dropped_bits)).astype(jnp.float32) * 2.0**-dropped_bits  # in [0, 1)
+    return jnp.floor(x / spacing + fraction) * spacing
 
 
 def _noise(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxsparse._checks import message
 from jaxsparse._context import rows_of
 from jaxsparse.ops.rows import is_stored
 from jaxsparse.optim.lazy import named_leaves
-from jaxsparse.optim.replaying import Stamps, View, flush_in_time, is_replay_state, map_replaying, replay_states
+from jaxsparse.optim.replaying import Stamps, View, flush_expiring, is_replay_state, map_replaying, replay_states
 
 
 class Replayed(NamedTuple):
@@ -36,9 +36,9 @@ def find_replayed(tree: Any) -> list[Replayed]:
     Raises:
       ValueError: if there is a replaying optimizer's state, and no such parameters or several.
     """
-    found, alone = _find(tree, 0)
-    if alone:
-        names = [name for view in alone for name in view.stamps]
+    found, unmatched = _find(tree, 0)
+    if unmatched:
+        names = [name for view in unmatched for name in view.stamps]
         got = f"the state of an optimizer with untouched='replay', and not just one tree with its parameters {names}"
         must = "one whose arguments have parameters beside their optimizer's state"
         raise ValueError(message("jit", "step", must, got, "Pass a TrainState, or (params, opt_state)."))
@@ -54,7 +54,7 @@ def _find(node: Any, start: int) -> tuple[list[Replayed], list[View]]:
         return [], []
     keyed = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
     found: list[Replayed] = []
-    alone: list[View] = []
+    unmatched: list[View] = []
     at, end = [], start
     for _, child in keyed:
         at.append(slice(end, end + len(jax.tree.leaves(child))))
@@ -62,16 +62,16 @@ def _find(node: Any, start: int) -> tuple[list[Replayed], list[View]]:
     for i, (_, child) in enumerate(keyed):
         inside, views = _find(child, at[i].start)
         found += inside
-        fits = [j for j, (_, other) in enumerate(keyed) if j != i and views and _has_parameters(other, views)]
-        if len(fits) > 1:
-            fits = [j for j in fits if "params" in jax.tree_util.keystr(keyed[j][0][-1:], simple=True)]
-        if len(fits) == 1:
-            (j,) = fits
+        candidates = [j for j, (_, other) in enumerate(keyed) if j != i and views and _has_parameters(other, views)]
+        if len(candidates) > 1:
+            candidates = [j for j in candidates if "params" in jax.tree_util.keystr(keyed[j][0][-1:], simple=True)]
+        if len(candidates) == 1:
+            (j,) = candidates
             definitions = [jax.tree.structure(keyed[k][1]) for k in (j, i)]
             found.append(Replayed(definitions[0], at[j], definitions[1], at[i]))
         else:
-            alone += views
-    return found, alone
+            unmatched += views
+    return found, unmatched
 
 
 def _has_parameters(tree: Any, views: Sequence[View]) -> bool:
@@ -97,7 +97,7 @@ def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
             params[name], slots = jax.tree.map(lambda n, x: jnp.where(count < 0, x, n), new, (p, slots))  # noqa: B023
             view.put(name, slots, Stamps(now, stamps.whole))
 
-    return _changed(replayed, leaves, lambda params, opt_state, _: map_replaying(change, params, opt_state))
+    return _map_replayed(replayed, leaves, lambda params, opt_state, _: map_replaying(change, params, opt_state))
 
 
 def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Collection[int]) -> list[Any]:
@@ -106,9 +106,9 @@ def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Co
 
     def change(params: Any, opt_state: Any, numbers: Any) -> tuple[Any, Any]:
         dense = {name for name, number in named_leaves(numbers)[0].items() if number not in by_row}
-        return flush_in_time(params, opt_state, dense)
+        return flush_expiring(params, opt_state, dense)
 
-    return _changed(replayed, leaves, change)
+    return _map_replayed(replayed, leaves, change)
 
 
 def history_of(replayed: Sequence[Replayed]) -> set[int]:
@@ -122,7 +122,9 @@ def numbers_of(replayed: Sequence[Replayed]) -> set[int]:
     return {number for part in replayed for number in range(part.params_at.start, part.params_at.stop)}
 
 
-def _changed(replayed: Sequence[Replayed], leaves: Sequence[Any], change: Callable[..., tuple[Any, Any]]) -> list[Any]:
+def _map_replayed(
+    replayed: Sequence[Replayed], leaves: Sequence[Any], change: Callable[..., tuple[Any, Any]]
+) -> list[Any]:
     """change(params, opt_state, numbers of the params among the leaves) -> (params, opt_state) of each."""
     leaves = list(leaves)
     for part in replayed:
