@@ -177,10 +177,10 @@ def check_no_modules(function: str, argument: str, tree: Any) -> None:
     for path, module in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_module)[0]:
         if _is_module(module):
             leaves = jax.tree_util.tree_flatten_with_path(module)[0]
-            others = [at for at, x in leaves if not jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-            at = next(iter(others + [at for at, _ in leaves]), ())
+            integers = [at for at, x in leaves if not jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+            at = next(iter(integers + [at for at, _ in leaves]), ())
             name = jax.tree_util.keystr((*path[1:], *at)).removesuffix(".value")
-            got = f"a {type(module).__name__}, whose leaf {name} {'is no parameter' if others else 'is in a module'},"
+            got = f"a {type(module).__name__}, whose leaf {name} {'is no parameter' if integers else 'is in a module'},"
             do = "Use js.nnx.value_and_grad, js.nnx.grad and js.nnx.explain for nnx modules."
             raise TypeError(message(function, argument, "arguments that are arrays or trees of them", got, do))
 
@@ -200,8 +200,8 @@ class Modules:
         """Raises TypeError if the call has changed a module: the change would be lost."""
         for module, before in zip(self._modules, self._before, strict=True):
             after = jax.tree_util.tree_flatten_with_path(module)[0]
-            same = len(after) == len(before) and all(x is y for (_, x), y in zip(after, before, strict=True))
-            if not same:
+            is_unchanged = len(after) == len(before) and all(x is y for (_, x), y in zip(after, before, strict=True))
+            if not is_unchanged:
                 changed = [jax.tree_util.keystr(path) for path, x in after if not any(x is y for y in before)]
                 got = f"one that changes {', '.join(changed[:3])} of its {type(module).__name__}, which would be lost,"
                 do = "Use js.nnx.jit, which keeps what changes in modules."

@@ -36,21 +36,21 @@ def is_tracing_loss_alone() -> bool:
 
 
 @contextlib.contextmanager
-def bags_at_once() -> Iterator[None]:
+def one_gather_per_bag() -> Iterator[None]:
     """Marks the tracing of a program that people will read: each bag is one gather and one sum, however long it is."""
-    token = _AT_ONCE.set(True)
+    token = _ONE_GATHER.set(True)
     try:
         yield
     finally:
-        _AT_ONCE.reset(token)
+        _ONE_GATHER.reset(token)
 
 
-_AT_ONCE: contextvars.ContextVar[bool] = contextvars.ContextVar("at_once", default=False)
+_ONE_GATHER: contextvars.ContextVar[bool] = contextvars.ContextVar("one_gather", default=False)
 
 
-def is_at_once() -> bool:
+def is_one_gather_per_bag() -> bool:
     """Whether bags are one gather and one sum."""
-    return _AT_ONCE.get()
+    return _ONE_GATHER.get()
 
 
 ROWS_OF = "jaxsparse_rows_of"  # the name by which trace/walk.py recognises rows_of

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsparse import _jax
 from jaxsparse._checks import message
-from jaxsparse._context import bags_at_once
+from jaxsparse._context import one_gather_per_bag
 from jaxsparse.data.batch import Batch
 from jaxsparse.export import elementwise, indexing, products, reductions, shapes
 from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
@@ -161,7 +161,7 @@ def _traced(apply_fn: Callable[..., Any], leaves: list[Any], tree: Any, inputs: 
 
         def flat_fn(*arrays: Any, sizes: Sequence[int] = sizes) -> list[Any]:
             own = jax.tree.unflatten(tree, arrays[: len(leaves)])
-            with bags_at_once():
+            with one_gather_per_bag():
                 out = apply_fn(own, inputs.tree_of(arrays[len(leaves) :], sizes))
             outs, structure = jax.tree.flatten(out)
             out_trees.append(structure)

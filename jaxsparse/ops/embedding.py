@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse._context import is_at_once, is_tracing, is_tracing_loss_alone
+from jaxsparse._context import is_one_gather_per_bag, is_tracing, is_tracing_loss_alone
 from jaxsparse._names import other_names
 from jaxsparse.ops.rows import at_least_int32, gather_rows, in_range, row_ids
 
@@ -155,7 +155,7 @@ def embedding_bag(
             raise ValueError(message(f, "weights", f"of the shape of ids, {ids.shape}", f"{weights.shape=}"))
 
     bags: jax.Array | None = None
-    starts_late: Any = False
+    has_ids_before_first: Any = False
     if offsets is not None:
         offsets = as_ids(f, "offsets", offsets)
         if offsets.ndim != 1 or (include_last_offset and offsets.shape[0] < 1):
@@ -166,7 +166,7 @@ def embedding_bag(
         starts = at_least_int32(offsets)
         bags = jnp.cumsum(jnp.zeros(ids.shape, jnp.int32).at[starts].add(1, mode="drop")) - 1
         if num_bags:  # ids before the first offset are in no bag, which nobody can mean
-            starts_late = (offsets[0] != 0) & (ids.shape[0] > 0)
+            has_ids_before_first = (offsets[0] != 0) & (ids.shape[0] > 0)
     elif segment_ids is not None:
         bags = segment_ids = as_ids(f, "segment_ids", segment_ids)
         if bags.shape != ids.shape:
@@ -188,7 +188,7 @@ def embedding_bag(
         kept &= bags < num_bags
         safe = jnp.where(kept, safe, table.shape[0])
         bad = jax.ops.segment_max((outside & kept).astype(jnp.int32), bags, num_segments=num_bags) > 0
-        bad |= starts_late
+        bad |= has_ids_before_first
         out = _segment_max(table, safe, kept, bags, num_bags) if combiner == "max" else _combine(
             lambda w: segment_sum(table, safe, w, bags, num_bags),
             lambda w: sum_by_bag(w, bags, num_bags), weights, kept, combiner, table,
@@ -278,7 +278,7 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
     wide, length = _wide(table), ids.shape[1]
     # where a step is traced, one read: it is made into L of them there, and for a loss alone without weights only
     is_read_once = is_tracing() and (weights is None or not is_tracing_loss_alone())
-    if not 0 < length <= _UNROLL or is_read_once or is_at_once():
+    if not 0 < length <= _UNROLL or is_read_once or is_one_gather_per_bag():
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)
         return jnp.sum(rows if weights is None else rows * _spread(weights, rows), axis=1)
     out = jnp.zeros((ids.shape[0], *table.shape[1:]), wide)

@@ -149,27 +149,27 @@ def sampled_softmax(
 
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     hidden, log_samples = hidden.astype(wide), float(np.log(num_samples))
-    counts = labels != ignore_index  # (B, n)
-    real = counts & in_range(labels, num_classes)
+    is_given = labels != ignore_index  # (B, n)
+    real = is_given & in_range(labels, num_classes)
     read = functools.partial(embedding_lookup, ids=jnp.where(real, labels, num_classes), padding_idx=num_classes)
-    own = jnp.sum(read(table).astype(wide) * hidden[:, None], axis=-1)  # (B, n)
-    others = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
+    label_logits = jnp.sum(read(table).astype(wide) * hidden[:, None], axis=-1)  # (B, n)
+    sampled_logits = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
     if bias is not None:
-        own = own + read(bias).astype(wide)
-        others = others + embedding_lookup(bias, sampled).astype(wide)[None, :]
-    own = own - log_probability(jnp.where(real, labels, 0), num_classes).astype(wide) - log_samples
-    others = others - (log_probability(sampled, num_classes).astype(wide) + log_samples)[None, :]
-    kept = jnp.ones(others.shape, bool)
+        label_logits = label_logits + read(bias).astype(wide)
+        sampled_logits = sampled_logits + embedding_lookup(bias, sampled).astype(wide)[None, :]
+    label_logits = label_logits - log_probability(jnp.where(real, labels, 0), num_classes).astype(wide) - log_samples
+    sampled_logits = sampled_logits - (log_probability(sampled, num_classes).astype(wide) + log_samples)[None, :]
+    is_negative = jnp.ones(sampled_logits.shape, bool)
     if remove_accidental_hits:
-        kept = ~jnp.any(sampled[None, None, :] == labels[:, :, None], axis=1)
-    logits = jnp.concatenate([own, others], axis=1)
-    among = jnp.concatenate([real, kept], axis=1)
-    target = _mean_where(own, real)
+        is_negative = ~jnp.any(sampled[None, None, :] == labels[:, :, None], axis=1)
+    logits = jnp.concatenate([label_logits, sampled_logits], axis=1)
+    is_candidate = jnp.concatenate([real, is_negative], axis=1)
+    target = _mean_where(label_logits, real)
     if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing * _mean_where(logits, among)
-    loss = jax.nn.logsumexp(jnp.where(among, logits, -jnp.inf), axis=1) - target
+        target = (1 - label_smoothing) * target + label_smoothing * _mean_where(logits, is_candidate)
+    loss = jax.nn.logsumexp(jnp.where(is_candidate, logits, -jnp.inf), axis=1) - target
     loss = jnp.where(jnp.any(real, axis=1), loss, 0)
-    return jnp.where(jnp.any(counts & ~real, axis=1), jnp.nan, loss)
+    return jnp.where(jnp.any(is_given & ~real, axis=1), jnp.nan, loss)
 
 
 def _mean_where(x: jax.Array, chosen: jax.Array) -> jax.Array:

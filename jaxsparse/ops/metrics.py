@@ -120,8 +120,9 @@ def binary_metrics(logits: Any, labels: Any, weight: Any = None) -> dict[str, An
       >>> {name: round(value, 4) for name, value in metrics.items()}
       {'accuracy': 1.0, 'auc': 1.0, 'loss': 0.189}
     """
-    of = auc(logits, labels, weight)
-    sign = jnp.where(of.labels, -1, 1).astype(of.scores.dtype)
-    losses = jax.nn.softplus(sign * of.scores)
-    right = ((of.scores > 0) == of.labels).astype(losses.dtype)
-    return {"loss": weighted_mean(losses, of.weight), "accuracy": weighted_mean(right, of.weight), "auc": of}
+    inputs = auc(logits, labels, weight)
+    sign = jnp.where(inputs.labels, -1, 1).astype(inputs.scores.dtype)
+    losses = jax.nn.softplus(sign * inputs.scores)
+    is_correct = ((inputs.scores > 0) == inputs.labels).astype(losses.dtype)
+    accuracy = weighted_mean(is_correct, inputs.weight)
+    return {"loss": weighted_mean(losses, inputs.weight), "accuracy": accuracy, "auc": inputs}

@@ -41,12 +41,12 @@ def multilabel_loss(logits: Any, y: Any) -> jax.Array:
     """
     logits, y = _of_one_shape("multilabel_loss", "logits", logits, y)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    every = jnp.sum(jax.nn.softplus(logits), axis=1)
+    negative_losses = jnp.sum(jax.nn.softplus(logits), axis=1)
     if not isinstance(y, BCOO):
-        return every - jnp.sum(y.astype(logits.dtype) * logits, axis=1)
+        return negative_losses - jnp.sum(y.astype(logits.dtype) * logits, axis=1)
     rows, columns, values = _entries(y, logits.dtype)
-    own = logits.at[rows, columns].get(mode="fill", fill_value=0)
-    return every - sum_by_bag(values * own, rows, logits.shape[0])
+    label_logits = logits.at[rows, columns].get(mode="fill", fill_value=0)
+    return negative_losses - sum_by_bag(values * label_logits, rows, logits.shape[0])
 
 
 def sampled_multilabel_loss(
@@ -115,20 +115,21 @@ def sampled_multilabel_loss(
     hidden = hidden.astype(wide)
     rows, columns, values = _entries(y, wide)  # (nse,)
     read = functools.partial(embedding_lookup, ids=columns, padding_idx=num_labels)
-    own = jnp.sum(read(table).astype(wide) * hidden.at[rows].get(mode="fill", fill_value=0), axis=-1)  # (nse,)
-    others = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
+    label_logits = jnp.sum(read(table).astype(wide) * hidden.at[rows].get(mode="fill", fill_value=0), axis=-1)  # (nse,)
+    sampled_logits = hidden @ embedding_lookup(table, sampled).astype(wide).T  # (B, S)
     if bias is not None:
-        own = own + read(bias).astype(wide)
-        others = others + embedding_lookup(bias, sampled).astype(wide)[None, :]
+        label_logits = label_logits + read(bias).astype(wide)
+        sampled_logits = sampled_logits + embedding_lookup(bias, sampled).astype(wide)[None, :]
 
-    def counts_for(labels: jax.Array) -> jax.Array:
+    def importance(labels: jax.Array) -> jax.Array:
         return jnp.exp(-log_probability(labels, num_labels).astype(wide)) / num_samples
 
     ordered = jnp.sort(sampled)
     drawn = jnp.searchsorted(ordered, columns, side="right") - jnp.searchsorted(ordered, columns, side="left")
-    already = drawn.astype(wide) * counts_for(jnp.minimum(columns, num_labels - 1))  # is in the sum over the sample
-    of_entries = jnp.where(rows < batch_size, (1 - already) * jax.nn.softplus(own) - values * own, 0)
-    of_sample = jnp.sum(jax.nn.softplus(others) * counts_for(sampled)[None, :], axis=1)
+    in_sample = drawn.astype(wide) * importance(jnp.minimum(columns, num_labels - 1))  # its part of that sum
+    entry_losses = (1 - in_sample) * jax.nn.softplus(label_logits) - values * label_logits
+    of_entries = jnp.where(rows < batch_size, entry_losses, 0)
+    of_sample = jnp.sum(jax.nn.softplus(sampled_logits) * importance(sampled)[None, :], axis=1)
     return of_sample + sum_by_bag(of_entries, rows, batch_size)
 
 
@@ -184,8 +185,8 @@ def ndcg_at_k(scores: Any, y: Any, k: int) -> jax.Array:
     """
     relevant, best = _ranked("ndcg_at_k", scores, y, k)
     discount = 1 / jnp.log2(jnp.arange(k, dtype=jnp.float32) + 2)[None, :]
-    most = jnp.sum(best * discount, axis=1)
-    return jnp.where(most > 0, jnp.sum(relevant * discount, axis=1) / jnp.where(most > 0, most, 1), 0)
+    ideal = jnp.sum(best * discount, axis=1)
+    return jnp.where(ideal > 0, jnp.sum(relevant * discount, axis=1) / jnp.where(ideal > 0, ideal, 1), 0)
 
 
 def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
@@ -200,8 +201,8 @@ def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
         return jnp.take_along_axis(y, top, axis=1) + unranked, jax.lax.top_k(y, k)[0]
     size = scores.shape[0]
     rows, columns, values = _entries(y, jnp.float32)
-    there = top.at[rows].get(mode="fill", fill_value=-1) == columns[:, None]  # (nse, k)
-    relevant = sum_by_bag(jnp.where(there, values[:, None], 0), rows, size)
+    is_top = top.at[rows].get(mode="fill", fill_value=-1) == columns[:, None]  # (nse, k)
+    relevant = sum_by_bag(jnp.where(is_top, values[:, None], 0), rows, size)
     order = jnp.lexsort((-values, rows))
     rows, values = rows[order], values[order]
     rank = jnp.arange(len(rows)) - jnp.searchsorted(rows, rows)  # in its row

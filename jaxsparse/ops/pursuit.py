@@ -116,8 +116,8 @@ def _code(atoms: jax.Array, x: jax.Array, *, k: int) -> jax.Array:
         length = norm(atom)
         along = dot(q, atom)
         across = atom - dot(along, q)
-        again = dot(q, across)  # a second time, for what rounding left of the first
-        along, across = along + again, across - dot(again, q)
+        correction = dot(q, across)  # a second time, for what rounding left of the first
+        along, across = along + correction, across - dot(correction, q)
         height = norm(across)
         # One that is zero up to rounding has nothing to say, and one of the span of the others nothing new.
         noise = 4 * eps * norm(x) * length

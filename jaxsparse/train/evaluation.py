@@ -52,22 +52,22 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
     check_flushed(function, getattr(state, "opt_state", None))
     compiled = jax.jit(reading_rows(metric_fn))
     totals: dict[str, float] = {}
-    kept: dict[str, list[Auc]] = {}
+    auc_parts: dict[str, list[Auc]] = {}
     weight, batch = 0.0, None
     for batch in one_epoch(batches):
-        own = float(np.asarray(weight_of(batch)).sum(dtype=np.float64))
-        weight += own
-        if own:
+        batch_weight = float(np.asarray(weight_of(batch)).sum(dtype=np.float64))
+        weight += batch_weight
+        if batch_weight:
             for name, value in check_scalars(compiled(state.params, batch), function, fn_argument).items():
                 if isinstance(value, Auc):
-                    kept.setdefault(name, []).append(jax.device_get(value))
-                totals[name] = 0.0 if isinstance(value, Auc) else totals.get(name, 0.0) + own * float(value)
+                    auc_parts.setdefault(name, []).append(jax.device_get(value))
+                totals[name] = 0.0 if isinstance(value, Auc) else totals.get(name, 0.0) + batch_weight * float(value)
     if batch is None:
-        raise ValueError(message(function, argument, "at least one batch", "none", why_none(batches)))
+        raise ValueError(message(function, argument, "at least one batch", "none", advice_on_none(batches)))
     if not weight:
         totals = dict.fromkeys(compiled.eval_shape(state.params, batch), 0.0)
     of_batches = {name: total / weight if weight else float("nan") for name, total in totals.items()}
-    return of_batches | {name: area(parts) for name, parts in kept.items()}
+    return of_batches | {name: area(parts) for name, parts in auc_parts.items()}
 
 
 def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ def _sum(weight: jax.Array) -> jax.Array:
     return jnp.sum(weight, dtype=jnp.float32)
 
 
-def why_none(batches: Any) -> str:
+def advice_on_none(batches: Any) -> str:
     """What to do about an epoch without batches."""
     if isinstance(batches, Stream):
         return "Its examples fill no batch: lower batch_size or drop_remainder=False."
@@ -166,21 +166,22 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches | Stream)
     check_flushed("predict", getattr(state, "opt_state", None))
     if not isinstance(batches, (Batches, Stream)):
         raise TypeError(message("predict", "batches", "what js.batches or js.stream returns", type(batches).__name__))
-    at = batches.state
-    wrong = [f"{name}=True" for name in ("shuffle", "drop_remainder") if at[name]]
+    settings = batches.state
+    wrong = [f"{name}=True" for name in ("shuffle", "drop_remainder") if settings[name]]
     wrong += ["shard"] if batches.is_part else []
     wrong += [] if batches.num_devices is None else [f"devices={batches.num_devices}"]
     if wrong:
         got, do = f"batches with {', '.join(wrong)}", "Make batches of their own for predictions."
         raise ValueError(message("predict", "batches", "all examples in their order", got, do))
-    compiled, out = jax.jit(reading_rows(apply_fn)), []
+    compiled, parts = jax.jit(reading_rows(apply_fn)), []
     for batch, count in batches.counted_epoch():
-        said = compiled(state.params, batch.x)
-        if getattr(said, "shape", ())[:1] != (at["batch_size"],):
-            got = f"shape {said.shape}" if hasattr(said, "shape") else type(said).__name__
-            must = f"a function that returns an array ({at['batch_size']}, ...), a row for each example of a batch"
+        outputs = compiled(state.params, batch.x)
+        if getattr(outputs, "shape", ())[:1] != (settings["batch_size"],):
+            got = f"shape {outputs.shape}" if hasattr(outputs, "shape") else type(outputs).__name__
+            size = settings["batch_size"]
+            must = f"a function that returns an array ({size}, ...), a row for each example of a batch"
             raise TypeError(message("predict", "apply_fn", must, got))
-        out.append(np.asarray(said)[:count])
-    if not out:
+        parts.append(np.asarray(outputs)[:count])
+    if not parts:
         raise ValueError(message("predict", "batches", "at least one example", "none"))
-    return np.concatenate(out)
+    return np.concatenate(parts)

@@ -126,8 +126,8 @@ def explain(
         out = {}
         for i, (path, leaf) in enumerate(zip(planned.paths, planned.leaves_of_arguments, strict=True)):
             row_sparse, reads = i in planned.leaves or i in planned.unused, _reads_of(planned, i)
-            left_out = reads and not row_sparse and tables is not None
-            why = Reason("not in tables=", "") if left_out else planned.why_dense(i)
+            is_left_out = reads and not row_sparse and tables is not None
+            why = Reason("not in tables=", "") if is_left_out else planned.why_dense(i)
             out[path] = Parameter(
                 path=path,
                 row_sparse=row_sparse,
@@ -136,7 +136,7 @@ def explain(
                 reads=tuple(source for source, _ in reads),
                 cause="" if row_sparse else why.cause,
                 source="" if row_sparse else why.source,
-                advice=_advice(reads, leaf) if row_sparse else "" if left_out else planned.advice(i),
+                advice=_advice(reads, leaf) if row_sparse else "" if is_left_out else planned.advice(i),
             )
         return Explanation(out)
 
@@ -160,10 +160,10 @@ def _explain_mapped(mapped: Any, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explain_step(
-    plan: Callable[..., PlannedStep], donated_of: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
+    plan: Callable[..., PlannedStep], find_donated: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
 ) -> Explanation:
-    """`donated_of` gives the donated leaves of such arguments, or is None if that is unknown."""
-    donated = None if donated_of is None else donated_of(*args, **kwargs)
+    """`find_donated` gives the donated leaves of such arguments, or is None if that is unknown."""
+    donated = None if find_donated is None else find_donated(*args, **kwargs)
     return _explained(plan(*args, **kwargs), donated, _jax.platform_of(jax.tree.leaves((args, kwargs))))
 
 
@@ -175,13 +175,13 @@ def _explained(planned: PlannedStep, donated: set[int] | None, platform: str) ->
     for i in sorted(traced.places):
         path, shape, c = traced.paths[i], _jax.shape(traced.program.inputs[i]), planned.leaves.get(i)
         reads = _reads_of(planned, i)
-        of_class = [r.node for r in planned.reads if find(r.node) == c and r.node in planned.leaves]
-        table = traced.paths[of_class[0]] if of_class else ""
-        left_alone = "Rows that are not read are left alone."
+        read_nodes = [r.node for r in planned.reads if find(r.node) == c and r.node in planned.leaves]
+        table = traced.paths[read_nodes[0]] if read_nodes else ""
+        advice_on_rows = "Rows that are not read are left alone."
         if copied_whole(traced.leaves[i], platform):
-            left_alone += " On TPU, XLA copies all others to read and write these: js.pack(state) avoids it."
+            advice_on_rows += " On TPU, XLA copies all others to read and write these: js.pack(state) avoids it."
         if i in copied:
-            left_alone += f" It is not donated, so each step copies it: {megabytes(traced.leaves[i])}."
+            advice_on_rows += f" It is not donated, so each step copies it: {megabytes(traced.leaves[i])}."
         why, advice = planned.why_dense(i)
         cause = str(why) if i in planned.dense or advice else "not read by rows"
         out[path] = Parameter(
@@ -192,7 +192,7 @@ def _explained(planned: PlannedStep, donated: set[int] | None, platform: str) ->
             reads=tuple(source for source, _ in reads),
             cause=(f"by the rows of {table}" if table and not reads else "") if c is not None else cause,
             source="",
-            advice=left_alone if c is not None else advice,
+            advice=advice_on_rows if c is not None else advice,
         )
     return Explanation(out)
 

@@ -19,7 +19,7 @@ from jaxsparse._checks import message
 from jaxsparse._names import OF_FIT, other_names
 from jaxsparse.data.pipeline import Batches
 from jaxsparse.data.stream import Stream
-from jaxsparse.train.evaluation import check_scalars, means, one_epoch, weight_of, why_none
+from jaxsparse.train.evaluation import advice_on_none, check_scalars, means, one_epoch, weight_of
 from jaxsparse.train.refresh import flush
 
 
@@ -133,11 +133,11 @@ def fit(
                     break
     except BaseException as error:
         run.add_entry()
-        if not isinstance(error, KeyboardInterrupt) or run.is_lost():
-            run.hand_over(error)
+        if not isinstance(error, KeyboardInterrupt) or run.is_state_deleted():
+            run.attach_state(error)
             raise
-        said = f"js.fit was interrupted {run.where}. It returns the state and the history so far."
-        warnings.warn(said, stacklevel=2)
+        text = f"js.fit was interrupted {run.progress_text}. It returns the state and the history so far."
+        warnings.warn(text, stacklevel=2)
         if is_ours:
             batches.state = run.position  # a batch may have come whose step did not
     if is_ours:
@@ -151,14 +151,14 @@ class _Run:
     def __init__(
         self, step: Any, state: Any, args: tuple[Any, ...], rng: Any, callback: Any, stop_on_nan: bool, progress: bool
     ) -> None:
-        self.state, self.where = state, "before the first step"
+        self.state, self.progress_text = state, "before the first step"
         self.history: list[dict[str, float]] = []
         self.position: Any = None  # behind the last step, in the data of a js.batches or js.stream
         self.interrupts = _Interrupts()
         self._step, self._args, self._rng, self._callback = step, args, rng, callback
         self._stop_on_nan, self._progress = stop_on_nan, progress
         self._losses, self._has_entry = _Losses(), False  # of the epoch that runs
-        self._next: int | None = None  # what the key of the next step is folded with
+        self._step_number: int | None = None  # what the key of the next step is folded with
 
     def epoch(self, batches: Any, number: int, epochs: int, validation: Any, metrics: Any) -> bool:
         """Runs an epoch and returns whether the callback stops the run."""
@@ -167,38 +167,38 @@ class _Run:
         with tqdm(batches, desc=f"epoch {number + 1}/{epochs}", unit="step", disable=not self._progress) as bar:
             for batch in bar:
                 args = self._next_args()
-                with self.interrupts.wait():
+                with self.interrupts.defer():
                     reported = self._train(batch, args)
                     self.position = None if self.position is None else batches.state
-                    self.where = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
+                    self.progress_text = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
                 # early numbers, then few: each waits
                 if (self._progress and losses.steps in (1, 3)) or losses.steps % 10 == 0:
-                    self._look(number)
+                    self._fetch_losses(number)
                     bar.set_postfix(loss=f"{losses.last:.4f}")
-                if self._tells(number, reported, end_of_epoch=False):
+                if self._call_callback(number, reported, end_of_epoch=False):
                     self.add_entry()
                     return True
             if not losses.steps:
                 got = f"none in epoch {number + 1} of {epochs}"
-                raise ValueError(message("fit", "batches", "at least one batch an epoch", got, why_none(batches)))
-            self._look(number)
+                raise ValueError(message("fit", "batches", "at least one batch an epoch", got, advice_on_none(batches)))
+            self._fetch_losses(number)
             entry = self.add_entry()
             if metrics is not None:
-                with self.interrupts.wait():
+                with self.interrupts.defer():
                     self.state = flush(self.state)
                 measured = means(metrics, self.state, validation, "fit", "metrics", "validation")
                 bar.set_postfix({name: f"{value:.4f}" for name, value in [("loss", entry["loss"]), *measured.items()]})
                 entry |= measured
-        return self._tells(number, entry, end_of_epoch=True)
+        return self._call_callback(number, entry, end_of_epoch=True)
 
     def _next_args(self) -> tuple[Any, ...]:
         if self._rng is None:
             return self._args
-        if self._next is None:
+        if self._step_number is None:
             step = getattr(self.state, "step", None)
-            self._next = 0 if step is None or callable(step) else int(np.asarray(step).reshape(-1)[0])
-        self._next += 1
-        return (*self._args, _fold_in(self._rng, np.uint32(self._next - 1)))
+            self._step_number = 0 if step is None or callable(step) else int(np.asarray(step).reshape(-1)[0])
+        self._step_number += 1
+        return (*self._args, _fold_in(self._rng, np.uint32(self._step_number - 1)))
 
     def _train(self, batch: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         out = self._step(self.state, batch, *args)
@@ -213,23 +213,23 @@ class _Run:
         self._losses.add(reported["loss"], weight_of(batch))
         return dict(reported)
 
-    def _look(self, number: int) -> None:
-        self._losses.look()
+    def _fetch_losses(self, number: int) -> None:
+        self._losses.fetch()
         if self._stop_on_nan and self._losses.first_nan is not None:
             at = f"step {self._losses.first_nan} of epoch {number + 1}"
             raise FloatingPointError(f"js.fit: the loss of {at} is NaN. stop_on_nan=False would go on.")
 
-    def _tells(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
+    def _call_callback(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
         """Calls the callback with this event; True if it stops the run."""
         if self._callback is None:
             return False
         steps, history = self._losses.steps, self.history
-        said = self._callback(FitEvent(self.state, number, steps, metrics, history, end_of_epoch))
-        is_array = isinstance(said, (np.ndarray, jax.Array)) and said.shape == () and said.dtype == np.bool_
-        if not (said is None or isinstance(said, (bool, np.bool_)) or is_array):
+        answer = self._callback(FitEvent(self.state, number, steps, metrics, history, end_of_epoch))
+        is_array = isinstance(answer, (np.ndarray, jax.Array)) and answer.shape == () and answer.dtype == np.bool_
+        if not (answer is None or isinstance(answer, (bool, np.bool_)) or is_array):
             must = "a function that returns True to stop, or else None or False"
-            raise TypeError(message("fit", "callback", must, f"one that returns {type(said).__name__}"))
-        return bool(said)
+            raise TypeError(message("fit", "callback", must, f"one that returns {type(answer).__name__}"))
+        return bool(answer)
 
     def add_entry(self) -> dict[str, float]:
         """Adds the history entry of an epoch that has steps and no entry yet."""
@@ -239,14 +239,14 @@ class _Run:
             self._has_entry = True
         return entry
 
-    def is_lost(self) -> bool:
+    def is_state_deleted(self) -> bool:
         return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(self.state))
 
-    def hand_over(self, error: BaseException) -> None:
+    def attach_state(self, error: BaseException) -> None:
         """Attaches the state to an exception, because the caller's own state was donated."""
-        note = f"js.fit: error.state and error.history are the state and the history {self.where}."
-        if self.is_lost():
-            note = f"js.fit: the state was donated to what failed {self.where}. Go on from a checkpoint."
+        note = f"js.fit: error.state and error.history are the state and the history {self.progress_text}."
+        if self.is_state_deleted():
+            note = f"js.fit: the state was donated to what failed {self.progress_text}. Go on from a checkpoint."
         error.__dict__.update(state=self.state, history=self.history)
         error.add_note(note)
 
@@ -257,26 +257,26 @@ class _Losses:
     def __init__(self) -> None:
         self.steps, self.last, self._start = 0, float("nan"), time.perf_counter()
         self.first_nan: int | None = None  # the step
-        self._new: list[tuple[Any, Any]] = []  # not looked at
+        self._pending: list[tuple[Any, Any]] = []  # not looked at
         self._total = self._weight = 0.0
 
     def add(self, loss: Any, weight: Any) -> None:
-        self._new.append((loss, weight))
+        self._pending.append((loss, weight))
         self.steps += 1
 
-    def look(self) -> None:
-        for at, (loss, own) in enumerate(jax.device_get(self._new), self.steps - len(self._new) + 1):
+    def fetch(self) -> None:
+        for at, (loss, weights) in enumerate(jax.device_get(self._pending), self.steps - len(self._pending) + 1):
             self.last = float(np.mean(loss))  # under pmap, one for each device
-            weight = float(np.sum(own, dtype=np.float64))
+            weight = float(np.sum(weights, dtype=np.float64))
             if weight:  # without any, the mean may be 0/0
                 self._total, self._weight = self._total + weight * self.last, self._weight + weight
                 if np.isnan(self.last) and self.first_nan is None:
                     self.first_nan = at
-        self._new = []
+        self._pending = []
 
     def entry(self) -> dict[str, float]:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # where the device failed, of the losses until then
-            self.look()
+            self.fetch()
         mean = self._total / self._weight if self._weight else float("nan")
         return {"loss": mean, "steps": self.steps, "seconds": time.perf_counter() - self._start}
 
@@ -285,11 +285,11 @@ _fold_in = jax.jit(jax.random.fold_in)
 
 
 class _Interrupts:
-    """Ctrl-C during a run. Inside `wait` it takes effect after the block: the state has been donated to the step, and
+    """Ctrl-C during a run. Inside `defer` it takes effect after the block: the state has been donated to the step, and
     would be lost. A second Ctrl-C takes effect at once."""
 
     def __init__(self) -> None:
-        self._before, self._holds, self._came = signal.getsignal(signal.SIGINT), False, 0
+        self._before, self._is_deferring, self._num_signals = signal.getsignal(signal.SIGINT), False, 0
         self._is_handled = callable(self._before) and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> None:
@@ -301,23 +301,23 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     def _handle(self, *args: Any) -> None:
-        self._came += self._holds
-        if self._came != 1:
-            self._act(*args)
+        self._num_signals += self._is_deferring
+        if self._num_signals != 1:
+            self._interrupt(*args)
 
-    def _act(self, *args: Any) -> None:
+    def _interrupt(self, *args: Any) -> None:
         if callable(self._before):
             self._before(*args)
 
     @contextlib.contextmanager
-    def wait(self) -> Iterator[None]:
-        self._holds = True
+    def defer(self) -> Iterator[None]:
+        self._is_deferring = True
         try:
             yield
         finally:
-            came, self._holds, self._came = self._came, False, 0
-            if came == 1:
-                self._act(signal.SIGINT, None)
+            num_signals, self._is_deferring, self._num_signals = self._num_signals, False, 0
+            if num_signals == 1:
+                self._interrupt(signal.SIGINT, None)
 
 
 def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any) -> None:
@@ -330,7 +330,7 @@ def _check(batches: Any, epochs: int, state: Any, validation: Any, metrics: Any)
             got, do = f"a {kind.__name__} for {epochs} epochs", "Give js.batches or a list."
             raise ValueError(message("fit", argument, "iterable anew for each epoch", got, do))
         if isinstance(given, (Batches, list, tuple)) and not len(given):
-            raise ValueError(message("fit", argument, "at least one batch an epoch", "none", why_none(given)))
+            raise ValueError(message("fit", argument, "at least one batch an epoch", "none", advice_on_none(given)))
     if isinstance(validation, (Batches, Stream, list, tuple)):
         batch = next(iter(one_epoch(validation)))
         check_scalars(jax.jit(metrics).eval_shape(state.params, batch), "fit", "metrics")

@@ -55,8 +55,8 @@ def pack(tree: Any, tables: Any = None) -> Any:
         chosen = chosen_paths("pack", tables, paths, leaves)
     history = {id(x) for state in replay_states(tree) for x in state.history.values()}  # has steps for rows
     out = []
-    for path, x, flag in zip(paths, leaves, chosen, strict=True):
-        out.append(pack_array(x) if flag and is_narrow(x) and id(x) not in history else x)
+    for path, x, is_chosen in zip(paths, leaves, chosen, strict=True):
+        out.append(pack_array(x) if is_chosen and is_narrow(x) and id(x) not in history else x)
         sharding = getattr(x, "sharding", None)
         if out[-1] is not x and sharding is not None and not sharding.is_fully_replicated:
             do = "Give a table over several devices rows of a multiple of 128 numbers."

@@ -51,16 +51,16 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
       [-1.5, -1.0, 0.0]
     """
 
-    def only_read(state: Any, batch: Any, *args: Any) -> Any:
-        loss_fn(take_apart(state, "refresh")[0], batch, *args)
+    def read_step(state: Any, batch: Any, *args: Any) -> Any:
+        loss_fn(split_state(state, "refresh")[0], batch, *args)
         return state  # as it is when a step begins: up to date
 
     def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
-        if is_tracing() or not replay_states(take_apart(state, "refresh")[1]):
+        if is_tracing() or not replay_states(split_state(state, "refresh")[1]):
             return state
         with jax.named_scope("refresh"):
             axes = axis_name if isinstance(axis_name, tuple) else () if axis_name is None else (axis_name,)
-            prepared = prepare_step(only_read, (state, batch, *args), {}, 0).only_outputs()
+            prepared = prepare_step(read_step, (state, batch, *args), {}, 0).only_outputs()
             traced = prepared.planned.traced
             return traced.unflatten(on_rows(prepared, traced.leaves, axes))
 
@@ -95,14 +95,14 @@ def flush(state: Any) -> Any:
       >>> js.flush(state).params["t"].ravel().tolist()
       [-1.75, -2.5, 0.0]
     """
-    params, opt_state, together = take_apart(state, "flush")
+    params, opt_state, rebuild = split_state(state, "flush")
     if not replay_states(opt_state):
         return state
     mesh, specs = _row_shardings(params, opt_state)
     if mesh is None:
-        return together(*_flush_all(params, opt_state))
+        return rebuild(*_flush_all(params, opt_state))
     local = jax.shard_map(_flush_rows, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
-    return together(*jax.jit(local, donate_argnums=(0, 1))(params, opt_state))
+    return rebuild(*jax.jit(local, donate_argnums=(0, 1))(params, opt_state))
 
 
 def _flush_rows(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -161,13 +161,13 @@ def to_optax_state(opt_state: Any) -> Any:
       True
     """
 
-    def plain(state: Any) -> Any:
+    def optax_state(state: Any) -> Any:
         if is_replay_state(state):
             check_flushed("to_optax_state", state)
             return state.wrapped
         return state
 
-    return jax.tree.map(plain, opt_state, is_leaf=is_replay_state)
+    return jax.tree.map(optax_state, opt_state, is_leaf=is_replay_state)
 
 
 def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
@@ -191,7 +191,7 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
       True
     """
 
-    def ours(template: Any, given: Any) -> Any:
+    def lazy_state(template: Any, given: Any) -> Any:
         if is_replay_state(template):
             parts = jax.tree.leaves(given, is_leaf=_is_adam)
             steps = next((part.count for part in parts if _is_adam(part)), jnp.int32(0))
@@ -208,14 +208,14 @@ def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
             )
         return given
 
-    return jax.tree.map(ours, tx.init(params), opt_state, is_leaf=is_replay_state)
+    return jax.tree.map(lazy_state, tx.init(params), opt_state, is_leaf=is_replay_state)
 
 
 def _is_adam(x: object) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-def take_apart(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+def split_state(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
     """(params, opt_state, a function that puts them together again)."""
     if isinstance(state, tuple) and len(state) == 2:
         return *state, lambda params, opt_state: (params, opt_state)

@@ -23,7 +23,7 @@ from jaxsparse._jax import is_traced
 from jaxsparse.ops.rows import check_arrays, gather_rows, scatter_rows
 from jaxsparse.optim.replaying import replay_states
 from jaxsparse.parallel.collectives import in_auto_mode
-from jaxsparse.train.refresh import take_apart
+from jaxsparse.train.refresh import split_state
 
 # their stubs give a tree definition no methods
 _flatten: Any = jax.tree.flatten
@@ -181,10 +181,10 @@ def remap(
         raise ValueError(message("remap", "new_ids", must, f"shape {ids.shape}"))
     if not -1 <= ids.min() <= ids.max() < resize.num_rows:
         raise ValueError(message("remap", "new_ids", must, f"{ids.min()} to {ids.max()}"))
-    new = int(np.sum(ids < 0))
-    if new and init is None:
-        raise ValueError(message("remap", "init", f"given, for {new} new rows (-1 in new_ids)", None))
-    return resize.state_with(len(ids), ids.astype(np.int32), new, init, key, copies)
+    num_new = int(np.sum(ids < 0))
+    if num_new and init is None:
+        raise ValueError(message("remap", "init", f"given, for {num_new} new rows (-1 in new_ids)", None))
+    return resize.state_with(len(ids), ids.astype(np.int32), num_new, init, key, copies)
 
 
 class _Part(NamedTuple):
@@ -210,7 +210,7 @@ class _Resize:
         self._leaves, self._tree = _flatten(state)
         # trees of the leaves' numbers
         self._numbers = self._tree.unflatten(range(len(self._leaves)))
-        self._params, self._opt_state, _ = take_apart(self._numbers, function)
+        self._params, self._opt_state, _ = split_state(self._numbers, function)
         self._tx: Any = getattr(state, "tx", None) if tx is None else tx
         if self._tx is None:
             raise TypeError(message(function, "tx", "the optimizer, for a state without tx", None, "Pass tx=."))
@@ -241,23 +241,23 @@ class _Resize:
         return found
 
     def state_with(
-        self, num_rows: int, ids: np.ndarray | None, new: int, init: Any = None, key: Any = None, copies: Any = None
+        self, num_rows: int, ids: np.ndarray | None, num_new: int, init: Any = None, key: Any = None, copies: Any = None
     ) -> Any:
-        """The state with `num_rows` rows: those of `ids`, or all in their order, `new` of them being new."""
+        """The state with `num_rows` rows: those of `ids`, or all in their order, `num_new` of them being new."""
         if ids is None and num_rows == self.num_rows:
             return self._tree.unflatten(self._leaves)
         check_num_rows(self._function, self._argument, num_rows)
-        parts = self._find_slots(num_rows) + self._find_copies(new, copies)
+        parts = self._find_slots(num_rows) + self._find_copies(num_new, copies)
         parts += [_Part(self._of_params[i], table=i) for i in self._tables]
         old = [self._leaves[part.leaf] for part in parts]
         shardings = [self._check_sharding(x, num_rows) for x in old]
-        rows = {i: self._new_rows(self._param(i), new, init, key) for i in self._tables} if new else {}
-        at = np.arange(num_rows - new, num_rows) if ids is None else np.flatnonzero(ids < 0)
+        rows = {i: self._new_rows(self._param(i), num_new, init, key) for i in self._tables} if num_new else {}
+        new_at = np.arange(num_rows - num_new, num_rows) if ids is None else np.flatnonzero(ids < 0)
         steps = {part.steps: self._leaves[part.steps] for part in parts if part.steps is not None}
         params = [self._leaves[n] for n in self._of_params]
 
         def make(old: list[Any], params: list[Any], rows: dict[int, Any], steps: dict[int, Any], ids: Any) -> Any:
-            made = self._started(parts, old, num_rows, params, rows, steps, at.astype(np.int32))
+            made = self._initial_arrays(parts, old, num_rows, params, rows, steps, new_at.astype(np.int32))
             return _with_old_rows(made, old, num_rows, ids), ()
 
         run = jax.jit(lambda *args: in_auto_mode(make, *args)[0], out_shardings=shardings)
@@ -266,7 +266,7 @@ class _Resize:
             leaves[part.leaf] = x
         return self._tree.unflatten(leaves)
 
-    def _started(
+    def _initial_arrays(
         self, parts: list[_Part], old: list[Any], num_rows: int, params: list[Any], rows: Any, steps: Any, at: Any
     ) -> list[Any]:
         """The arrays of all parts, of which only the new rows, `at` these places, have their values."""
@@ -285,16 +285,16 @@ class _Resize:
 
     def _find_slots(self, num_rows: int) -> list[_Part]:
         """The leaves of opt_state with the table's rows."""
-        other = num_rows if num_rows != self.num_rows else num_rows + 1
-        before, after = (self._abstract_slots(height) for height in (self.num_rows, other))
+        other_height = num_rows if num_rows != self.num_rows else num_rows + 1
+        before, after = (self._abstract_slots(height) for height in (self.num_rows, other_height))
         numbers = jax.tree.leaves(self._opt_state)
-        given = [jnp.shape(self._leaves[n]) for n in numbers]
-        if [x.shape for x in jax.tree.leaves(before)] != given:
+        state_shapes = [jnp.shape(self._leaves[n]) for n in numbers]
+        if [x.shape for x in jax.tree.leaves(before)] != state_shapes:
             must = "the optimizer whose state is in 'state', with the same settings"
             raise ValueError(message(self._function, "tx", must, "one whose state has other shapes than opt_state"))
         must, do = "an optimizer that keeps its state by row", "Make a new state: tx.init(params)."
         if _structure(before) != _structure(after):
-            got = f"one whose state has another structure for {other} rows than for {self.num_rows}"
+            got = f"one whose state has another structure for {other_height} rows than for {self.num_rows}"
             raise ValueError(message(self._function, "tx", must, got, do))
         stamps: dict[Any, Any] = {
             stamp.rows: state.steps
@@ -305,9 +305,9 @@ class _Resize:
         for slot, (number, (path, x), y) in enumerate(flat):
             if x.shape == y.shape:
                 continue
-            if (x.shape[:1], y.shape[:1]) != ((self.num_rows,), (other,)) or x.shape[1:] != y.shape[1:]:
+            if (x.shape[:1], y.shape[:1]) != ((self.num_rows,), (other_height,)) or x.shape[1:] != y.shape[1:]:
                 name = jax.tree_util.keystr(path)
-                got = f"one with {name} of shape {x.shape}, and of shape {y.shape} for {other} rows"
+                got = f"one with {name} of shape {x.shape}, and of shape {y.shape} for {other_height} rows"
                 raise ValueError(message(self._function, "tx", must, got, do))
             parts.append(_Part(number, slot=slot, steps=stamps.get(number)))
         return parts
@@ -319,23 +319,24 @@ class _Resize:
         ]
         return jax.eval_shape(self._tx.init, self._definition.unflatten(shapes))
 
-    def _find_copies(self, new: int, copies: Any) -> list[_Part]:
+    def _find_copies(self, num_new: int, copies: Any) -> list[_Part]:
         """The copies of the table: in other parts of the state with the structure and shapes of params."""
         like = lambda node: _structure(node) == self._definition  # noqa: E731
-        known = {*self._of_params, *jax.tree.leaves(self._opt_state)}
+        params_and_slots = {*self._of_params, *jax.tree.leaves(self._opt_state)}
         shapes = [jnp.shape(self._leaves[n]) for n in self._of_params]
         found = []
         for path, node in _flatten_with_path(self._numbers, is_leaf=like)[0]:
             numbers = jax.tree.leaves(node)
-            if like(node) and not known & {*numbers} and [jnp.shape(self._leaves[n]) for n in numbers] == shapes:
+            same_shapes = [jnp.shape(self._leaves[n]) for n in numbers] == shapes
+            if like(node) and same_shapes and not params_and_slots & {*numbers}:
                 found.append((jax.tree_util.keystr(path), numbers))
         paths = [path for path, _ in found]
         named = [False] * len(found) if copies is None else chosen_paths(self._function, copies, paths, found, "copies")
-        others = [path for path, flag in zip(paths, named, strict=True) if not flag]
-        if new and others:
+        unnamed = [path for path, is_named in zip(paths, named, strict=True) if not is_named]
+        if num_new and unnamed:
             must = f"parts of the paths {paths}, which look like copies of params"
             do = "Their new rows are the table's. Take out of the state what is something else (sums of gradients)."
-            raise ValueError(message(self._function, "copies", must, f"{copies!r}, without {others}", do))
+            raise ValueError(message(self._function, "copies", must, f"{copies!r}, without {unnamed}", do))
         return [_Part(numbers[i], table=i) for _, numbers in found for i in self._tables]
 
     def _check_sharding(self, x: Any, num_rows: int) -> Any:
@@ -351,8 +352,8 @@ class _Resize:
             raise ValueError(message(self._function, self._argument, must, got, do))
         return sharding
 
-    def _new_rows(self, table: Any, new: int, init: Any, key: Any) -> Any:
-        shape, row = (new, *table.shape[1:]), table.shape[1:]
+    def _new_rows(self, table: Any, num_new: int, init: Any, key: Any) -> Any:
+        shape, row = (num_new, *table.shape[1:]), table.shape[1:]
         if callable(init):
             if key is None:
                 raise TypeError(message(self._function, "key", "a jax.random key, for a function init", None))
@@ -371,9 +372,9 @@ def _with_old_rows(new: list[Any], old: list[Any], num_rows: int, ids: Any) -> l
     size = min(num_rows, max(1, _CHUNK // max(1, widest)))
 
     def body(i: jax.Array, new: list[Any]) -> list[Any]:
-        to = i * size + jnp.arange(size, dtype=jnp.int32)
-        source = to if ids is None else ids.at[to].get(mode="fill", fill_value=-1)
-        to = jnp.where((source >= 0) & (source < before), to, -1 - to)
-        return [scatter_rows(n, to, gather_rows(x, source)) for n, x in zip(new, old, strict=True)]
+        targets = i * size + jnp.arange(size, dtype=jnp.int32)
+        source = targets if ids is None else ids.at[targets].get(mode="fill", fill_value=-1)
+        targets = jnp.where((source >= 0) & (source < before), targets, -1 - targets)
+        return [scatter_rows(n, targets, gather_rows(x, source)) for n, x in zip(new, old, strict=True)]
 
     return jax.lax.fori_loop(0, -(-num_rows // size), body, new)

@@ -128,16 +128,16 @@ def over_any_mesh(
 ) -> list[Any]:
     """fun(leaves, others), the step's outputs, with the state's shardings kept. `others`: any pytree."""
     places = planned.traced.places
-    kept = [i for i in range(len(leaves)) if i not in places]
+    other_numbers = [i for i in range(len(leaves)) if i not in places]
 
-    def run(states: list[Any], rest: list[Any], others: Any) -> tuple[list[Any], list[Any]]:
-        by_number = dict(zip([*places, *kept], [*states, *rest], strict=True))
+    def run(states: list[Any], other_leaves: list[Any], others: Any) -> tuple[list[Any], list[Any]]:
+        by_number = dict(zip([*places, *other_numbers], [*states, *other_leaves], strict=True))
         outs = fun([by_number[i] for i in range(len(leaves))], others)
         return [outs[j] for j in places.values()], [x for j, x in enumerate(outs) if j not in places.values()]
 
-    states, rest = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in kept], others)
+    states, other_outs = in_auto_mode(run, [leaves[i] for i in places], [leaves[i] for i in other_numbers], others)
     outs = dict(zip(places.values(), states, strict=True))
-    it = iter(rest)
+    it = iter(other_outs)
     return [outs[j] if j in outs else next(it) for j in range(len(planned.traced.program.outputs))]
 
 
@@ -191,8 +191,8 @@ def _prepare(
     traced = planned.traced
     warnings = [*planned.warnings, *_unpacked(planned, args, kwargs)]
     planned = dataclasses.replace(planned, known=find_known((args, kwargs)), warnings=warnings)
-    late = numbers_of(replayed) & planned.leaves.keys() & {i for i, used in enumerate(planned.ids.used) if used}
-    for i in late:
+    used_by_ids = {i for i, used in enumerate(planned.ids.used) if used}
+    for i in numbers_of(replayed) & planned.leaves.keys() & used_by_ids:
         got = f"row ids made of rows of {traced.paths[i]}"
         raise refused(got, "They are needed before these rows can be brought up to date: use untouched='freeze' here.")
     tables = {i: (traced.paths[i], planned.classes[c], c) for i, c in planned.leaves.items()}
@@ -267,13 +267,13 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         for j, v in enumerate(outs)
     ]
     # written after everything that is read from the tables has been read
-    of_class = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
-    new = {c: walk.changed_blocks({i: (values[i], outs[places[i]]) for i in of_class[c]}) for c in spaces}
-    made = [v.data for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
-    small = [x for x in _numbers(results) if x.size < _SMALL or walk.tables_read]
-    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numbers(map(computed, made))))
+    leaves_of = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
+    new = {c: walk.changed_blocks({i: (values[i], outs[places[i]]) for i in leaves_of[c]}) for c in spaces}
+    blocks = [v.data for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]
+    small = [x for x in _numeric(results) if x.size < _SMALL or walk.tables_read]
+    after = zero_after(*small, *(x.reshape(-1)[:1] for x in _numeric(map(computed, blocks))))
     for c, space in spaces.items():
-        old = {i: arrays[i] for i in of_class[c]}
+        old = {i: arrays[i] for i in leaves_of[c]}
         for i, x in write(new[c], old, space.ids + after, space.num_rows, trained=space.trained).items():
             results[places[i]] = x
     for i, shape in planned.traced.stacked.shapes.items():
@@ -288,5 +288,5 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
 _SMALL = 1 << 12
 
 
-def _numbers(arrays: Iterable[Any]) -> list[Any]:
+def _numeric(arrays: Iterable[Any]) -> list[Any]:
     return [x for x in arrays if x is not None and jnp.issubdtype(x.dtype, jnp.number)]

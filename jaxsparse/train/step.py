@@ -66,8 +66,8 @@ def make_train_step(
             return out if has_aux else (out, None)
 
         with jax.named_scope("loss_and_gradients"):
-            own = vary(state.params, varying_axes((batch, args)))  # each device's, to be combined by weight
-            (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(own)
+            params = vary(state.params, varying_axes((batch, args)))  # each device's, to be combined by weight
+            (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
                 loss, grads = _weighted_mean_of_devices((loss, grads), batch, axis_name)
@@ -103,7 +103,8 @@ def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
     """The mean over all weighted examples, from each device's mean over its own. A device without weighted examples,
     whose loss may be 0/0, is left out."""
     weight = getattr(batch, "weight", None)
-    own = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
-    total = jax.lax.psum(own, axis_name)
-    share = own / jnp.where(total == 0, 1, total)
-    return jax.lax.psum(jax.tree.map(lambda x: jnp.where(own == 0, 0, x) * share.astype(x.dtype), tree), axis_name)
+    device_weight = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
+    total = jax.lax.psum(device_weight, axis_name)
+    share = device_weight / jnp.where(total == 0, 1, total)
+    scaled = jax.tree.map(lambda x: jnp.where(device_weight == 0, 0, x) * share.astype(x.dtype), tree)
+    return jax.lax.psum(scaled, axis_name)
