@@ -1,4 +1,8 @@
-"""Means of metrics over an epoch, and predictions for every example."""
+"""Evaluates metrics over a data set, and predicts for every example.
+
+A function, a state and batches go in. `evaluate` returns the means over all examples; `predict` returns one array for
+all examples, without padding.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +27,14 @@ def evaluate(metric_fn: Callable[..., dict[str, Any]], state: Any, batches: Any)
 
     Args:
       metric_fn: metric_fn(params, batch) -> a dict of scalars, each a mean over the examples of the batch that have
-        weight. What `js.auc` returns is allowed too, and is computed over all examples together.
-      state: what has the parameters, in `state.params`.
-      batches: a `js.Batches` or `js.Stream`, of which it takes one whole epoch and whose position it does not move, or
-        an iterable of batches.
+        weight. A value may also be that of `js.auc`, which is then computed over all examples at once.
+      state: an object with the parameters in `state.params`.
+      batches: a `js.Batches` or `js.Stream`, of which it takes one whole epoch without moving its position, or an
+        iterable of batches.
 
     Returns:
-      The metrics, each batch counting by the sum of its `batch.weight`, and as 1 if it has none; NaN if there is no
-        weight at all.
+      The metrics. A batch counts by the sum of its `batch.weight`, or as 1 if it has no weight. NaN if the sum over
+        all batches is 0.
 
     Raises:
       TypeError: if metric_fn returns anything else.
@@ -71,7 +75,7 @@ def means(metric_fn: Any, state: Any, batches: Any, function: str, fn_argument: 
 
 
 def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """fun(params, *args), for parameters of which some are packed: it reads their rows."""
+    """`fun` for parameters that may be packed: it reads rows of packed tables."""
 
     def step(params: Any, *args: Any) -> Any:
         return params, fun(params, *args)
@@ -87,7 +91,7 @@ def reading_rows(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_scalars(metrics: Any, function: str, argument: str) -> Mapping[str, Any]:
-    """The metrics of a batch (or their abstract values), checked to be a dict of scalars."""
+    """Returns the metrics of a batch, or their abstract values. Raises TypeError unless they are a dict of scalars."""
     must = "a function that returns a dict of scalars"
     if not isinstance(metrics, Mapping):
         got = f"shape {metrics.shape}" if hasattr(metrics, "shape") else type(metrics).__name__
@@ -109,9 +113,9 @@ def one_epoch(batches: Any) -> Any:
 
 
 def weight_of(batch: Any) -> Any:
-    """An array whose sum is the weight of a batch. It is not summed here: reading a value waits for the device."""
+    """An array whose sum is the weight of a batch. It is summed later, because reading a value waits for the device."""
     weight = getattr(batch, "weight", None)
-    if isinstance(weight, jax.Array) and not weight.is_fully_addressable:  # other hosts have the rest
+    if isinstance(weight, jax.Array) and not weight.is_fully_addressable:  # other hosts hold a part of it
         return _sum(weight)
     return 1.0 if weight is None else weight
 
@@ -142,17 +146,17 @@ def predict(apply_fn: Callable[..., Any], state: Any, batches: Batches | Stream)
 
     Args:
       apply_fn: apply_fn(params, x) -> an array (B, ...).
-      state: what has the parameters, in `state.params`.
-      batches: of `js.batches` or `js.stream`, without shuffle, drop_remainder, devices and shard. It starts at the
-        first example, wherever their position is, and does not move that.
+      state: an object with the parameters in `state.params`.
+      batches: of `js.batches` or `js.stream`, without shuffle, drop_remainder, devices and shard. The prediction starts
+        at the first example and does not move their position.
 
     Returns:
       A NumPy array (n, ...).
 
     Raises:
       TypeError: if batches are of neither, or apply_fn returns no array (B, ...).
-      ValueError: if the batches leave examples out or have another order; or, under untouched="replay", if it needs
-        js.flush.
+      ValueError: if the batches leave examples out or have another order; or, with untouched="replay", if the state
+        needs js.flush.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js

@@ -1,7 +1,8 @@
 """`explain`: which parameters a loss or a step reads by rows, and what makes the others dense.
 
-Other frameworks fall back to dense gradients silently. Here the choice is made from the traced program, and this shows
-it. Nothing is computed. For tables of 16 bits or less a small program is compiled, to see how XLA writes their rows.
+A function and its arguments go in; an `Explanation` with a line for each parameter comes out. It shows the plan that
+is made from the traced program, so that no gradient is dense without the user's knowledge. Nothing is computed. For
+tables of 16 bits or less a small program is compiled, to see how XLA writes their rows.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ class Parameter:
     """What `js.explain` says of one parameter.
 
     Attributes:
-      path: as jax.tree_util.keystr has it.
+      path: its path, as jax.tree_util.keystr writes it.
       row_sparse: whether its gradient is a RowSparse.
-      num_rows: its rows; 0 for a scalar.
-      rows_read: how many ids name a row in one evaluation, repeats included.
+      num_rows: the number of its rows; 0 for a scalar.
+      rows_read: the number of ids that are read in one evaluation, repeats included.
       reads: the source lines that read rows.
-      cause: for a dense gradient, the primitive that uses the whole parameter, or why there is none; "" if row-sparse.
-        For an array of a step's state that has a row for each of a table's, whose.
+      cause: for a dense gradient, the primitive that uses the whole parameter, or another reason. "" for a row-sparse
+        one. For a slot in a step's state, the table whose rows it has.
       source: the source line of `cause`.
-      advice: "" or what would be faster.
+      advice: what would be faster, or "".
     """
 
     path: str
@@ -67,10 +68,10 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `js.explain` returns: its print is one line for each parameter.
+    """What `js.explain` returns. It prints one line for each parameter.
 
     Attributes:
-      parameters: by path, in the order of the leaves.
+      parameters: {path: Parameter}, in the order of the leaves.
     """
 
     parameters: dict[str, Parameter]
@@ -89,10 +90,11 @@ def explain(
 ) -> Callable[..., Explanation]:
     """A function that says which gradients of `fun` are row-sparse, and why the others are dense.
 
-    Args and errors are those of `js.value_and_grad`. A step that `js.jit` has made is explained too: which arrays of
-    its state it reads by rows, and which, as an optimizer's slots, have a row for each of theirs; the other arguments
-    have no meaning then. So is one of `js.rowwise`, and jax.jit or jax.pmap of it, with what is copied because it is
-    not donated. Of jax.pmap the sizes are those on one device.
+    Args and errors are those of `js.value_and_grad`.
+
+    `fun` may also be a step: one of `js.jit` or `js.rowwise`, or jax.jit or jax.pmap of the latter. The explanation
+    then says which arrays of its state are read by rows, which are slots of these, and which are copied because they
+    are not donated. The other arguments have no effect. Under jax.pmap, sizes are those on one device.
 
     Returns:
       A function of fun's arguments that returns an `Explanation`: print it, or look its fields up by path.
@@ -149,7 +151,7 @@ def _donated(jitted: Any, *args: Any, **kwargs: Any) -> set[int]:
 
 
 def _explain_mapped(mapped: Any, *args: Any, **kwargs: Any) -> Explanation:
-    """Of a step under jax.pmap, which alone knows its axis and the arrays of one device: it is traced for its plan."""
+    """Explains a step under jax.pmap. Only jax.pmap knows its axis and the arrays of one device, so it is traced."""
     with plans_seen() as seen:
         info = jax.tree.leaves(mapped.lower(*args, **kwargs).args_info)
     if not seen:
@@ -162,13 +164,13 @@ def _explain_mapped(mapped: Any, *args: Any, **kwargs: Any) -> Explanation:
 def _explain_step(
     plan: Callable[..., PlannedStep], find_donated: Callable[..., set[int]] | None, *args: Any, **kwargs: Any
 ) -> Explanation:
-    """`find_donated` gives the donated leaves of such arguments, or is None if that is unknown."""
+    """Explains a step. `find_donated` returns the donated leaves of given arguments; None if they are unknown."""
     donated = None if find_donated is None else find_donated(*args, **kwargs)
     return _explained(plan(*args, **kwargs), donated, _jax.platform_of(jax.tree.leaves((args, kwargs))))
 
 
 def _explained(planned: PlannedStep, donated: set[int] | None, platform: str) -> Explanation:
-    """Of a step, whose donated leaves are None if they are unknown."""
+    """The explanation of a planned step. `donated` is None if the donated leaves are unknown."""
     copied = set() if donated is None else planned.leaves.keys() - donated
     find, traced = planned.plan.find, planned.traced
     out = {}
@@ -200,7 +202,7 @@ def _explained(planned: PlannedStep, donated: set[int] | None, platform: str) ->
 @functools.cache
 def _written_in_place(dtype: Any, backend: str) -> bool:
     """Whether XLA compiles a write of some rows of a donated table without a second table."""
-    del backend  # the default one, whose answers are remembered apart
+    del backend  # it is the default backend: a key of the cache only
     if dtype.itemsize >= 4:
         return True
     table, ids = jax.ShapeDtypeStruct((1 << 16, 8), dtype), jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -210,8 +212,8 @@ def _written_in_place(dtype: Any, backend: str) -> bool:
 
 
 def _reads_of(planned: Planned, i: int) -> list[tuple[str, int]]:
-    """The source lines that read rows of an input, each with its number of ids. A read that is repeated for the
-    gradient counts once."""
+    """[(source line that reads rows of an input, number of ids)]. A read that is repeated for the gradient counts
+    once."""
     found = zip(planned.reads, planned.ids.numbers, planned.ids.sizes, strict=True)
     reads = {(r.source, number): size for r, number, size in found if r.node == i and r.after_update is not None}
     return [(source, size) for (source, _), size in reads.items()]

@@ -1,4 +1,8 @@
-"""The loop around a step: epochs, validation, a callback, and a state that is not lost."""
+"""`fit`: runs a step over epochs of batches, with validation and a callback.
+
+A step, a state and batches go in; the last state and a history come out. If a run ends early, the state is returned or
+attached to the exception: the caller's own state was donated to the step.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,13 @@ class FitEvent:
     """What the callback of `js.fit` is told after each step and after each epoch.
 
     Attributes:
-      state: the state so far. The next step is given its memory, so save or copy what is to stay.
+      state: the state so far. It is donated to the next step, so save or copy what you keep.
       epoch: the number of the epoch, from 0.
       step: how many steps of this epoch are done.
-      metrics: after a step, what the step returned, on the device: to read a number is to wait for it. After an epoch,
-        its entry in the history.
-      history: the entries of the epochs that are over.
-      end_of_epoch: whether this is the call after an epoch, its validation done, and not after a step.
+      metrics: after a step, the metrics that it returned; they are on the device, so reading one waits for the step.
+        After an epoch, its entry in the history.
+      history: the entries of the completed epochs.
+      end_of_epoch: True after an epoch and its validation, False after a step.
     """
 
     state: Any
@@ -60,42 +64,41 @@ def fit(
     stop_on_nan: bool = False,
     progress: bool = True,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Runs a step over epochs of batches, with a progress bar and validation after each, before which it calls
-    js.flush.
+    """Runs a step over epochs of batches, with a progress bar and, after each epoch, js.flush and validation.
 
     Args:
       step: a step of `js.make_train_step`, or any step(state, batch, ...) -> (state, metrics) whose metrics have a
         "loss", the mean over the examples of the batch.
       state: the state to start from. It is donated to the step: use the returned one.
-      batches: a `js.Batches` or `js.Stream`, whose position it goes on from, also after a run that was interrupted or
-        stopped, or any iterable of batches that can be iterated anew.
-      epochs: how many to run, a resumed one counting as one.
-      args: what the step gets after the batch: step(state, batch, *args), so that the loss_fn of `js.make_train_step`
-        is called as loss_fn(params, batch, *args).
-      rng: a jax.random key. The step gets another key at each step, behind args: jax.random.fold_in(rng, n), where n is
-        `state.step` before the step. A resumed run goes on with the same keys. n is 0, 1, ... for a state without step.
+      batches: a `js.Batches` or `js.Stream`, or any iterable of batches that can be iterated anew. The run starts at
+        the position of the first two, also after a run that was interrupted or stopped.
+      epochs: how many epochs to run. A resumed one counts as one.
+      args: further arguments of the step: step(state, batch, *args). `js.make_train_step` calls
+        loss_fn(params, batch, *args).
+      rng: a jax.random key. Each step gets its own key after `args`: jax.random.fold_in(rng, n). n is `state.step`
+        before the step, or 0, 1, ... if the state has no step. So a resumed run goes on with the same keys.
       validation: batches to evaluate `metrics` on after each epoch.
       metrics: metric_fn of `js.evaluate`; required with validation, and only there. A metric named "loss" replaces the
         training loss in the history.
       callback: callback(event) is called with a `js.FitEvent` after each step and after each epoch. If it returns
         True, the run ends.
-      stop_on_nan: whether a NaN loss raises. Losses are looked at every ten steps and at the end of an epoch, so that
-        a few more steps may have run by then.
+      stop_on_nan: whether a NaN loss raises. Losses are read every ten steps and at the end of an epoch, so a few more
+        steps may have run by then.
       progress: whether to show the bar.
 
     Returns:
-      The state, and a dict for each epoch: "loss", the mean over its examples, each batch counting by the sum of its
-        `batch.weight`, and as 1 if it has none; "steps", "seconds", and the validation's metrics. An epoch that was
-        left early has an entry for the steps that were done, without validation.
-      Ctrl-C ends a run like a callback that returns True, after the step that is under way, with a warning. A second
-        Ctrl-C does not wait for the step.
+      The state, and a dict for each epoch: "loss", the mean over its examples; "steps"; "seconds"; and the validation's
+        metrics. In the mean a batch counts by the sum of its `batch.weight`, or as 1 if it has no weight. An epoch that
+        ended early has an entry for its steps, without validation.
+      Ctrl-C ends a run after the current step, like a callback that returns True, with a warning. A second Ctrl-C does
+        not wait for the step.
 
     Raises:
       TypeError: if the step, metrics or callback return something else.
       ValueError: if only one of validation and metrics is given, or an epoch has no batches.
       FloatingPointError: with stop_on_nan, if the loss of a batch that has weight is NaN.
-      Exception: what the step, the batches, metrics or the callback raise. Every exception has the attributes `state`
-        and `history`, the ones so far, because the state that was given in is deleted.
+      Exception: any exception of the step, the batches, metrics or the callback. It has the attributes `state` and
+        `history`, the latest ones, because the given state is deleted.
 
     Example:
       >>> import flax, jax.numpy as jnp, jaxsparse as js
@@ -139,26 +142,26 @@ def fit(
         text = f"js.fit was interrupted {run.progress_text}. It returns the state and the history so far."
         warnings.warn(text, stacklevel=2)
         if is_ours:
-            batches.state = run.position  # a batch may have come whose step did not
+            batches.state = run.position  # the last batch may have been taken without a step
     if is_ours:
-        batches.state = batches.state  # left early, an epoch would start again
+        batches.state = batches.state  # otherwise an epoch that ended early would start again
     return run.state, run.history
 
 
 class _Run:
-    """One call of `fit`: the newest state and the history, also if the run ends early."""
+    """One call of `fit`. It holds the latest state and history, also if the run ends early."""
 
     def __init__(
         self, step: Any, state: Any, args: tuple[Any, ...], rng: Any, callback: Any, stop_on_nan: bool, progress: bool
     ) -> None:
         self.state, self.progress_text = state, "before the first step"
         self.history: list[dict[str, float]] = []
-        self.position: Any = None  # behind the last step, in the data of a js.batches or js.stream
+        self.position: Any = None  # in js.batches or js.stream, after the last step
         self.interrupts = _Interrupts()
         self._step, self._args, self._rng, self._callback = step, args, rng, callback
         self._stop_on_nan, self._progress = stop_on_nan, progress
-        self._losses, self._has_entry = _Losses(), False  # of the epoch that runs
-        self._step_number: int | None = None  # what the key of the next step is folded with
+        self._losses, self._has_entry = _Losses(), False  # of the current epoch
+        self._step_number: int | None = None  # of the next step: its key is folded with it
 
     def epoch(self, batches: Any, number: int, epochs: int, validation: Any, metrics: Any) -> bool:
         """Runs an epoch and returns whether the callback stops the run."""
@@ -171,7 +174,7 @@ class _Run:
                     reported = self._train(batch, args)
                     self.position = None if self.position is None else batches.state
                     self.progress_text = f"in epoch {number + 1} of {epochs}, after step {losses.steps} of it"
-                # early numbers, then few: each waits
+                # each read of a loss waits for the step
                 if (self._progress and losses.steps in (1, 3)) or losses.steps % 10 == 0:
                     self._fetch_losses(number)
                     bar.set_postfix(loss=f"{losses.last:.4f}")
@@ -220,7 +223,7 @@ class _Run:
             raise FloatingPointError(f"js.fit: the loss of {at} is NaN. stop_on_nan=False would go on.")
 
     def _call_callback(self, number: int, metrics: dict[str, Any], end_of_epoch: bool) -> bool:
-        """Calls the callback with this event; True if it stops the run."""
+        """Calls the callback. Returns whether it stops the run."""
         if self._callback is None:
             return False
         steps, history = self._losses.steps, self.history
@@ -252,12 +255,12 @@ class _Run:
 
 
 class _Losses:
-    """The losses of an epoch. They are read only now and then, because reading waits for the device."""
+    """The losses of an epoch. They are read every few steps, because reading waits for the device."""
 
     def __init__(self) -> None:
         self.steps, self.last, self._start = 0, float("nan"), time.perf_counter()
         self.first_nan: int | None = None  # the step
-        self._pending: list[tuple[Any, Any]] = []  # not looked at
+        self._pending: list[tuple[Any, Any]] = []  # not read yet
         self._total = self._weight = 0.0
 
     def add(self, loss: Any, weight: Any) -> None:
@@ -275,7 +278,7 @@ class _Losses:
         self._pending = []
 
     def entry(self) -> dict[str, float]:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where the device failed, of the losses until then
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # if the device failed, only the losses until then count
             self.fetch()
         mean = self._total / self._weight if self._weight else float("nan")
         return {"loss": mean, "steps": self.steps, "seconds": time.perf_counter() - self._start}
@@ -285,8 +288,8 @@ _fold_in = jax.jit(jax.random.fold_in)
 
 
 class _Interrupts:
-    """Ctrl-C during a run. Inside `defer` it takes effect after the block: the state has been donated to the step, and
-    would be lost. A second Ctrl-C takes effect at once."""
+    """Handles Ctrl-C during a run. Inside `defer` it takes effect after the block, because the state is donated to the
+    step and would be lost. A second Ctrl-C takes effect at once."""
 
     def __init__(self) -> None:
         self._before, self._is_deferring, self._num_signals = signal.getsignal(signal.SIGINT), False, 0

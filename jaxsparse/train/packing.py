@@ -1,4 +1,7 @@
-"""`pack`: stores a state's tables of narrow rows for TPU. And the warnings that a table should be packed or donated."""
+"""`pack` and `unpack` for the tables of a state, and the warnings that tables should be packed or donated.
+
+A state goes in; a state comes out whose tables of narrow rows are stored so that a TPU can read and write single rows.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,27 @@ MIN_ROWS = 1 << 16  # of a table that is packed without being named
 
 
 def pack(tree: Any, tables: Any = None) -> Any:
-    """A state whose tables are packed for TPU, where a step would copy them whole otherwise.
+    """Packs the tables of a state for TPU, where each step would otherwise copy them in full.
 
-    On TPU, XLA copies tables whose rows are no multiple of 128 numbers at each step that reads some of their rows;
-    `js.jit` warns of that, and `js.explain` says of which. A packed row has 128 // d rows of d numbers beside each
-    other; rows of more than 128 numbers are padded to the next multiple. So memory stays the same where d divides 128,
-    and is 128 / 96 times as much at d = 96. `js.jit`, `js.rowwise`, `js.make_train_step`, `js.evaluate` and
-    `js.predict` take a packed state in place of the other; what they are given (a step, a loss, a metric) sees arrays
-    (num_rows, ...) as before. What it uses as a whole is unpacked for it, and so is, with a warning, what row ids are
-    made of and what a step does not return. To everything else, `js.unpack` first. What flax.serialization saves of a
-    packed state is what it saves of the unpacked one.
+    On TPU, XLA copies a table whose rows are not a multiple of 128 numbers at each step that reads some of its rows.
+    `js.jit` warns of that, and `js.explain` names the tables. A packed row holds 128 // d rows of d numbers side by
+    side. Rows of more than 128 numbers are padded to the next multiple. So memory stays the same if d divides 128, and
+    is 128 / 96 times as much for d = 96.
+
+    `js.jit`, `js.rowwise`, `js.make_train_step`, `js.evaluate` and `js.predict` accept a packed state. Their step, loss
+    or metric sees arrays (num_rows, ...) as before. A table that it uses in full is unpacked for it.
+    So is, with a warning, a table that row ids depend on, or that the step does not return. For everything else, call
+    `js.unpack` first. flax.serialization saves a packed state as it saves the unpacked one.
 
     Args:
-      tree: a pytree of parameters and the optimizer's state together: a TrainState, for one; or of parameters alone,
-        before `tx.init`. Arrays (num_rows, d, ...), or abstract ones.
+      tree: a pytree with parameters and the optimizer's state, such as a TrainState; or parameters alone, before
+        `tx.init`. Its leaves are arrays (num_rows, d, ...), or abstract ones.
       tables: which leaves: parts of their paths, as in `js.value_and_grad`, or a function of (path, leaf). None: all
-        of at least 65,536 rows. Of these, those are packed whose rows are no multiple of 128 numbers.
+        leaves of at least 65,536 rows. Those whose rows are a multiple of 128 numbers stay as they are.
 
     Returns:
-      The tree, with `Packed` in their places; its other leaves are those of the given one. On other platforms it is
-      right too, and slower.
+      The tree with a `Packed` for each packed table. Other leaves are not copied. Results are right on other platforms
+      too, but steps are slower there.
 
     Raises:
       ValueError: if `tables` names no leaf, or a table's rows are on several devices.
@@ -53,7 +57,9 @@ def pack(tree: Any, tables: Any = None) -> Any:
         chosen = [is_narrow(x) and x.shape[0] >= MIN_ROWS for x in leaves]
     else:
         chosen = chosen_paths("pack", tables, paths, leaves)
-    history = {id(x) for state in replay_states(tree) for x in state.history.values()}  # has steps for rows
+    history = {
+        id(x) for state in replay_states(tree) for x in state.history.values()
+    }  # its first axis is steps, not rows
     out = []
     for path, x, is_chosen in zip(paths, leaves, chosen, strict=True):
         out.append(pack_array(x) if is_chosen and is_narrow(x) and id(x) not in history else x)
@@ -67,12 +73,12 @@ def pack(tree: Any, tables: Any = None) -> Any:
 
 
 def copied_whole(x: Any, platform: str) -> bool:
-    """Whether a step that reads rows of an array has to copy all of it: what `pack` is for."""
+    """Whether a step that reads rows of an array copies all of it, which `pack` avoids."""
     return platform == "tpu" and is_narrow(x)
 
 
 def warn_of_copies(name: str, tables: dict[str, Any], platform: str) -> None:
-    """Warns once of the arrays, by path, that a step copies whole."""
+    """Warns once of the arrays, by path, that a step copies in full."""
     paths = [path for path, x in tables.items() if copied_whole(x, platform)]
     if paths and (name, *paths) not in _WARNED:
         _WARNED.add((name, *paths))
@@ -98,7 +104,7 @@ _WARNED: set[tuple[str, ...]] = set()
 
 
 def unpack(tree: Any) -> Any:
-    """A tree that `js.pack` has packed, as it was: with arrays (num_rows, ...).
+    """The inverse of `js.pack`: a tree with arrays (num_rows, ...).
 
     Args:
       tree: any pytree.

@@ -1,7 +1,8 @@
-"""Keeps the rows of a replaying optimizer up to date by hand, and converts its state to plain optax and back.
+"""Brings the rows of a replaying optimizer (untouched="replay") up to date, and converts its state from and to optax.
 
-Call `refresh` in a step written by hand, before the gradient is taken, and `flush` before parameters are used in any
-other way. js.make_train_step needs neither.
+A state goes in and a state comes out. `refresh` is for steps under plain jax.jit, before the gradient is taken. `flush`
+is for all rows, before parameters are evaluated, exported or handed to optax. Steps under `js.jit`, `js.rowwise` and
+`js.make_train_step` need no `refresh`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from jaxsparse.train.rowwise import on_rows, prepare_step
 
 
 def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: Any = None) -> Callable[..., Any]:
-    """A function refresh(state, batch, *args) -> state that brings the rows up to date which loss_fn is about to read.
+    """A function refresh(state, batch, *args) -> state that brings the rows up to date that loss_fn is about to read.
 
-    For steps written by hand, with an optimizer of untouched="replay". Call it first, on the same batch, in the same
-    jit. It costs what the rows cost. Optimizers that freeze skipped rows are left alone.
+    It is for steps written by hand with an optimizer of untouched="replay". Call it first in the step, with the same
+    batch. It costs what the rows cost. It does nothing for optimizers that freeze the rows without a gradient.
 
     Args:
       loss_fn: loss_fn(params, batch, *args), as in js.make_train_step. Only its reads are evaluated.
@@ -34,7 +35,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 
     Returns:
       The function. `state` is a TrainState, or any object with params, opt_state and replace, or a pair (params,
-      opt_state), or a dictionary with these names; what comes back is of the same kind.
+      opt_state), or a dictionary with these names. The returned state is of the same kind.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -53,7 +54,7 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 
     def read_step(state: Any, batch: Any, *args: Any) -> Any:
         loss_fn(split_state(state, "refresh")[0], batch, *args)
-        return state  # as it is when a step begins: up to date
+        return state  # a step begins with rows that are up to date
 
     def refresh_fn(state: Any, batch: Any, *args: Any) -> Any:
         if is_tracing() or not replay_states(split_state(state, "refresh")[1]):
@@ -68,11 +69,11 @@ def refresh(loss_fn: Callable[..., Any], *, has_aux: bool = False, axis_name: An
 
 
 def flush(state: Any) -> Any:
-    """Brings every row of every table up to date, as the dense optimizer would have it after as many steps.
+    """Brings every row of every table up to date: to the value that the dense optimizer has after as many steps.
 
-    For optimizers of untouched="replay", before parameters are evaluated on other rows, exported, or handed to plain
-    optax. Doing it twice changes nothing, nor does it for optimizers that freeze skipped rows. It costs about as much
-    as one dense step, in chunks, with a few MB of memory besides the state.
+    Call it before parameters are evaluated on other rows, exported, or handed to plain optax. It changes nothing for
+    optimizers that freeze the rows without a gradient, and nothing if it is called twice. It costs about one dense
+    step, works in chunks, and needs a few MB besides the state.
 
     Args:
       state: a TrainState, or any object with params, opt_state and replace, or a pair (params, opt_state), or a
@@ -113,8 +114,8 @@ _flush_all = jax.jit(_flush_rows, donate_argnums=(0, 1))
 
 
 def _row_shardings(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """The mesh and the specs of all leaves, if they are on several devices and each device can bring its own rows up to
-    date: slots and stamps are split like their parameter. Otherwise (None, None)."""
+    """(the mesh, the specs of all leaves), if the leaves are on several devices, and slots and stamps are split like
+    their parameter, so that each device can bring its own rows up to date. Otherwise (None, None)."""
     shardings = jax.tree.map(lambda x: getattr(x, "sharding", None), (params, opt_state))
     meshes: set[Any] = {getattr(s, "mesh", None) for s in jax.tree.leaves(shardings, is_leaf=lambda s: s is None)}
     if len(meshes) != 1 or None in meshes or next(iter(meshes)).size == 1:
@@ -129,7 +130,7 @@ def _row_shardings(params: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def check_flushed(function: str, opt_state: Any) -> None:
-    """Raises ValueError if rows of parameters with this optimizer's state, not a traced one, are not up to date."""
+    """Raises ValueError if some rows are not up to date. The state must not be traced."""
     for replaying in replay_states(opt_state):
         view = View(replaying)
         for name, (_, whole) in view.stamps.items():
@@ -140,15 +141,15 @@ def check_flushed(function: str, opt_state: Any) -> None:
 
 
 def to_optax_state(opt_state: Any) -> Any:
-    """The state of plain optax's optimizer, for a lazy or replaying one's: dense training goes on from there.
+    """Converts the state of a js optimizer to that of plain optax's, with which dense training can go on.
 
     Args:
-      opt_state: the state of a js optimizer, or one that has such states in it (chain, partition, ...). Of a replaying
-        one, after js.flush.
+      opt_state: the state of a js optimizer, or one that has such states in it (chain, partition, ...). If the
+        optimizer replays, call js.flush before.
 
     Returns:
-      The state of what was wrapped: for `js.lazy(inner)`, inner's; for `js.lazy_adam(...)`, optax.adam(...)'s; with
-      `before=`, that of optax.chain(before, optax.adam(...)).
+      The wrapped optimizer's state: inner's for `js.lazy(inner)`, optax.adam's for `js.lazy_adam`, and that of
+      optax.chain(before, optax.adam(...)) with `before=`.
 
     Raises:
       ValueError: if rows of a replaying optimizer are not up to date.
@@ -171,12 +172,11 @@ def to_optax_state(opt_state: Any) -> Any:
 
 
 def from_optax_state(tx: Any, opt_state: Any, params: Any) -> Any:
-    """The state of a lazy or replaying optimizer that continues from plain optax's state: the inverse of
-    `to_optax_state`.
+    """Converts a state of plain optax to that of a js optimizer: the inverse of `to_optax_state`.
 
     Args:
       tx: the js optimizer, or a transformation with js optimizers in it.
-      opt_state: the state of plain optax's, with the same settings.
+      opt_state: the state of the plain optax optimizer with the same settings.
       params: the parameters.
 
     Returns:
@@ -216,7 +216,7 @@ def _is_adam(x: object) -> bool:
 
 
 def split_state(state: Any, function: str) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
-    """(params, opt_state, a function that puts them together again)."""
+    """(params, opt_state, a function of new ones that returns a state of the same kind)."""
     if isinstance(state, tuple) and len(state) == 2:
         return *state, lambda params, opt_state: (params, opt_state)
     if isinstance(state, dict) and state.keys() >= {"params", "opt_state"}:

@@ -1,11 +1,12 @@
-"""Changes the number or the order of a table's rows, between two steps.
+"""Changes the number or the order of a table's rows, between two steps: `grow`, `shrink`, `remap`.
 
-What belongs to a table's rows is not guessed from shapes. An optimizer's `init` is evaluated abstractly for two heights
-of the table, and the arrays whose first axis follows are those with the table's rows; the new ones start from what
-`init` makes for them. Only the stamps of replaying optimizers start from now: a row misses no step before it exists.
+A state goes in; a state comes out in which the table, its slots and its copies have the new rows. The slots are not
+guessed from shapes: the optimizer's `init` is evaluated abstractly for two numbers of rows, and slots are the arrays
+whose first axis follows. New rows of a slot start from what `init` gives them. Only the stamps of replaying optimizers
+start from the present step: a row misses no step before it exists.
 
-All these arrays are made in one program. It gathers a few rows at a time from the old arrays and scatters them into the
-new ones, as a step does, so that arrays that are split over a mesh stay split.
+One program makes all arrays. It gathers a few rows at a time from the old arrays and scatters them into the new ones,
+as a step does, so that arrays that are split over a mesh stay split.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _flatten: Any = jax.tree.flatten
 _flatten_with_path: Any = jax.tree_util.tree_flatten_with_path
 _structure: Any = jax.tree.structure
 
-_CHUNK = 1 << 18  # elements of an array that are in hand at a time
+_CHUNK = 1 << 18  # elements of an array that are copied at a time
 
 
 def grow(
@@ -43,45 +44,44 @@ def grow(
     copies: str | Sequence[str] | Callable[[str, Any], bool] | None = None,
     tx: Any = None,
 ) -> Any:
-    """A state whose table has more rows, as if the new ones had been there and no batch had named them.
+    """Adds rows to a table, as if they had been there from the start and no batch had named them.
 
-    The new rows are behind the old ones, and with them go those of all arrays of the optimizer that have a row for each
-    row of the table: moments, accumulators, stamps. Old rows keep their values, in the table and in these arrays.
-    Counters go on: bias correction counts updates, as for a row that is first touched late. With untouched="replay" the
-    new rows are up to date, so that they do not move or decay for steps before they existed; the old ones need no
-    js.flush.
+    The new rows come after the old ones, in the table and in all arrays of the optimizer that have a row for each row
+    of the table: moments, accumulators, stamps. Old rows keep their values. Counters go on: bias correction counts
+    updates, as for any row that is first touched late. With untouched="replay" the new rows are up to date, so that
+    they do not move or decay for steps before they existed. The old rows need no js.flush.
 
-    It is for use between two steps, outside of jit; the next step compiles for the new shapes. Flax modules want to be
-    told (num_embeddings=num_rows), and so does js.batches(num_rows=). It costs about as much as some dense steps, and
-    memory for the old and the new arrays of the table.
+    Call it between two steps, outside of jit. The next step compiles for the new shapes. Flax modules must be given the
+    new number (num_embeddings=num_rows), and so must js.batches(num_rows=). The cost is that of a few dense steps, and
+    memory for the old and the new arrays.
 
     Args:
       state: a TrainState, or another object with params, opt_state and replace, or a pair (params, opt_state), or a
-        dictionary with these names. It is not donated, but what has nothing to do with the table is in both states:
-        after a step from the new one, do not use the old one.
-      table: which parameter: a part of its path, as jax.tree_util.keystr writes it, that no other path has. Several
-        such parts, or a function of (path, leaf), name tables of one height whose rows belong together.
-      num_rows: how many rows the table has afterwards, at least as many as before. Where the rows are split over
-        devices, a multiple of their number (js.padded_rows). Rows of zeros that js.shard_rows has added are old rows:
-        js.remap makes new ones of them.
+        dictionary with these names. It is not donated, but both states share the arrays that do not belong to the
+        table: do not use the old state after a step from the new one.
+      table: the parameter: a part of its path, as jax.tree_util.keystr writes it, that no other path has. A list of
+        such parts, or a function of (path, leaf), names several tables with the same number of rows.
+      num_rows: the new number of rows, at least the old one. If rows are split over devices, a multiple of the number
+        of devices (js.padded_rows). Rows of zeros that js.shard_rows has added are old rows: js.remap makes new ones
+        of them.
       init: the new rows: a number, one row, an array (number of new rows, ...), or a function init(key, shape, dtype)
-        like those of jax.nn.initializers, of which `shape` is that of the new rows. It is cast to the table's dtype.
-      key: a jax.random key, for a function.
-      copies: which other parts of the state, of the structure and shapes of params, are copies of them: averages,
-        target networks. Parts of their paths, or a function of (path, subtree). Their new rows are those of the table.
-        None if there are no such parts. What looks like them and started from zeros (sums of gradients, an average
-        that is corrected for it) is no copy: take it out of the state, and give it zeros, or keep it in the optimizer
-        (optax.ema), whose init says what new rows have. Any other array, counts of visits say, stays as it is.
-      tx: the optimizer whose state is in `state`; state.tx if that is there.
+        as in jax.nn.initializers, where `shape` is that of the new rows. They are cast to the table's dtype.
+      key: a jax.random key, if `init` is a function.
+      copies: which other parts of the state, with the structure and shapes of params, are copies of the parameters:
+        averages, target networks. Parts of their paths, or a function of (path, subtree). Copies get the new rows of
+        the table. None if there are no such parts. A part that started from zeros (a sum of gradients, an average with
+        bias correction) is no copy: take it out of the state and add zeros, or keep it in the optimizer (optax.ema),
+        whose init gives its new rows. Any other array, such as counts of visits, stays as it is.
+      tx: the optimizer whose state is in `state`; state.tx by default.
 
     Returns:
-      The state, of the same kind, each array split over the devices that had it, in the same way.
+      The state, of the same kind. Each array keeps its sharding.
 
     Raises:
-      TypeError: if `state` is of another kind, or tx, or key for a function, is missing.
-      ValueError: if `table` does not mean one table, there would be fewer rows, `init` is of another shape, the rows
-        would not divide among their devices, opt_state is not of tx, tx has arrays that follow the table's height in
-        another way than by row, or parts of the state look like copies that `copies` does not name.
+      TypeError: if `state` is of another kind, or tx, or a key for a function, is missing.
+      ValueError: if `table` does not name one table; if there would be fewer rows; if `init` has another shape; if the
+        devices cannot have equally many rows; if opt_state is not of tx; if tx has arrays that depend on the number of
+        rows in another way than by row; or if parts of the state look like copies that `copies` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -104,14 +104,15 @@ def grow(
 def shrink(
     state: Any, table: str | Sequence[str] | Callable[[str, Any], bool], num_rows: int, *, tx: Any = None
 ) -> Any:
-    """A state without the last rows of a table, and without what belongs to them. All else is as of `js.grow`.
+    """Removes the last rows of a table and of its slots. Otherwise as `js.grow`.
 
     Args:
-      state, table, tx: as of `js.grow`.
-      num_rows: how many rows are left, at least 1. Where the rows are split over devices, a multiple of their number.
+      state, table, tx: as in `js.grow`.
+      num_rows: the number of rows to keep, at least 1. If rows are split over devices, a multiple of the number of
+        devices.
 
     Returns:
-      The state, of the same kind. Copies of params in it are cut as well.
+      The state, of the same kind. Copies of params in it lose the same rows.
 
     Raises:
       TypeError, ValueError: as js.grow; and if there would be more rows, or none.
@@ -140,22 +141,21 @@ def remap(
     copies: str | Sequence[str] | Callable[[str, Any], bool] | None = None,
     tx: Any = None,
 ) -> Any:
-    """A state with other rows of a table, in another order: row i is what row new_ids[i] was, and -1 is a new row.
+    """Selects and reorders the rows of a table: row i becomes the old row new_ids[i], or a new row where that is -1.
 
-    For rows in the order of their frequency, rows that are dropped, rows that are taken for others. What belongs to the
-    rows, and what a new row is, is as of `js.grow`.
+    It sorts rows by frequency, drops rows, or replaces rows by new ones. Slots and new rows are as in `js.grow`.
 
     Args:
-      state, table, key, copies, tx: as of `js.grow`.
-      new_ids: integers in [-1, number of rows), of shape (new number of rows,), on the host. A row may be named more
-        than once, and is then copied with its slots.
-      init: the new rows, in the order of the -1, as of `js.grow`. Only if there are any.
+      state, table, key, copies, tx: as in `js.grow`.
+      new_ids: integers in [-1, number of rows), of shape (new number of rows,), on the host. A row that is named more
+        than once is copied with its slots.
+      init: the new rows, in the order of the -1, as in `js.grow`. Required if there are any.
 
     Returns:
       The state, of the same kind.
 
     Raises:
-      TypeError, ValueError: as js.grow; and if new_ids are no such integers.
+      TypeError, ValueError: as js.grow; and if new_ids are not such integers.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax, jaxsparse as js
@@ -188,27 +188,27 @@ def remap(
 
 
 class _Part(NamedTuple):
-    """An array with the table's rows: its leaf number in the state, and which slot or table it is."""
+    """An array with the table's rows: the number of its leaf in the state, and which slot or table it is."""
 
     leaf: int
-    slot: int | None = None  # a leaf of tx.init
-    table: int | None = None  # a leaf of params, or of a copy of these
-    steps: int | None = None  # it has stamps, whose present value is this leaf of the state
+    slot: int | None = None  # the number of the leaf of tx.init
+    table: int | None = None  # the number of the leaf of params, for a table or a copy of one
+    steps: int | None = None  # for stamps: the leaf of the state with the present step
 
 
 class _Resize:
     """The leaves of a state, and which of them have the rows of a table.
 
     Args:
-      function, argument: for messages: what is called, and which of its arguments says how many rows there will be.
-      state, table, tx: as of `grow`.
+      function, argument: names for messages: the function, and its argument with the new rows.
+      state, table, tx: as in `grow`.
     """
 
     def __init__(self, function: str, argument: str, state: Any, table: Any, tx: Any) -> None:
         check_arrays(function, state)
         self._function, self._argument = function, argument
         self._leaves, self._tree = _flatten(state)
-        # trees of the leaves' numbers
+        # trees whose leaves are the numbers of the leaves
         self._numbers = self._tree.unflatten(range(len(self._leaves)))
         self._params, self._opt_state, _ = split_state(self._numbers, function)
         self._tx: Any = getattr(state, "tx", None) if tx is None else tx
@@ -269,7 +269,7 @@ class _Resize:
     def _initial_arrays(
         self, parts: list[_Part], old: list[Any], num_rows: int, params: list[Any], rows: Any, steps: Any, at: Any
     ) -> list[Any]:
-        """The arrays of all parts, of which only the new rows, `at` these places, have their values."""
+        """New arrays for all parts. Only their new rows, which are at the positions `at`, have values yet."""
         params = list(params)
         for i in self._tables:
             made = jnp.zeros((num_rows, *params[i].shape[1:]), params[i].dtype)
@@ -284,7 +284,7 @@ class _Resize:
         return [start(part, x) for part, x in zip(parts, old, strict=True)]
 
     def _find_slots(self, num_rows: int) -> list[_Part]:
-        """The leaves of opt_state with the table's rows."""
+        """The leaves of opt_state that have the table's rows."""
         other_height = num_rows if num_rows != self.num_rows else num_rows + 1
         before, after = (self._abstract_slots(height) for height in (self.num_rows, other_height))
         numbers = jax.tree.leaves(self._opt_state)
@@ -320,7 +320,7 @@ class _Resize:
         return jax.eval_shape(self._tx.init, self._definition.unflatten(shapes))
 
     def _find_copies(self, num_new: int, copies: Any) -> list[_Part]:
-        """The copies of the table: in other parts of the state with the structure and shapes of params."""
+        """The copies of the tables, in parts of the state with the structure and shapes of params."""
         like = lambda node: _structure(node) == self._definition  # noqa: E731
         params_and_slots = {*self._of_params, *jax.tree.leaves(self._opt_state)}
         shapes = [jnp.shape(self._leaves[n]) for n in self._of_params]
@@ -367,7 +367,7 @@ class _Resize:
 
 
 def _with_old_rows(new: list[Any], old: list[Any], num_rows: int, ids: Any) -> list[Any]:
-    """`new`, row i of which is row ids[i] of `old`; where that is negative, it stays. Without ids, row i is row i."""
+    """`new` with row i replaced by row ids[i] of `old`, unless ids[i] is negative. If ids is None, ids[i] is i."""
     before, widest = old[0].shape[0], max(math.prod(x.shape[1:]) for x in old)
     size = min(num_rows, max(1, _CHUNK // max(1, widest)))
 

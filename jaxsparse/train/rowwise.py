@@ -1,11 +1,10 @@
-"""`rowwise`: a whole train step, as it is, evaluated on the rows that it reads.
+"""`rowwise`: evaluates an unchanged train step on the rows that it reads.
 
 1. The step is traced at full shapes (`tracing`).
-2. Walks through its program find out which arrays share which rows (`planning`).
-3. The same walks have seen the row ids of all reads. The part of the program that computes the ids runs first; the ids,
-   sorted and without repeats, are the rows of each table (`choose_rows`).
-4. Blocks of these rows are gathered, the program is evaluated on them, and the new rows of tables and slots are written
-   back (`evaluate`). All other rows keep their bits.
+2. Walks through its program find which arrays share which rows, and the row ids of all reads (`planning`).
+3. The part of the program that computes the ids runs first. The distinct ids are the rows of a table (`choose_rows`).
+4. These rows are gathered into blocks, the program is evaluated on the blocks, and the new rows of tables and slots are
+   written back (`evaluate`). All other rows keep their bits.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ def rowwise(
 ) -> Callable[..., Any]:
     """A train step that does what `step` does on the rows that it reads, and leaves all other rows alone.
 
-    It is for use inside of jax.jit, jax.pmap, jax.shard_map, or as the body of a jax.lax.scan over batches; `js.jit`
-    compiles as well. Donate the state, or it is copied at each step. JAX does not tell a function that it traces
-    whether its arguments are donated, so there is no warning of it: `js.explain(jax.jit(js.rowwise(step)))(state,
-    batch)` says it, and so it does of jax.pmap. What is row-sparse, and what is refused, is described with `js.jit`.
+    Use it inside of jax.jit, jax.pmap or jax.shard_map, or as the body of a jax.lax.scan over batches. `js.jit`
+    compiles as well. Donate the state, or each step copies it. A traced function cannot see whether its arguments are
+    donated, so there is no warning; `js.explain(jax.jit(js.rowwise(step)))(state, batch)` tells, also for jax.pmap. See
+    `js.jit` for what is row-sparse and what is refused.
 
     Args:
       step: step(state, ...) -> state, or (state, ...): any pytrees, and any optax transformation.
-      state_argnums: which arguments are state: each comes back as a part of the output, in the structure that it came
-        in. None: those that `js.jit` finds.
-      rows: as of `js.jit`.
+      state_argnums: which arguments are state. Each must come back as a part of the output, with the same structure.
+        None: the step's state is found as in `js.jit`.
+      rows: as in `js.jit`.
 
     Returns:
       A function of the step's arguments that returns what the step returns.
 
     Raises:
-      ValueError: if the step cannot be right on the rows that it reads, with its line.
+      ValueError: if the step cannot be right on the rows that it reads; the message names the line.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxsparse as js
@@ -88,12 +87,12 @@ def rowwise(
     return run
 
 
-# What is known of such a step before it runs, by the function that `rowwise` has returned.
+# {function that `rowwise` returned: a function of its arguments that returns the plan}
 _PLANS: weakref.WeakKeyDictionary[Any, Callable[..., PlannedStep]] = weakref.WeakKeyDictionary()
 
 
 def plan_of(fun: Callable[..., Any]) -> Callable[..., PlannedStep] | None:
-    """For `js.explain`: a function of fun's arguments that gives the plan; None unless `rowwise` has made `fun`."""
+    """For `js.explain`: a function of fun's arguments that returns the plan; None unless `fun` is one of `rowwise`."""
     return _PLANS.get(fun)
 
 
@@ -102,7 +101,7 @@ _SEEN: contextvars.ContextVar[list[PlannedStep] | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def plans_seen() -> Iterator[list[PlannedStep]]:
-    """For `js.explain`: the plans of the steps that are traced within this context."""
+    """For `js.explain`: collects the plans of the steps that are traced within this context."""
     seen: list[PlannedStep] = []
     token = _SEEN.set(seen)
     try:
@@ -115,8 +114,8 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
     """The step's outputs for these leaves of its arguments.
 
     Args:
-      axes: further mapped axes along which all devices need the same rows, besides those the step adds up over.
-      alone: as of a Walk.
+      axes: further mapped axes along which all devices need the same rows, besides those that the step sums over.
+      alone: as in `Walk`.
     """
     return over_any_mesh(
         prepared.planned, leaves, lambda leaves, _: evaluate_by_ids(prepared, leaves, axes, alone=alone)
@@ -126,7 +125,7 @@ def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (),
 def over_any_mesh(
     planned: PlannedStep, leaves: Sequence[Any], fun: Callable[[list[Any], Any], list[Any]], others: Any = None
 ) -> list[Any]:
-    """fun(leaves, others), the step's outputs, with the state's shardings kept. `others`: any pytree."""
+    """fun(leaves, others), the step's outputs. The state keeps its shardings. `others`: any pytree."""
     places = planned.traced.places
     other_numbers = [i for i in range(len(leaves)) if i not in places]
 
@@ -154,21 +153,21 @@ def evaluate_by_ids(
 
 
 class Prepared(NamedTuple):
-    """A planned step, before it runs, and the replaying optimizers in its state."""
+    """A planned step, the replaying optimizers in its state, and its trained rows."""
 
     planned: PlannedStep
     replayed: list[Replayed]
     trained: dict[int, TrainedRows]  # by class
 
     def only_outputs(self) -> Prepared:
-        """The step without computations that its outputs do not need, prints included. Its rows are the same."""
+        """The step without computations (or prints) that its outputs do not need. It reads the same rows."""
         return self._replace(planned=dataclasses.replace(self.planned, program=_jax.needed_only(self.planned.program)))
 
 
 def prepare_step(
     step: Callable[..., Any], args: Any, kwargs: Any, state_argnums: int | Sequence[int] | None, rows: Any = None
 ) -> Prepared:
-    """Traces a step, with a catch-up of replayed parameters in front, and plans it."""
+    """Traces a step that begins with a catch-up of replayed parameters, and plans it."""
     with _jax.auto_mesh() as is_changed:
         if is_changed:
             args, kwargs = jax.tree.map(_jax.abstract, (args, kwargs))
@@ -205,7 +204,7 @@ def _prepare(
 
 
 def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
-    """A plan in which stacked tables are read by table and row, where possible."""
+    """The plan of a step. Stacked tables are read by table and row if possible."""
     leaves = list(map(as_shape, traced.leaves))
     places = {i: j for i, j in traced.places.items() if not is_stored(traced.leaves[i])}
     stacked, why = find_stacked(traced.program, places), "rows= names rows of its first axis"
@@ -232,7 +231,7 @@ def _plan(traced: TracedStep, history: set[int], rows: Any) -> PlannedStep:
 
 
 def _unpacked(planned: PlannedStep, args: Any, kwargs: Any) -> list[str]:
-    """The packed leaves that each step unpacks as a whole, though as plain arrays they would be row-sparse."""
+    """Warnings of packed leaves that each step unpacks in full: row ids depend on them, or they are no state."""
     with_paths = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_stored)[0]
     places, used, warnings = planned.traced.places, planned.ids.used, []
     for i, (path, x) in enumerate(with_paths):
@@ -266,7 +265,7 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
         None if j in leaf_at else walk.full_array(v) if isinstance(v, Rows) else jnp.asarray(array_of(v))  # type: ignore[misc]
         for j, v in enumerate(outs)
     ]
-    # written after everything that is read from the tables has been read
+    # tables are written after all reads from them
     leaves_of = {c: [i for i in leaf_at.values() if planned.leaves[i] == c] for c in spaces}
     new = {c: walk.changed_blocks({i: (values[i], outs[places[i]]) for i in leaves_of[c]}) for c in spaces}
     blocks = [v.data for v in values if isinstance(v, Rows)] + [x for c in new for x in arrays_in(new[c].values())]

@@ -1,4 +1,8 @@
-"""The training step: gradients, combination across devices and update in one function."""
+"""Makes a train step of a loss: gradients, their combination across devices, and the update.
+
+A loss function goes in. A function step(state, batch) -> (state, metrics) comes out. It is `js.jit` or `js.rowwise` of
+the usual three lines, plus metrics.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +29,19 @@ def make_train_step(
     Args:
       loss_fn: loss_fn(params, batch, *args) -> a scalar, or (scalar, aux) with `has_aux`. The scalar is the mean over
         the weighted examples of the batch: `js.weighted_mean(losses, batch.weight)`.
-      has_aux: whether loss_fn returns (scalar, aux). aux, say new batch statistics, comes back as metrics["aux"]; what
-        it needs of the previous step goes in through *args.
-      axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are combined over it, each device
-        counting by the sum of its `batch.weight` (equally, if the batch has no weight), so that n devices with a split
-        batch agree with one device and the whole batch, a device with no example included. aux stays each device's own.
-      jit: compile here, donating the state. False to compile outside, for example
+      has_aux: whether loss_fn returns (scalar, aux). aux, such as new batch statistics, comes back as metrics["aux"].
+        Pass its value of the previous step through *args.
+      axis_name: the mapped axis, under jax.pmap or shard_map. Losses and gradients are averaged over it. A device
+        counts by the sum of its `batch.weight`, or as 1 if the batch has no weight. So n devices with parts of a batch
+        agree with one device and the whole batch, even if a device has no example. aux is not combined.
+      jit: whether to compile here, with the state donated. Pass False to compile outside, for example
         `jax.pmap(step, axis_name="batch", donate_argnums=0)`.
 
     Returns:
-      The step. `state` is a flax TrainState, or any pytree with params and apply_gradients; it is donated, so use the
-      returned one. metrics: "loss"; "grad_norm", the norm of the gradient before the optimizer's
-      own clipping; "rows_touched", the number of distinct rows, over all row-sparse parameters; and "aux". With `jit`
-      the step is one of `js.jit`; without, of `js.rowwise`.
+      The step. `state` is a flax TrainState, or any pytree with params and apply_gradients. It is donated, so use the
+      returned one. The metrics are "loss"; "grad_norm", the norm of the gradient before any clipping in the optimizer;
+      "rows_touched", the number of distinct rows over all row-sparse parameters; and "aux". With `jit` the step is one
+      of `js.jit`, otherwise one of `js.rowwise`.
 
     Raises:
       TypeError: if `state` has no params.
@@ -66,7 +70,9 @@ def make_train_step(
             return out if has_aux else (out, None)
 
         with jax.named_scope("loss_and_gradients"):
-            params = vary(state.params, varying_axes((batch, args)))  # each device's, to be combined by weight
+            params = vary(
+                state.params, varying_axes((batch, args))
+            )  # gradients of each device, combined by weight below
             (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
         if axis_name is not None:
             with jax.named_scope("combine_devices"):
@@ -84,7 +90,7 @@ def make_train_step(
 
 
 def _apply_gradients(state: Any, grads: Any, loss: jax.Array) -> Any:
-    """state.apply_gradients, whose optimizer gets the loss as `value` if it takes further arguments."""
+    """state.apply_gradients. An optimizer that takes extra arguments gets the loss as `value`."""
     tx = getattr(state, "tx", None)
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return state.apply_gradients(grads=grads)
@@ -100,8 +106,8 @@ def _square(g: jax.Array) -> jax.Array:
 
 
 def _weighted_mean_of_devices(tree: Any, batch: Any, axis_name: Any) -> Any:
-    """The mean over all weighted examples, from each device's mean over its own. A device without weighted examples,
-    whose loss may be 0/0, is left out."""
+    """The mean over the weighted examples of all devices. `tree` has each device's mean over its own examples; it may
+    be 0/0 on a device without weighted examples, which is left out."""
     weight = getattr(batch, "weight", None)
     device_weight = jnp.float32(1) if weight is None else jnp.sum(weight, dtype=jnp.float32)
     total = jax.lax.psum(device_weight, axis_name)
