@@ -1,7 +1,7 @@
-"""Lazy optimizers under which a row without a gradient does not move: Adagrad, by element and by row, and FTRL.
+"""Lazy optimizers that never move a row without a gradient: Adagrad, by element and by row, and FTRL.
 
-There is nothing to replay: the dense optimizer, too, changes only the rows that a gradient touches. The Adagrads take
-`untouched=` like other optimizers, and both values do the same.
+Their dense versions also change only the rows that a gradient touches, so there is nothing to replay. The Adagrads
+accept `untouched=` like other optimizers; both values do the same.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def lazy_rowwise_adagrad(
 class FtrlState(NamedTuple):
     """The state of `lazy_ftrl`."""
 
-    z: Any  # like params: the sum of gradients, less what the learning rates' changes are worth
+    z: Any  # like params: the sum of g - sigma w
     n: Any  # like params: the sum of squared gradients
 
 
@@ -146,7 +146,7 @@ def lazy_ftrl(
         sigma = (sqrt(n + g^2) - sqrt(n)) / lr        z = z + g - sigma w        n = n + g^2
         w = 0 if |z| <= l1 else -(z - sign(z) l1) / ((beta + sqrt(n)) / lr + l2)
 
-    The parameters are a function of z and n: start them at zero. A row without a gradient does not move, so this is
+    The parameters are a function of z and n, so start them at zero. A row without a gradient does not move, so this is
     dense FTRL at the cost of the rows touched.
 
     Args:

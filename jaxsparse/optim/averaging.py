@@ -1,13 +1,13 @@
 """`params_ema(inner, decay)`: an exponential moving average of the parameters, at the cost of the rows that are read.
 
-The dense average moves in all rows at each step. A row that is not read does not change, and then k steps at once are
+A transformation goes in, and one whose state also has the average comes out; `ema_params` reads the average. The dense
+average moves in all rows at each step. The parameters of a row that is not read do not change, so k steps at once are
 
     e = e + (1 - decay^k) (p - e).
 
-So each row has a stamp: the number of the update up to which it has been averaged. An update averages the rows that it
-is evaluated on with the parameters that it is given, which are those after all earlier updates. The next update of the
-row, or `ema_params`, averages its own result. So the average includes whatever is done to the parameters after the
-update, and their rounding.
+Each row has a stamp, the number of the update up to which it is averaged. An update gets the parameters after all
+earlier updates, and averages its rows with them. Its own result is averaged by the next update of the row, or by
+`ema_params`. So the average includes whatever happens to the parameters after the update, and their rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INSTEAD = "Use untouched='freeze', or optax.incremental_update on what js.flush
 
 
 class ParamsEmaState(flax.struct.PyTreeNode):
-    """The average of each row, as it was before the update that its stamp names. `ema_params` reads it."""
+    """The state of `params_ema`: the average of each row before the update that its stamp names."""
 
     count: jax.Array  # shape=(), dtype=jnp.int32
     inner_state: Any
@@ -50,19 +50,19 @@ def params_ema(
 
         ema = decay ema + (1 - decay) p,
 
-    in all rows, though a row-sparse step costs the rows that it reads: a row that was not read has not changed, and its
-    steps are made up for when it is read, or asked for. The average is float32 for parameters of 16 bits.
+    in all rows, at the cost of the rows that a step reads. A row that is not read does not change, and its steps are
+    applied when it is next read, or when `js.ema_params` is called. The average of 16-bit parameters is float32.
 
-    It goes around the whole chain, and inside of `js.lazy`: `js.lazy(js.params_ema(optax.adamw(1e-3), 0.999))`. Updates
-    are inner's. What is averaged are the parameters that the next update is given: what a step does to them behind this
-    update, a projection say, is in the average too. Rows that are changed by hand between two steps count as changed
-    since they were last read.
+    Put it around the whole chain, and inside of `js.lazy`: `js.lazy(js.params_ema(optax.adamw(1e-3), 0.999))`. The
+    updates are those of inner. An update averages the parameters that it gets. So anything that a step does to them
+    after the update, such as a projection, is in the average too. If you change rows between two steps, the average
+    takes the new values for all steps since the row was last read.
 
     Args:
       inner: an optax transformation, usually a whole chain.
       decay: between 0 and 1, a Python number.
-      debias: False: the average starts from the initial parameters, as timm's and torch's do. True: it starts from
-        zero and is divided by 1 - decay^count, as optax.ema has it, so that the initial parameters are not in it.
+      debias: False: the average starts from the initial parameters, as in timm and torch. True: it starts from zero and
+        is divided by 1 - decay^count, as in optax.ema, so that the initial parameters are not in it.
 
     Returns:
       A transformation. Its state has the average, and an int32 for each row of each parameter.
@@ -134,23 +134,22 @@ def params_ema(
 
 
 def ema_params(opt_state: Any, params: Any) -> Any:
-    """The average that `params_ema` keeps of the parameters, in all rows, as it is after the last step.
+    """The average of the parameters that `params_ema` keeps, in all rows, after the last step.
 
     Evaluate with it in place of the parameters: `state.replace(params=js.ema_params(state.opt_state, state.params))`.
-    Training goes on with the state and the parameters as they were. It makes new arrays, and costs about as much as
-    one dense step.
+    Training goes on with the old state and parameters. The average is in new arrays, and costs about one dense step.
 
     Args:
-      opt_state: an optimizer's state with one `params_ema` in it, however deep.
-      params: the parameters that belong to it.
+      opt_state: an optimizer's state with one `params_ema` in it, at any depth.
+      params: the parameters of this optimizer.
 
     Returns:
-      A tree like params, at least float32. With debias=True and before the first update, the parameters. Where
-      params_ema has one label of an optax.partition, the parameters of other labels as they are.
+      A tree like params, at least float32. With debias=True it is the parameters before the first update. If params_ema
+      is under one label of an optax.partition, parameters of other labels are returned as they are.
 
     Raises:
       TypeError: if opt_state has no such state, or several.
-      ValueError: if it has been kept of other parameters, or opt_state is of one with untouched="replay".
+      ValueError: if the average is of other parameters, or opt_state is of an optimizer with untouched="replay".
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -190,7 +189,7 @@ def _is_state(x: object) -> bool:
 
 
 def _averages_now(function: str, state: ParamsEmaState, params: Any) -> dict[str, jax.Array]:
-    """The averages by name, up to date before update number `count`, in the order of state.ema."""
+    """{name: average before update number `count`}, in the order of state.ema."""
     values, averages = named_leaves(params)[0], named_leaves(state.ema)[0]
     if {name: jnp.shape(p) for name, p in values.items()} != {name: jnp.shape(e) for name, e in averages.items()}:
         must, got = "those that the average is kept of", "other names or shapes"

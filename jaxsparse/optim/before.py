@@ -1,4 +1,8 @@
-"""Checks that `before=` of a named optimizer is a transformation of the gradient, not an optimizer."""
+"""Checks the argument `before=` of the named optimizers: a transformation of the gradient, not an optimizer.
+
+`before` is tried on a gradient that is the same number everywhere. One that changes its sign is an optimizer, and
+raises. For replay, zeros must stay zeros, and no state may have a row for each row of a parameter.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from jaxsparse._checks import check_transformation, message
 
 
 def checked_before(function: str, before: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`before`, whose init refuses what belongs behind js.{function}."""
+    """`before`, with an init that raises for an optimizer. `function`: the named optimizer, for messages."""
     check_transformation(function, "before", before)
 
     def init_fn(params: Any) -> Any:
@@ -51,8 +55,8 @@ def check_by_row(function: str, before: optax.GradientTransformation, params: An
 
 
 def _result_of(before: optax.GradientTransformation, params: Any, gradient: float) -> list[tuple[str, np.ndarray]]:
-    """The result of `before`, with paths, for a gradient that is this number everywhere and parameters of a few
-    elements, all 0.5. None if `before` needs more than that; then the real call shows its errors."""
+    """[(path, result of `before`)] for a gradient that is this number everywhere, and small parameters that are 0.5.
+    Empty if `before` raises on these; then the real call shows its errors."""
     try:
         with jax.ensure_compile_time_eval():
             small = jax.tree.map(

@@ -1,9 +1,9 @@
 """`lazy(inner)`: any optax transformation at the cost of the rows that a gradient touches.
 
-An update is evaluated like a step (`rowwise.py`). It is traced at full shapes, where a RowSparse gradient stands for an
-array that is zero outside its rows, and then evaluated on these rows only, in the state's arrays too. So norms,
-clipping, schedules, masks and weight decay are right without knowing about sparsity, and the program shows what looks
-across rows.
+A transformation goes in, and one that accepts RowSparse gradients comes out. Its update is traced at full shapes, where
+a RowSparse stands for an array that is zero outside its rows. It is then evaluated on these rows only, in the arrays of
+the state too. So norms, clipping, schedules, masks and weight decay are right without any code for sparsity, and
+transformations that look across rows are found in the program.
 
 In a step under js.jit or js.rowwise gradients are arrays, and lazy(inner) is inner.
 """
@@ -36,27 +36,27 @@ def lazy(inner: optax.GradientTransformation, *, rows: Any = None) -> optax.Grad
     """Wraps an optax transformation, usually a whole chain, to take row-sparse gradients at the cost of their rows.
 
     Rows that a gradient does not name keep their parameters and their state, bit for bit: no momentum, no decay. Step
-    counters are global: bias correction uses the number of updates, not the number of times a row was touched. Both are
-    what torch's SparseAdam and TensorFlow Addons' LazyAdam do. With every row touched, the result is that of dense
-    `inner`. The state is inner's own.
+    counters are global: bias correction uses the number of updates, not the number of times a row was touched. torch's
+    SparseAdam and TensorFlow Addons' LazyAdam do the same. If a gradient names every row, the result is that of dense
+    `inner`. The state is that of `inner`.
 
-    Put everything inside, `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`: outside, a
-    transformation that maps over gradients would get row ids, and raises.
+    Put the whole chain inside: `js.lazy(optax.chain(optax.clip_by_global_norm(1.), optax.adamw(1e-3)))`. A
+    transformation outside would map over row ids, and raises.
 
     Args:
-      inner: acts on each table row by itself. Transformations that look across rows (trust ratios, Adafactor, SM3), and
-        those that wait for a later step (MultiSteps), raise at the first update, which reads their program.
+      inner: a transformation that acts on each row of a table by itself. Those that look across rows (trust ratios,
+        Adafactor, SM3), and those that wait for a later step (MultiSteps), raise at the first update.
       rows: which rows are trained: ids or a mask (num_rows,) if there is one table, or a dictionary of them, whose keys
-        are parts of the paths of parameters. All other rows keep their bits, and norms leave their gradients out.
+        are parts of the paths of parameters. All other rows keep their bits, and norms leave out their gradients.
 
     Returns:
-      A transformation whose updates are RowSparse where gradients are, for `optax.apply_updates` and everything that
-      calls it. The state must be donated for a step to cost O(rows).
+      A transformation. Its updates are RowSparse for RowSparse gradients; `optax.apply_updates` applies them. Donate
+      the state, or a step copies it.
 
     Raises:
       TypeError: if inner is no transformation; from update, if parameters or state are packed (`js.pack`).
-      ValueError: from update, if a gradient's shape is not its parameter's, or inner does not act on each row by
-        itself, with its line.
+      ValueError: from update, if a gradient's shape is not its parameter's, or if inner does not act on each row by
+        itself; the message names the line.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxsparse as js
@@ -116,7 +116,7 @@ def _replays(state: Any) -> bool:
 
 
 def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, extra_args: dict[str, Any]) -> Any:
-    """inner.update, where some gradients are RowSparse with unique ids."""
+    """inner.update with some gradients that are RowSparse with unique ids."""
     by_row = {i for i, g in enumerate(grads) if is_row_sparse(g)}
     slots, slot_tree = _flatten(state)
     shapes = [jax.ShapeDtypeStruct(g.shape, g.dtype) if i in by_row else g for i, g in enumerate(grads)]
@@ -131,7 +131,10 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
     def block(i: int) -> Any:
         if i not in by_row:
             return walk.leaf(arrays[i], i)
-        given, num_rows = rows_of(arrays[i], i, walk.ids(i), aligned=True), walk.num_rows(i)  # anything in padding rows
+        given, num_rows = (
+            rows_of(arrays[i], i, walk.ids(i), aligned=True),
+            walk.num_rows(i),
+        )  # padding rows may hold anything
         return walk.by_row(i, arrays[i], 0, [given], lambda part, x: jnp.where(part.is_real(num_rows, x.ndim), x, 0))
 
     def value(i: int) -> Any:
@@ -157,12 +160,12 @@ def _update(inner: Any, tree: Any, grads: list[Any], state: Any, params: Any, ex
 def plan_update(
     inner: Any, tree: Any, grads: Sequence[Any], state: Any, params: Any, extra_args: dict[str, Any], by_row: set[int]
 ) -> Planned:
-    """The plan of inner.update, before it is evaluated. Its inputs are the leaves of gradient, state and params, its
-    outputs those of updates and state. Arrays may be abstract.
+    """The plan of inner.update. The program's inputs are the leaves of gradient, state and params; its outputs are the
+    leaves of updates and state. Arrays may be abstract.
 
     Args:
-      tree, grads: the gradient.
-      by_row: which of its leaves are zero except in some rows.
+      tree, grads: the structure and the leaves of the gradient.
+      by_row: the numbers of the leaves that are zero except in some rows.
 
     Raises:
       ValueError: if inner does not act on each row by itself.
@@ -207,8 +210,8 @@ def plan_update(
 def named_leaves(tree: Any) -> tuple[dict[str, Any], Any]:
     """({name: leaf} in the order of the leaves, the tree's definition). A RowSparse or a `Storage` is one leaf.
 
-    Names leave out the boxes that flax puts around parameters (linen's Partitioned, nnx's Variable), because boxes may
-    come and go between init and update.
+    Names leave out flax's boxes around parameters (linen's Partitioned, nnx's Variable), because init and update may be
+    called with and without boxes.
     """
     flat, definition = _flatten_with_path(tree, is_leaf=_is_one)
     named = {_name(path): leaf for path, leaf in flat}
@@ -222,10 +225,10 @@ def _is_one(x: Any) -> bool:
 
 
 def per_leaf(make: Any, params: Any) -> Any:
-    """{name: make(leaf)}: a part of the state that has something for each parameter.
+    """{name: make(leaf)}: a part of the state with an entry for each parameter.
 
-    It is not a tree like params: flax would give its arrays the partitioning of params, which have another rank. A
-    subtree without leaves stays as it is: optax.tree_utils.tree_map_params calls init with such placeholders.
+    It is not a tree like params, because flax would give its arrays the partitioning of params, which have another
+    rank. Without leaves, `params` is returned: optax.tree_utils.tree_map_params calls init with such placeholders.
     """
     leaves, _ = named_leaves(params)
     return {name: make(leaf) for name, leaf in leaves.items()} if leaves else params

@@ -1,10 +1,10 @@
-"""Named lazy optimizers: short aliases of `lazy(optax...)` with long docstrings.
+"""Named lazy optimizers: each is `lazy(optax...)` with the settings of the optax optimizer of this name.
 
-What happens to the rows that a gradient does not touch is the choice of `untouched=`. "freeze": nothing; the parameter
-and its moments wait, as in torch's SparseAdam and every other lazy Adam. "replay": what the dense optimizer does to
-them, worked out when the row is needed next: see `replaying.py`.
+`untouched=` says what happens to rows without a gradient. "freeze": nothing; the parameter and its moments stay, as in
+torch's SparseAdam and every other lazy Adam. "replay": what the dense optimizer does to them, computed when the row is
+next needed; see `replaying.py`.
 
-All of them take `before=`: a transformation of the coalesced gradient, run first, `optax.clip_by_global_norm(1.0)` say.
+`before=` is a transformation of the coalesced gradient that runs first, such as `optax.clip_by_global_norm(1.0)`.
 Outside, in an optax.chain, it would get row ids, and raises.
 """
 
@@ -60,10 +60,10 @@ def lazy_adam(
       eps, eps_root: added outside and inside the root.
       mu_dtype: dtype of the first moment; the parameter's by default.
       nesterov: Nesterov momentum, as in optax.adam.
-      untouched: what happens to rows without a gradient. "freeze": nothing. "replay": what dense optax.adam does, which
-        moves them on along their momentum. The row is brought up to date before it is next read: by
-        js.make_train_step, by js.refresh in a step written by hand, and all rows by js.flush, before evaluation or
-        export. A row that was not is NaN after its next update.
+      untouched: what happens to rows without a gradient. "freeze": nothing. "replay": what dense optax.adam does: their
+        momentum moves them. A row is brought up to date before it is next read, by js.jit, js.rowwise and
+        js.make_train_step. In a step under plain jax.jit call js.refresh, and before evaluation or export js.flush. A
+        row that is not up to date is NaN after its next update.
       before: a transformation of the coalesced gradient, run first: `before=optax.clip_by_global_norm(1.0)`. Outside,
         in an optax.chain, it would get row ids, and raises.
 
@@ -73,7 +73,7 @@ def lazy_adam(
 
     Raises:
       TypeError, ValueError: with untouched="replay", if b1, b2, eps are not Python numbers with b1 < b2, or eps_root or
-        nesterov is set, or `before` keeps state by row or makes something of zeros (decay): it cannot be replayed.
+        nesterov is set, or `before` cannot be replayed: it keeps state by row or changes zeros, as decay does.
 
     After "replay" and js.flush, parameters and moments are those of dense optax.adam to float32 rounding, for any
     schedule and any number of skipped steps. Catch-up sums are interpolated in sqrt(v) / eps at 4 to 16 nodes, as b1
@@ -168,8 +168,8 @@ def lazy_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic gradient descent on the rows that a gradient touches, with momentum if asked.
 
-    trace = g + momentum trace; p = p - lr trace. A row's momentum waits, frozen, until the row is touched again, or
-    with untouched="replay" moves the row on and dies away, as under dense optax.sgd.
+    trace = g + momentum trace; p = p - lr trace. The momentum of a row is frozen until the row is touched again. With
+    untouched="replay" it moves the row and dies away, as under dense optax.sgd.
 
     Args:
       learning_rate: a number, or an optax schedule of the number of updates before this one.

@@ -1,11 +1,11 @@
-"""`stochastic_rounding(inner)`: any optax transformation for parameters of 16 bits, without a float32 copy of them.
+"""`stochastic_rounding(inner)`: any optax transformation for 16-bit parameters, without a float32 copy of them.
 
-bfloat16 has 8 significant bits. Parameters between 1 and 2 are multiples of 2^-7 = 0.008, and an update of 0.001 is
-lost, at each step, if the sum is rounded to nearest. Rounded up or down at random, in proportion to where it lies
-between the two, it is kept on average.
+bfloat16 has 8 significant bits. Parameters between 1 and 2 are multiples of 2^-7 = 0.008. If sums are rounded to
+nearest, an update of 0.001 is lost at every step. If a sum is rounded up or down at random, in proportion to its
+distance from the two neighbours, the update is kept on average.
 
-The noise is a hash of seed, step, leaf, row and position in the row. So only the rows that a step reads need it, and it
-is the same in a dense step, in a row-sparse step, and on all devices.
+The noise is a hash of seed, step, leaf, row and position in the row. So it is computed only for the rows that a step
+reads, and is the same in a dense step, in a row-sparse step and on all devices.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def stochastic_rounding(inner: optax.GradientTransformation, *, seed: int = 0) -
 
         b with probability (p + u - a) / (b - a), and a otherwise,
 
-    whose mean is p + u. inner is given gradients and parameters of 16 bits as float32, so that its moments are float32
-    too, as if there were a copy of the table in float32. All other parameters are inner's.
+    whose mean is p + u. inner gets 16-bit gradients and parameters as float32. So its moments are float32, as if there
+    were a float32 copy of the table. Other parameters are updated by inner alone.
 
-    It is for stock steps, under `js.jit` at the cost of the rows that are read. It goes inside of `js.lazy`, around the
+    Use it in any optax step; under `js.jit` it costs what the rows cost. With `js.lazy`, put it inside, around the
     whole chain: `js.lazy(js.stochastic_rounding(optax.adamw(1e-3)))`.
 
     Args:
       inner: an optax transformation, usually a whole chain.
-      seed: another seed, other noise.
+      seed: an integer. Each seed gives other noise.
 
     Returns:
-      A transformation. Its updates of 16-bit parameters are float32: new parameter minus old, so that
-      `optax.apply_updates`, which adds in float32 and rounds to nearest, gives the new parameter.
+      A transformation. Its updates of 16-bit parameters are float32, the new parameter minus the old one.
+      `optax.apply_updates` adds them in float32, and so gives exactly the new parameter.
 
     Raises:
       TypeError: if inner is no transformation; from update, if a gradient is a RowSparse.
@@ -114,7 +114,7 @@ def _widened(tree: Any, params: Any) -> Any:
 
 
 def _rounded(x: jax.Array, noise: jax.Array, dtype: Any) -> jax.Array:
-    """float32, rounded to a neighbour of a 16-bit type: up if `noise`, uint32, is large enough."""
+    """float32 values rounded to a neighbour in a 16-bit type, up with the probability that `noise` (uint32) decides."""
     wide, narrow = jnp.finfo(jnp.float32), jnp.finfo(dtype)
     eps, smallest = float(narrow.eps), max(float(narrow.tiny), float(wide.tiny / narrow.eps))  # XLA has no subnormals
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -126,7 +126,7 @@ def _rounded(x: jax.Array, noise: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _noise(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Random bits, uint32, of x's shape; those of a row depend on its number, not on its place in x."""
+    """Random bits, uint32, of x's shape. Those of a row depend on its row number, not on its position in x."""
     if not x.ndim:
         return key
     row = _mixed(_mixed(row_numbers(x).astype(jnp.uint32)) ^ key).reshape(-1, *[1] * (x.ndim - 1))

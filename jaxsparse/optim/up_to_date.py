@@ -1,8 +1,9 @@
-"""Brings rows up to date in a step whose state has a replaying optimizer, before anything is read.
+"""Brings rows up to date before a step reads them, if its state has a replaying optimizer.
 
-A catch-up of whole tables is traced in front of the step. It is elementwise, so evaluated on the rows that the step
-reads it is a catch-up of these rows. Two things happen before, on whole tables: tables that the step uses as a whole
-are flushed, and so are rows whose missed steps are about to leave the history.
+The leaves of a step's arguments go in, and come out with rows that are up to date. A catch-up of full tables is traced
+before the step. It is elementwise, so its evaluation on the rows that the step reads is a catch-up of these rows.
+Before that, tables that the step uses in full are flushed, as are rows whose missed steps are about to leave the
+history.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from jaxsparse.optim.replaying import Stamps, View, flush_expiring, is_replay_st
 
 
 class Replayed(NamedTuple):
-    """Where the parameters and states of replaying optimizers are among the leaves of a step's arguments."""
+    """The places, among the leaves of a step's arguments, of a replaying optimizer's state and of its parameters."""
 
     params: Any  # definition of the tree
     params_at: slice
@@ -30,11 +31,11 @@ class Replayed(NamedTuple):
 
 
 def find_replayed(tree: Any) -> list[Replayed]:
-    """Finds each replaying state in a pytree of arrays, with the parameters beside it: in the same TrainState, tuple or
-    dict, or among a step's arguments.
+    """Finds each replaying state in a pytree, and its parameters: in the same TrainState, tuple or dict, or among the
+    arguments of the step.
 
     Raises:
-      ValueError: if there is a replaying optimizer's state, and no such parameters or several.
+      ValueError: if a state has no such parameters, or several candidates for them.
     """
     found, unmatched = _find(tree, 0)
     if unmatched:
@@ -46,8 +47,8 @@ def find_replayed(tree: Any) -> list[Replayed]:
 
 
 def _find(node: Any, start: int) -> tuple[list[Replayed], list[View]]:
-    """(what was found in a subtree whose first leaf has the number `start`, the states whose parameters are not in
-    it)."""
+    """(what was found in a subtree, the states whose parameters are not in it). `start`: the number of its first
+    leaf."""
     if is_replay_state(node):
         return [], [View(node)]
     if not replay_states(node):
@@ -84,7 +85,7 @@ def _has_parameters(tree: Any, views: Sequence[View]) -> bool:
 
 
 def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, with the replayed parameters up to date in all rows. A step computes this for the rows it reads."""
+    """The leaves with all replayed rows up to date. In a step this is evaluated for the rows that it reads."""
 
     def change(view: View, params: dict[str, Any]) -> None:
         for name, stamps in view.stamps.items():
@@ -101,8 +102,8 @@ def catch_up(replayed: Sequence[Replayed], leaves: Sequence[Any]) -> list[Any]:
 
 
 def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Collection[int]) -> list[Any]:
-    """The leaves, with those rows up to date that a step on rows cannot catch up itself: all rows of leaves that are
-    not in `by_row`, and rows whose missed steps are about to leave the history."""
+    """The leaves after a flush of rows that the step itself cannot catch up: all rows of leaves that are not in
+    `by_row`, and rows whose missed steps are about to leave the history."""
 
     def change(params: Any, opt_state: Any, numbers: Any) -> tuple[Any, Any]:
         dense = {name for name, number in named_leaves(numbers)[0].items() if number not in by_row}
@@ -112,20 +113,21 @@ def flush_before(replayed: Sequence[Replayed], leaves: Sequence[Any], by_row: Co
 
 
 def history_of(replayed: Sequence[Replayed]) -> set[int]:
-    """The numbers of the leaves that are history: steps write into them by index, but they are not tables."""
+    """The numbers of the leaves that are history. Steps write into them by index, but they are not tables."""
     numbers = [part.opt_state.unflatten(range(part.opt_state_at.start, part.opt_state_at.stop)) for part in replayed]
     return {number for states in numbers for state in replay_states(states) for number in state.history.values()}
 
 
 def numbers_of(replayed: Sequence[Replayed]) -> set[int]:
-    """The numbers of the parameters among the leaves."""
+    """The numbers of the leaves that are replayed parameters."""
     return {number for part in replayed for number in range(part.params_at.start, part.params_at.stop)}
 
 
 def _map_replayed(
     replayed: Sequence[Replayed], leaves: Sequence[Any], change: Callable[..., tuple[Any, Any]]
 ) -> list[Any]:
-    """change(params, opt_state, numbers of the params among the leaves) -> (params, opt_state) of each."""
+    """The leaves after `change` of each replaying optimizer: (params, opt_state, numbers of the params' leaves) ->
+    (params, opt_state)."""
     leaves = list(leaves)
     for part in replayed:
         at, opt_state_at = part.params_at, part.opt_state_at
