@@ -1,7 +1,7 @@
-"""Pure functions over BCOO: dot, sum, mean, concatenate. A dense array works wherever a BCOO does.
+"""Pure functions of BCOO batches: dot, sum, mean, concatenate. They also accept dense arrays.
 
-BCOO's own padding contract holds throughout: an entry whose index equals the dimension's size is padding, its data 0.
-Here an entry with any index out of range is padding as well, whatever its data.
+Padding is as in BCOO: an entry whose index equals the dimension's size is padding, with data 0. Here an entry with any
+index out of range is padding too, whatever its data.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def dot(x: Any, w: Any) -> jax.Array:
     num_out, num_rows = x.shape[0] if x.ndim == 2 else 1, w.shape[0]
     rows = at_least_int32(x.indices[:, 0]) if x.ndim == 2 else jnp.zeros(x.nse, jnp.int32)
     by_axis, real = _real_entries(x.indices, x.shape)
-    cols = jnp.where(real, by_axis[-1], num_rows).astype(jnp.int32)  # of padding the number of columns
+    cols = jnp.where(real, by_axis[-1], num_rows).astype(jnp.int32)  # padding: the number of columns
     data = jnp.where(cols < num_rows, x.data, 0).astype(jnp.promote_types(dtype, jnp.float32))
     out = segment_sum(w, cols, data, rows, num_out, ordered=x.indices_sorted).astype(dtype)
     return out if x.ndim == 2 else out[0]
@@ -75,8 +75,8 @@ def sum(x: Any, axis: int | None = None) -> jax.Array:
       axis: the axis to sum over; None for all.
 
     Returns:
-      A dense array, axis=0 of an (n, m) input having m elements. Its dtype is jnp.sum's: x's, small integers and bool
-      as 32 bits.
+      A dense array; for an (n, m) input axis=0 gives m elements. Its dtype is that of jnp.sum: x's dtype, with small
+      integers and bool as 32 bits.
 
     Raises:
       TypeError: if x is neither BCOO nor dense.
@@ -95,7 +95,7 @@ def sum(x: Any, axis: int | None = None) -> jax.Array:
 
 
 def mean(x: Any, axis: int | None = None) -> jax.Array:
-    """The mean over an axis, or over everything; what is not stored counts as zero.
+    """The mean over an axis, or over everything. Elements that are not stored count as zero.
 
     Args, returns and errors are those of `js.sum`; integers give floats.
 
@@ -112,15 +112,15 @@ def mean(x: Any, axis: int | None = None) -> jax.Array:
 
 
 def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
-    """Puts BCOO matrices side by side (axis=1: more features) or below each other (axis=0: more examples).
+    """Concatenates BCOO matrices: axis=1 for more features, axis=0 for more examples.
 
     Args:
       xs: BCOO matrices that agree in the other dimension, or dense arrays only, for which this is jnp.concatenate.
       axis: 0 or 1.
 
     Returns:
-      A BCOO of dtype the promotion of the parts', nse the sum of theirs. Padding stays padding: an index equal to the
-      size of its part would name a real column of the whole, so it is moved to the whole's own size.
+      A BCOO. Its dtype is the promotion of the inputs' dtypes, its nse the sum of theirs. Padding stays padding: an
+      index that equals the size of its input would name a real column of the result, so it is set to the result's size.
 
     Raises:
       TypeError: if dense and BCOO are mixed.
@@ -159,11 +159,11 @@ def concatenate(xs: Sequence[Any], axis: int = 0) -> Any:
 
 
 def _is_dense(x: Any) -> bool:
-    return hasattr(x, "__array__") and not is_row_sparse(x)  # BCOO, BCSR and SciPy's matrices have none
+    return hasattr(x, "__array__") and not is_row_sparse(x)  # BCOO, BCSR and SciPy matrices have no __array__
 
 
 def _real_entries(indices: jax.Array, shape: Sequence[Any]) -> tuple[list[jax.Array], jax.Array]:
-    """The indices of entries, axis by axis, and which are real: in range in all of them."""
+    """(the indices of entries for each axis, which entries are real: in range along all axes)."""
     by_axis = [at_least_int32(indices[:, i]) for i in range(len(shape))]
     real = jnp.ones(indices.shape[0], bool)
     for i, size in zip(by_axis, shape, strict=True):

@@ -1,17 +1,17 @@
 """Embedding lookups and bags: pure functions of a table and ids.
 
-Both are `out = S @ table`, S being a sparse (batch x num_rows) matrix: one non-zero a row for a lookup, several for a
+Both are `out = S @ table` with a sparse matrix S (batch, num_rows): one non-zero in a row for a lookup, several for a
 bag.
 
     lookup         ids (...)                                 -> (..., d), of a table (num_rows, d)
     bag, padded    ids (B, L), short bags hold padding_idx   [[3, 1, P], [P, P, P], [4, 0, 2]]: bags 3 1, none, 4 0 2
     bag, offsets   ids (N,) and where each bag starts        [3, 1, 4, 0, 2], offsets [0, 2, 2]: the same three
-    bag, segments  ids (N,) and which bag each id is in      [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]: likewise
+    bag, segments  ids (N,) and the bag of each id           [3, 1, 4, 0, 2], segment_ids [0, 0, 2, 2, 2]: the same
 
 Ids that are left out (padding_idx, ids of no bag) read 0 and touch no row: they are replaced by num_rows, which is
-padding in the gradient. Any other id outside [0, num_rows) is a mistake. `mode`, JAX's word, says what it does: "fill"
-(the default; JAX's "drop" does the same here) gives NaN for the whole bag and no gradient, "clip" takes the nearest
-row, "promise_in_bounds" leaves it to XLA. Negative ids are outside; they do not count from the end.
+padding in the gradient. Any other id outside [0, num_rows) is a mistake, and `mode` says what it does. "fill" (the
+default; "drop" does the same here) makes the whole bag NaN, without a gradient. "clip" takes the nearest row.
+"promise_in_bounds" leaves it to XLA. Negative ids are out of range; they do not count from the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OF_TORCH = {
     "sparse": "Gradients are row-sparse in js.jit, js.make_train_step and js.value_and_grad.",
 }
 _OF_BAGS = _OF_TORCH | {"per_sample_weights": "Write weights=."}
-_UNROLL = 64  # past this many ids a bag, one gather and a sum: unrolling would cost compile time
+_UNROLL = 64  # bags of more ids are one gather and a sum, because unrolling would take long to compile
 
 
 @other_names("embedding_lookup", _OF_TORCH)
@@ -92,19 +92,20 @@ def embedding_bag(
     "max"       max(e), column by column, NaN above all; takes no weights
     ==========  ======================================
 
-    The gradient of "max" goes to the first of equals. An empty bag is 0 in every combiner and has no gradient.
+    For equal elements, the gradient of "max" goes to the first. An empty bag is 0 for every combiner, without a
+    gradient.
 
     Args:
       table: shape (num_rows, ...), floating.
       ids: integers, (B, L) padded, or (N,) with either `offsets` or `segment_ids`.
-      offsets: integers (B,), not decreasing and starting with 0: bag b is ids[offsets[b]:offsets[b+1]], the last one up
-        to the end. If they start later, `mode` says what happens to every bag.
+      offsets: integers (B,), not decreasing, the first of them 0. Bag b is ids[offsets[b]:offsets[b+1]]; the last bag
+        ends with the ids. If the first offset is not 0, `mode` says what happens to every bag.
       segment_ids: integers (N,): the bag of each id; entries outside [0, num_bags) are left out.
       num_bags: the number of bags B, a Python int; required with segment_ids, and only there.
       weights: per-sample weights, the shape of ids.
       combiner: "sum", "mean", "sqrtn" or "max".
       padding_idx: ids equal to it are left out. Any integer, inside the table or not.
-      include_last_offset: offsets has B + 1 entries, the last being where the last bag ends (torch's word).
+      include_last_offset: whether offsets has B + 1 entries, the last of which is the end of the last bag, as in torch.
       mode: what an id outside [0, num_rows) does to its bag. "fill" or "drop": the bag is NaN and has no gradient.
         "clip": the nearest row is taken. "promise_in_bounds": undefined.
 
@@ -165,7 +166,7 @@ def embedding_bag(
         num_bags = offsets.shape[0] - include_last_offset
         starts = at_least_int32(offsets)
         bags = jnp.cumsum(jnp.zeros(ids.shape, jnp.int32).at[starts].add(1, mode="drop")) - 1
-        if num_bags:  # ids before the first offset are in no bag, which nobody can mean
+        if num_bags:  # ids before the first offset are in no bag: a mistake
             has_ids_before_first = (offsets[0] != 0) & (ids.shape[0] > 0)
     elif segment_ids is not None:
         bags = segment_ids = as_ids(f, "segment_ids", segment_ids)
@@ -218,7 +219,7 @@ def check_mode(function: str, mode: str) -> None:
 def _resolve(
     function: str, ids: jax.Array, num_rows: int, padding_idx: Any, mode: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids as int32, with num_rows for ids that read nothing; which are not padding; which are outside the table)."""
+    """(ids as int32, with num_rows for ids that read nothing; whether each is not padding; whether each is outside)."""
     ids = at_least_int32(ids)
     kept = jnp.ones(ids.shape, bool)
     if padding_idx is not None:
@@ -251,7 +252,7 @@ def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _combine(total: Any, count: Any, weights: Any, kept: jax.Array, combiner: str, table: jax.Array) -> jax.Array:
-    """sum(w e), over sum(w) or sqrt(sum(w**2)) where the combiner says so; 0/0 = 0 in value and gradient."""
+    """sum(w e), divided by sum(w) for "mean" and by sqrt(sum(w**2)) for "sqrtn"; 0/0 = 0 in value and gradient."""
     if weights is None:
         out, norm = total(None), None
         if combiner != "sum":
@@ -276,7 +277,8 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
     wide, length = _wide(table), ids.shape[1]
-    # where a step is traced, one read: it is made into L of them there, and for a loss alone without weights only
+    # a traced step gets one gather, of which trace/row_reads.py and trace/by_entry.py make several on CPU. A traced loss
+    # gets one without weights only: JAX differentiates it as it is.
     is_read_once = is_tracing() and (weights is None or not is_tracing_loss_alone())
     if not 0 < length <= _UNROLL or is_read_once or is_one_gather_per_bag():
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)
@@ -313,7 +315,7 @@ def sum_by_bag(x: jax.Array, bags: jax.Array, num_bags: int, *, ordered: bool = 
 
 
 def _padded_max(table: jax.Array, ids: jax.Array, kept: jax.Array) -> jax.Array:
-    if ids.size == 0:  # zeros, but read from the table: its gradient is no less row-sparse for an empty batch
+    if ids.size == 0:  # zeros that are read from the table, so that its gradient is row-sparse for an empty batch too
         return padded_sum(table, ids, None).astype(table.dtype)
     rows = gather_rows(table, ids)  # (B, L, ...)
     values, real = jax.lax.stop_gradient(rows), _spread(kept, rows)

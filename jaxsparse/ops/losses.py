@@ -1,4 +1,8 @@
-"""Losses over padded batches, unbalanced labels and large vocabularies."""
+"""Losses for padded batches, unbalanced labels and large vocabularies.
+
+`weighted_mean` reduces the losses of a batch whose padding has weight 0. `inverse_frequency_weights` gives weights for
+rare classes. `sampled_softmax` is a cross-entropy whose gradient stays row-sparse.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ from jaxsparse.ops.rows import at_least_int32, in_range
 
 
 def weighted_mean(values: Any, weight: Any) -> jax.Array:
-    """sum(weight * values) / sum(weight), and 0 where there is no weight at all: a device that holds only padding.
+    """sum(weight * values) / sum(weight), or 0 if all weights are 0, as on a device that holds only padding.
 
-    Values under weight 0 are left out, NaN included, in value and gradient.
+    Values with weight 0, even NaN, change neither the result nor its gradient.
 
     Args:
       values: one value for each example, shape (B,), floating.
@@ -48,16 +52,16 @@ def weighted_mean(values: Any, weight: Any) -> jax.Array:
 def inverse_frequency_weights(labels: Any, num_classes: int | None = None) -> np.ndarray:
     """A weight for each class: log(total / count). Host side.
 
-    Not scikit-learn's class_weight="balanced", which is total / (num_classes * count): a class half as frequent has
-    twice its weight there, and log(2) more here.
+    scikit-learn's class_weight="balanced" is total / (num_classes * count) instead. A class that is half as frequent
+    gets twice the weight there, and log(2) more here.
 
     Args:
       labels: integers >= 0, any shape.
       num_classes: the number of classes; the largest label + 1 by default.
 
     Returns:
-      float32 (num_classes,). A class that does not occur has weight 0, and so has the only one there is. As weights of
-      examples: `js.batches(..., weight=weights[labels])`.
+      float32 (num_classes,). A class that does not occur has weight 0, and so does a class that is the only one. Use
+      them as weights of examples: `js.batches(..., weight=weights[labels])`.
 
     Raises:
       TypeError: if labels are not integers.
@@ -92,33 +96,33 @@ def sampled_softmax(
     log_probability: Callable[[Any, int], Any] | None = None,
     remove_accidental_hits: bool = True,
 ) -> jax.Array:
-    """Cross-entropy over a large vocabulary from the labels' rows and a sample of others: a tied output layer that
-    stays row-sparse.
+    """Cross-entropy over a large vocabulary, from the rows of the labels and of a sample of classes: the gradient of a
+    tied output layer stays row-sparse.
 
     With logits o_k = <table[k], hidden> + bias[k] - log(num_samples P(k)), over the label and the sampled classes only:
 
         loss = logsumexp(o_label, o_sampled) - o_label
 
-    The correction by the expected count makes the sampled softmax's gradient approach the full one's. The table is read
-    at labels and samples only, so its gradient is row-sparse.
+    With the correction by the expected count, the gradient approaches that of the full softmax. The table is read at
+    labels and samples only, so its gradient is row-sparse.
 
     Args:
       table: (num_classes, d).
       hidden: (B, d).
-      labels: integers (B,) in [0, num_classes), or (B, n) for several of each example, of which o_label is the mean.
-      key: a jax.random key for the draw: a new one for each step, say jax.random.fold_in(key, step). With one key,
-        every step has the same negatives.
+      labels: integers (B,) in [0, num_classes), or (B, n) for several labels of an example; o_label is their mean.
+      key: a jax.random key for the draw, a new one for each step: jax.random.fold_in(key, step). With one key, every
+        step has the same negatives.
       num_samples: classes to draw, with replacement, the same for the whole batch.
       bias: (num_classes,), or None.
       ignore_index: a label that is left out and touches no row. An example without any other label has loss 0.
       label_smoothing: the share of the target that is spread evenly over the label and the sampled classes.
-      draw: (key, num_samples, num_classes) -> classes (num_samples,); log-uniform by default, for classes in the order
-        of their frequency.
+      draw: (key, num_samples, num_classes) -> classes (num_samples,). The default is log-uniform, for classes that are
+        sorted by frequency.
       log_probability: (classes, num_classes) -> log P of each under `draw`; required with it.
-      remove_accidental_hits: leave sampled classes out where they are the example's own label.
+      remove_accidental_hits: whether to leave out sampled classes that are the label of the example.
 
     Returns:
-      A loss for each example, (B,), in float32 or wider; NaN, without a gradient, where another label is out of range.
+      A loss for each example, (B,), in float32 or wider; NaN, without a gradient, if a label is out of range.
 
     Raises:
       TypeError: if labels are not integers.

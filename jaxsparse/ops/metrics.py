@@ -1,4 +1,7 @@
-"""Metrics of a whole data set that are not means over its batches, such as AUC."""
+"""Metrics of a whole data set that are not means over its batches: the area under the ROC curve.
+
+Scores and labels of a batch go in; an `Auc` comes out. `js.evaluate` combines the `Auc`s of all batches.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from jaxsparse.ops.losses import weighted_mean
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Auc:
-    """What `js.auc` returns, a pytree. float() of it is the area.
+    """What `js.auc` returns: a pytree whose float() is the area.
 
     Attributes:
       scores, labels, weight: arrays of one shape.
@@ -38,18 +41,18 @@ class Auc:
 
 
 def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
-    """The area under the ROC curve: how probable it is that a positive example outranks a negative one, ties by half.
+    """The area under the ROC curve: the probability that a positive example outranks a negative one. Ties count half.
 
-    As a metric of `js.evaluate` it is that of the whole set, and exact: the scores of all examples are kept on the host
-    (9 bytes each) and sorted at the end. Elsewhere take float() of it.
+    As a metric of `js.evaluate` it is exact and over the whole set: the scores of all examples are kept on the host (9
+    bytes each) and sorted at the end. Elsewhere call float() on it.
 
     Args:
-      scores: (B,), logits or anything that grows with them.
+      scores: (B,), logits or any increasing function of them.
       labels: (B,), greater than 0 for positive examples: 1 and 0, or 1 and -1.
       weight: (B,), usually `batch.weight`; 1 by default. Examples of weight 0 are left out.
 
     Returns:
-      An `Auc`. The area is NaN where there are no positive or no negative examples, or a score, label or weight is NaN.
+      An `Auc`. The area is NaN if there are no positive or no negative examples, or if a score, label or weight is NaN.
 
     Raises:
       ValueError: if the shapes differ, or NumPy labels stand before NumPy scores, as in scikit-learn's roc_auc_score.
@@ -71,7 +74,7 @@ def auc(scores: Any, labels: Any, weight: Any = None) -> Auc:
 
 
 def _check_order(scores: np.ndarray, labels: np.ndarray) -> None:
-    """Raises ValueError where labels stand first, as in scikit-learn: the area would be another, and look right."""
+    """Raises ValueError if the labels come first, as in scikit-learn: the area would be wrong, but look right."""
     of_scores, of_labels = (np.unique(x[x == x]) for x in (scores, labels))  # without NaN
     if len(of_scores) <= 2 < len(of_labels):
         got, do = f"{len(of_labels)} of them, and {len(of_scores)} scores", "Write js.auc(scores, labels)."
@@ -87,7 +90,7 @@ def area(parts: Sequence[Auc]) -> float:
         return float("nan")
     order = np.argsort(scores, kind="stable")
     scores, labels, weight = scores[order], labels[order], weight[order]
-    starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1])[: len(scores)])  # of those that are equal
+    starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1])[: len(scores)])  # of runs of equal scores
     positive = np.add.reduceat(np.where(labels, weight, 0), starts) if len(starts) else np.zeros(0)
     negative = np.add.reduceat(np.where(labels, 0, weight), starts) if len(starts) else np.zeros(0)
     pairs = positive.sum() * negative.sum()
@@ -104,8 +107,8 @@ def binary_metrics(logits: Any, labels: Any, weight: Any = None) -> dict[str, An
       weight: (B,), usually `batch.weight`; 1 by default.
 
     Returns:
-      "loss", the mean sigmoid cross-entropy in nats, "accuracy", that of logits > 0, and "auc", an `Auc`. `js.evaluate`
-      makes each that of the whole set.
+      "loss", the mean sigmoid cross-entropy in nats; "accuracy", that of logits > 0; and "auc", an `Auc`. `js.evaluate`
+      returns each for the whole set.
 
     Raises:
       ValueError: if the shapes differ.

@@ -1,4 +1,8 @@
-"""Losses and rankings for targets with many labels, given as a sparse matrix that is never made dense."""
+"""Losses and ranking metrics for targets with many labels.
+
+Logits or scores go in, with targets as a BCOO (B, num_labels) that is never made dense. A value for each example comes
+out.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,17 @@ from jaxsparse.ops.rows import at_least_int32, in_range
 
 
 def multilabel_loss(logits: Any, y: Any) -> jax.Array:
-    """Sigmoid cross-entropy over all labels, of targets that are sparse:
+    """Sigmoid cross-entropy over all labels, with sparse targets:
 
         loss[i] = sum_k log(1 + exp(logits[i, k])) - y[i, k] logits[i, k]
 
     Args:
       logits: floating, (B, num_labels).
-      y: BCOO (B, num_labels), of 1 where a label applies, or any target in [0, 1]; a feature of a batch that was given
-        as a SciPy matrix is one. Or a dense array.
+      y: BCOO (B, num_labels), with 1 where a label applies, or any target in [0, 1]; for example a SciPy matrix in
+        `js.batches`. Or a dense array.
 
     Returns:
-      A loss for each example, (B,), in float32 or wider: the sum over its labels. For their mean divide by num_labels.
+      A loss for each example, (B,), in float32 or wider: the sum over labels. Divide by num_labels for the mean.
 
     Raises:
       TypeError: if logits are not floating, or y is neither BCOO nor dense.
@@ -60,23 +64,23 @@ def sampled_multilabel_loss(
     draw: Callable[[Any, int, int], Any] | None = None,
     log_probability: Callable[[Any, int], Any] | None = None,
 ) -> jax.Array:
-    """`js.multilabel_loss` from the rows of an example's own labels and of a sample of all: an output layer over many
-    labels that stays row-sparse.
+    """An estimate of `js.multilabel_loss` from the rows of an example's labels and of a sample of all labels: the
+    gradient of an output layer over many labels stays row-sparse.
 
-    With logits o_k = <table[k], hidden> + bias[k], an example's own labels Y (where y has entries), and a sample S,
+    With logits o_k = <table[k], hidden> + bias[k], the labels Y of an example (the entries of y), and a sample S,
 
         loss = sum_{k in Y} softplus(o_k) - y_k o_k  +  sum_{k in S, not in Y} softplus(o_k) / (num_samples P(k))
 
-    Its mean over samples is the loss over all labels, and so is that of its gradient.
+    Its mean over samples is the loss over all labels; the same holds for the gradient.
 
     Args:
       table: (num_labels, d).
       hidden: (B, d).
-      y: BCOO (B, num_labels), each entry there once, as in batches of SciPy matrices.
+      y: BCOO (B, num_labels) without duplicate entries, as in batches of SciPy matrices.
       key: a jax.random key for the draw: a new one for each step.
       num_samples: labels to draw, with replacement, the same for the whole batch.
       bias: (num_labels,), or None.
-      draw: (key, num_samples, num_labels) -> labels (num_samples,); all alike by default.
+      draw: (key, num_samples, num_labels) -> labels (num_samples,); uniform by default.
       log_probability: (labels, num_labels) -> log P of each under `draw`; required with it.
 
     Returns:
@@ -126,7 +130,9 @@ def sampled_multilabel_loss(
 
     ordered = jnp.sort(sampled)
     drawn = jnp.searchsorted(ordered, columns, side="right") - jnp.searchsorted(ordered, columns, side="left")
-    in_sample = drawn.astype(wide) * importance(jnp.minimum(columns, num_labels - 1))  # its part of that sum
+    in_sample = drawn.astype(wide) * importance(
+        jnp.minimum(columns, num_labels - 1)
+    )  # their share of the sum over the sample
     entry_losses = (1 - in_sample) * jax.nn.softplus(label_logits) - values * label_logits
     of_entries = jnp.where(rows < batch_size, entry_losses, 0)
     of_sample = jnp.sum(jax.nn.softplus(sampled_logits) * importance(sampled)[None, :], axis=1)
@@ -134,16 +140,16 @@ def sampled_multilabel_loss(
 
 
 def precision_at_k(scores: Any, y: Any, k: int) -> jax.Array:
-    """The share of the k labels of the highest scores that apply.
+    """Precision at k: the share of the k labels with the highest scores that apply.
 
     Args:
-      scores: (B, num_labels). Of equal scores the lower label comes first.
+      scores: (B, num_labels). For equal scores the lower label comes first.
       y: BCOO or dense (B, num_labels), greater than 0 where a label applies.
       k: at most num_labels.
 
     Returns:
-      A number for each example, (B,), float32; 0 where no label applies, NaN where a score is. A metric for
-      `js.evaluate` is `js.weighted_mean(precision, batch.weight)`.
+      A number for each example, (B,), float32; 0 if no label applies, NaN if a score is. As a metric for `js.evaluate`
+      write `js.weighted_mean(precision, batch.weight)`.
 
     Raises:
       TypeError: if scores are not floating, or y is neither BCOO nor dense.
@@ -159,17 +165,17 @@ def precision_at_k(scores: Any, y: Any, k: int) -> jax.Array:
 
 
 def ndcg_at_k(scores: Any, y: Any, k: int) -> jax.Array:
-    """The discounted cumulative gain of the k labels of the highest scores, by the largest that there can be:
+    """NDCG at k: the discounted cumulative gain of the k labels with the highest scores, over the largest possible one:
 
         DCG = sum_{j < k} y[label at rank j] / log2(j + 2)
 
     Args:
-      scores: (B, num_labels). Of equal scores the lower label comes first.
-      y: BCOO or dense (B, num_labels): how relevant each label is, at least 0. BCOO entries are there once.
+      scores: (B, num_labels). For equal scores the lower label comes first.
+      y: BCOO or dense (B, num_labels): the relevance of each label, at least 0. A BCOO has no duplicate entries.
       k: at most num_labels.
 
     Returns:
-      A number for each example, (B,), float32; 0 where no label applies, otherwise NaN where a score is.
+      A number for each example, (B,), float32; 0 if no label applies, otherwise NaN if a score is NaN.
 
     Raises:
       TypeError, ValueError: as `js.precision_at_k`.
@@ -205,7 +211,7 @@ def _ranked(f: str, scores: Any, y: Any, k: int) -> tuple[jax.Array, jax.Array]:
     relevant = sum_by_bag(jnp.where(is_top, values[:, None], 0), rows, size)
     order = jnp.lexsort((-values, rows))
     rows, values = rows[order], values[order]
-    rank = jnp.arange(len(rows)) - jnp.searchsorted(rows, rows)  # in its row
+    rank = jnp.arange(len(rows)) - jnp.searchsorted(rows, rows)  # within its row
     best = jnp.zeros((size, k), jnp.float32).at[rows, rank].set(values, mode="drop")
     return relevant + unranked, jnp.maximum(best, 0)
 
@@ -225,7 +231,7 @@ def _of_one_shape(f: str, argument: str, logits: Any, y: Any) -> tuple[jax.Array
 
 
 def _entries(y: BCOO, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows, columns and values of the entries (nse,): B, num_labels and 0 for padding."""
+    """(rows, columns, values) of the entries, (nse,) each; padding has row B, column num_labels and value 0."""
     rows, columns = (at_least_int32(y.indices[:, i]) for i in range(2))
     real = in_range(rows, y.shape[0]) & in_range(columns, y.shape[1])
     return (

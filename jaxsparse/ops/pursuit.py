@@ -1,4 +1,8 @@
-"""Sparse codes: vectors as sums of a few atoms of a dictionary."""
+"""Sparse codes by orthogonal matching pursuit.
+
+A dictionary and vectors go in. The codes that come out approximate each vector by a sum of a few atoms (columns) of the
+dictionary.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import check_float, message
 
-_CHUNK = 2**22  # numbers that are worked on at once, 16 MB in float32
+_CHUNK = 2**22  # numbers that are processed at a time, 16 MB in float32
 
 
 def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
@@ -23,21 +27,21 @@ def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
 
         choose the atom with the largest |<atom, r>|; fit x to all chosen atoms by least squares; r = x - the fit
 
-    Batches are worked off in parts, so that the memory beside `x`, the codes and the dictionary does not grow with the
-    batch. Under `jax.vmap` it is num_atoms + (k + 4) d numbers for each vector.
-    Differentiable with respect to both arrays, with the chosen atoms held fixed.
+    A batch is processed in parts, so that memory besides `x`, the codes and the dictionary does not grow with the
+    batch. Under `jax.vmap` that memory is num_atoms + (k + 4) d numbers for each vector. The codes are differentiable
+    with respect to both arrays, with the chosen atoms held fixed.
 
     Args:
-      dictionary: floating, (d, num_atoms): a column is an atom, as in scikit-learn's `orthogonal_mp`. For a meaningful
-        choice the atoms should have one length, usually 1.
+      dictionary: floating, (d, num_atoms): a column is an atom, as in scikit-learn's `orthogonal_mp`. All atoms should
+        have the same length, usually 1.
       x: floating, (..., d): one vector, or any number of batch dimensions.
-      k: how many atoms a code may have, a Python integer from 1 to num_atoms.
+      k: the largest number of atoms of a code, a Python integer from 1 to num_atoms.
 
     Returns:
-      The codes (..., num_atoms), of the widest dtype of the two arrays and computed in float32 or wider: `codes @
-      dictionary.T` approximates x. A code has fewer than k atoms where the residual is zero up to rounding before, or
-      the atom that should come next depends linearly on those chosen. (scikit-learn also ends at an atom that is
-      orthogonal to x itself, though it may take away from what the atoms before put in too much.)
+      The codes (..., num_atoms), of the wider dtype of the two arrays, computed in float32 or wider: `codes @
+      dictionary.T` approximates x. A code has fewer than k atoms if the residual becomes zero up to rounding, or if the
+      next atom is linearly dependent on the chosen ones. (scikit-learn also stops at an atom that is orthogonal to x
+      itself, even if it would reduce the residual.)
 
     Raises:
       TypeError: if an array is not floating, or k is no Python integer.
@@ -82,7 +86,7 @@ def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
 
 
 def _in_parts(codes_of: Callable[[jax.Array], jax.Array], x: jax.Array, num_atoms: int, size: int) -> jax.Array:
-    """codes_of(x) (B, num_atoms), `size` rows of x at once. The last part begins early enough to be a whole one."""
+    """codes_of(x) (B, num_atoms), for `size` rows of x at a time. The last part overlaps the one before."""
     if len(x) <= size:
         return codes_of(x)
 
@@ -97,8 +101,8 @@ def _in_parts(codes_of: Callable[[jax.Array], jax.Array], x: jax.Array, num_atom
 def _code(atoms: jax.Array, x: jax.Array, *, k: int) -> jax.Array:
     """atoms (num_atoms, d), x (d,) -> (num_atoms,).
 
-    The chosen atoms are kept as an orthonormal basis q (k, d) and r (k, k), upper triangular: atom i of them is
-    r[:, i] @ q. So x = z @ q + residual, and the coefficients solve r @ coefficients = z. Where nothing was chosen, q
+    The chosen atoms are kept as an orthonormal basis q (k, d) and an upper triangular r (k, k): chosen atom i is
+    r[:, i] @ q. So x = z @ q + residual, and the coefficients solve r @ coefficients = z. Where no atom was chosen, q
     is zero and r the identity.
     """
     num_atoms, eps = len(atoms), jnp.finfo(x.dtype).eps
@@ -119,7 +123,7 @@ def _code(atoms: jax.Array, x: jax.Array, *, k: int) -> jax.Array:
         correction = dot(q, across)  # a second time, for what rounding left of the first
         along, across = along + correction, across - dot(correction, q)
         height = norm(across)
-        # One that is zero up to rounding has nothing to say, and one of the span of the others nothing new.
+        # Stops if the correlation is zero up to rounding, or if the atom is in the span of the chosen ones.
         noise = 4 * eps * norm(x) * length
         more &= ~((correlation[best] <= noise) | (height <= jnp.sqrt(eps) * length))
         unit = jnp.where(more, across / jnp.where(height > 0, height, 1), 0)
