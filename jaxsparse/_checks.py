@@ -1,6 +1,6 @@
-"""Static checks of arguments, and the wording of all errors: `message`.
+"""Static checks of arguments, and `message`, which words all errors.
 
-These checks use types, shapes and dtypes only. They work on tracers and cost nothing on the device. Values are checked
+The checks use types, shapes and dtypes only, so they work on tracers and cost nothing on the device. Values are checked
 on the host, in `data/inputs.py`.
 """
 
@@ -31,7 +31,7 @@ def message(function: str, argument: str, must: str, got: object, do: str = "") 
 
 
 def is_library(file: str) -> bool:
-    """Whether a source file belongs to this library, or to another one that stands between it and the user's code."""
+    """Whether a source file belongs to this library, or to a library between it and the user's code, such as JAX."""
     return file.startswith(_HERE) or _LIBRARIES.search(file) is not None
 
 

@@ -1,4 +1,8 @@
-"""What a function can ask about the step that it is traced in: whether there is one, and which rows it computes."""
+"""Tells a function whether it is traced in a step, and which rows the step computes.
+
+`tracing` marks the trace of a step. `rows_of` and `row_numbers` are calls in the traced program that `trace/walk.py`
+recognises by name and replaces by the rows of the step.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ _TRACING: contextvars.ContextVar[str] = contextvars.ContextVar("tracing", defaul
 
 
 def is_tracing() -> bool:
-    """Whether a step is being traced. All arrays have their full shapes there, and js.value_and_grad and js.lazy leave
-    the choice of rows to the step."""
+    """Whether a step is being traced. Arrays then have their full shapes, and the step chooses the rows, not
+    js.value_and_grad or js.lazy."""
     return bool(_TRACING.get())
 
 
@@ -37,7 +41,7 @@ def is_tracing_loss_alone() -> bool:
 
 @contextlib.contextmanager
 def one_gather_per_bag() -> Iterator[None]:
-    """Marks the tracing of a program that people will read: each bag is one gather and one sum, however long it is."""
+    """Marks the trace of a program that people will read: a bag is one gather and one sum, whatever its length."""
     token = _ONE_GATHER.set(True)
     try:
         yield
@@ -49,7 +53,7 @@ _ONE_GATHER: contextvars.ContextVar[bool] = contextvars.ContextVar("one_gather",
 
 
 def is_one_gather_per_bag() -> bool:
-    """Whether bags are one gather and one sum."""
+    """Whether a bag is one gather and one sum."""
     return _ONE_GATHER.get()
 
 

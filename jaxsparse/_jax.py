@@ -1,34 +1,32 @@
-"""Whatever JAX does not promise to keep, in one room: all other files see it through here.
+"""The only module that uses parts of JAX without a promise of stability. All other modules call its functions.
 
-`TESTED` are the versions of JAX that the tests were run with: with the one in between, those of the README's command.
-What this room leans on:
+If JAX lacks one of these parts, an error at import or at first use names the version found and the versions tested
+(`TESTED`). The module uses:
 
 * The result of jax.make_jaxpr: `eqns`, `invars`, `outvars`, `constvars`, `consts`, `effects`, `debug_info`, `replace`
   of a program, which since 0.11 holds its own constants; `primitive`, `params`, `invars`, `outvars`, `effects`,
-  `source_info.traceback.frames` of an equation; `aval` of a variable, `val` of a jax.extend.core.Literal. `Program` and
-  `Equation` are what the other rooms see of them.
-* jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared as an object. Only the
-  new remat (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
+  `source_info.traceback.frames` of an equation; `aval` of a variable, `val` of a jax.extend.core.Literal. Other modules
+  see `Program` and `Equation` instead.
+* jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared by identity. The new
+  remat (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
 * Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
   `jaxpr`, `length`, `reverse`, `unroll`, and `num_consts`, `num_carry` (until 0.10) or `ft_in` (since 0.11); cond
   `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
   convert_element_type `new_dtype`; reduce_sum `axes`; while `cond_jaxpr`, `body_jaxpr`, `cond_nconsts`,
-  `body_nconsts`; scatter, broadcast_in_dim, reshape, slice, pad, transpose, squeeze, rev, dot_general, concatenate,
-  sort, split, stack, unstack and top_k what they are called with in jax.lax; psum, pmax, pmin and psum_invariant
-  `axes`. Of any other equation, jax.extend.core.jaxprs_in_params tells which programs it holds.
+  `body_nconsts`; psum, pmax, pmin and psum_invariant `axes`. For scatter, broadcast_in_dim, reshape, slice, pad,
+  transpose, squeeze, rev, dot_general, concatenate, sort, split, stack, unstack and top_k, the arguments of the
+  function in jax.lax. For any other equation, jax.extend.core.jaxprs_in_params gives the programs that it holds.
 * Names of primitives that jax.extend.core.primitives does not list: psum_invariant, pvary, pcast, split, stack and
-  unstack. And `jaxsparse/export`, which writes equations down in NumPy, knows all of them by their names and
-  parameters, and refuses those that it does not know. custom_jvp_call and custom_vjp_call have a `call_jaxpr`.
-* jax.core.eval_jaxpr and jax.interpreters.partial_eval.dce_jaxpr evaluate a program or what is needed of it;
-  `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate one with other parameters;
-  `replace` of an equation gives it another `source_info`.
-* `effects` of a program, among which NamedAxisEffect says that it uses a mapped axis; `weak_type` of an array's type.
+  unstack. `jaxsparse/export`, which writes equations in NumPy, knows primitives by their names and parameters, and
+  refuses the others. custom_jvp_call and custom_vjp_call have a `call_jaxpr`.
+* jax.core.eval_jaxpr evaluates a program; jax.interpreters.partial_eval.dce_jaxpr removes what is not needed of one.
+  `get_bind_params` and `bind` of a primitive, in an equation's `ctx.manager`, evaluate an equation with other
+  parameters; `replace` of an equation gives it another `source_info`.
+* `effects` of a program; a NamedAxisEffect says that it uses a mapped axis. `weak_type` of an array's type.
 * jax.extend.random.define_prng_impl makes a dtype that arithmetic refuses.
 * jax.experimental.pallas and jax.experimental.pallas.tpu, which are public and may change: `pallas_call`, `BlockSpec`,
-  `ANY`, `SMEM`, `SemaphoreType.DMA`, `make_async_copy`, `ds`, `when`. They are imported where they are first needed.
+  `ANY`, `SMEM`, `SemaphoreType.DMA`, `make_async_copy`, `ds`, `when`. They are imported at first use.
 * jax.core.Tracer, jax.extend.core.valid_jaxtype, and `manual_axis_type.varying` of jax.typeof with jax.lax.pcast.
-
-What is missing raises here, at import or when it is first asked for, with the version found and the versions tested.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ def _unknown(problem: object) -> str:
 
 @contextlib.contextmanager
 def _looking_inside() -> Iterator[None]:
-    """Around what reads the fields of JAX's own objects."""
+    """A context for code that reads fields of JAX's objects: a missing field is a RuntimeError."""
     try:
         yield
     except AttributeError as error:
@@ -104,13 +102,13 @@ _NEW_REMAT = "RematTraced"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A traced function. Its variables are opaque keys, of which `shape` and `dtype` tell more."""
+    """A traced function. Its variables are opaque keys; `shape` and `dtype` are functions of them."""
 
-    constants: dict[Any, Any]  # by variable
+    constants: dict[Any, Any]  # {variable: array}
     inputs: Sequence[Any]  # variables
     outputs: Sequence[Any]  # variables and literals
     equations: Sequence[Equation]
-    jaxpr: Any  # JAX's own, for this room
+    jaxpr: Any  # JAX's object, for this module
 
 
 class Equation(NamedTuple):
@@ -120,15 +118,15 @@ class Equation(NamedTuple):
     params: dict[str, Any]
     inputs: Sequence[Any]  # variables and literals
     outputs: Sequence[Any]  # variables
-    jaxpr_eqn: Any  # JAX's own, for this room
+    jaxpr_eqn: Any  # JAX's object, for this module
 
     @property
     def key(self) -> Any:
-        """The same for the same equation whenever its program is looked at."""
+        """A key that is the same for each `Equation` of one equation of JAX's program."""
         return self.jaxpr_eqn
 
     def param(self, name: str) -> Any:
-        """The parameter of this name; RuntimeError where the equation has none."""
+        """The parameter of this name. Raises RuntimeError if the equation has none."""
         if name not in self.params:
             raise RuntimeError(_unknown(f"{self.primitive} equations have no {name!r}"))
         return self.params[name]
@@ -140,7 +138,7 @@ def trace(fun: Callable[..., Any], *args: Any) -> Program:
 
 
 def _program(closed: Any) -> Program:
-    """Of a jaxpr, which has its constants or needs none."""
+    """The Program of a jaxpr that has its constants or needs none."""
     return _program_with(getattr(closed, "jaxpr", closed), getattr(closed, "consts", ()))
 
 
@@ -160,7 +158,7 @@ def dtype(v: Any) -> Any:
 
 
 def is_literal(v: Any) -> bool:
-    """Whether what stands in a program is a number, and no variable."""
+    """Whether an operand or output is a number, not a variable."""
     return isinstance(v, Literal)
 
 
@@ -180,23 +178,23 @@ def source_frames(eqn: Equation) -> list[tuple[str, int, str]]:
 
 
 def called(eqn: Equation) -> Program:
-    """What one of `CALLS` calls."""
+    """The program that an equation of `CALLS` calls."""
     return _program(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.param("jaxpr"))
 
 
 def called_name(eqn: Equation) -> str | None:
-    """The name of the function that is called, if this equation is a call of one."""
+    """The name of the called function; None if the equation is not a call."""
     return eqn.params.get("name") if eqn.primitive in CALLS else None
 
 
 def branches(eqn: Equation) -> list[Program]:
-    """Of a COND."""
+    """The branches of a COND."""
     return [_program(branch) for branch in eqn.param("branches")]
 
 
 def inlined(eqn: Equation) -> Program | None:
-    """What an equation calls once, with its inputs as they are: of calls, and of functions with derivatives of their
-    own or under jax.checkpoint. None of any other."""
+    """The program that an equation calls once, with its inputs unchanged: a call, a function with custom derivatives,
+    or one under jax.checkpoint. None for other equations."""
     if is_remat(eqn):
         return remat_of(eqn).body
     if eqn.primitive in CALLS or eqn.primitive in _WITH_DERIVATIVES:
@@ -205,7 +203,7 @@ def inlined(eqn: Equation) -> Program | None:
 
 
 def name_of(eqn: Equation) -> str:
-    """The name of what an equation does, as it is printed."""
+    """The name of an equation's primitive, as JAX prints it."""
     return eqn.primitive.name
 
 
@@ -220,7 +218,7 @@ class Scan(NamedTuple):
 
 
 def scan_of(eqn: Equation) -> Scan:
-    """Of a SCAN."""
+    """The parts of a SCAN."""
     if "num_consts" in eqn.params:
         num_consts, num_carry = eqn.params["num_consts"], eqn.param("num_carry")
     else:
@@ -243,7 +241,7 @@ def is_remat(eqn: Equation) -> bool:
 
 
 def remat_of(eqn: Equation) -> Remat:
-    """Of an equation that `is_remat`."""
+    """The parts of an equation that `is_remat`."""
     if eqn.primitive is _REMAT:
         jaxpr, policy, cse = map(eqn.param, ("jaxpr", "policy", "prevent_cse"))
     else:
@@ -255,7 +253,7 @@ def remat_of(eqn: Equation) -> Remat:
 
 
 class While(NamedTuple):
-    """A while loop: both programs take their own constants, then what is carried."""
+    """A while loop. Each program takes its own constants (`num_test`, `num_body` of them), then the carried values."""
 
     test: Program
     body: Program
@@ -264,19 +262,19 @@ class While(NamedTuple):
 
 
 def while_of(eqn: Equation) -> While:
-    """Of a while loop."""
+    """The parts of a while loop."""
     test, body = _program(eqn.param("cond_jaxpr")), _program(eqn.param("body_jaxpr"))
     return While(test, body, eqn.param("cond_nconsts"), eqn.param("body_nconsts"))
 
 
-# of these, jax.extend.core.primitives has some only
+# by name: jax.extend.core.primitives has only some of these
 _SUMS = {"psum", "psum_invariant", "pmax", "pmin"}
 _CASTS = {"pvary", "pcast"}
 
 
 def summed_axes(eqn: Equation) -> tuple[Any, ...] | None:
-    """The mapped axes that a sum or maximum over devices is over; none of a cast that says over which axes an array
-    varies; None if it is neither."""
+    """The mapped axes of a sum or maximum over devices; () for a cast that declares over which axes an array varies;
+    None for other equations."""
     name = eqn.primitive.name
     if name in _CASTS:
         return ()
@@ -284,8 +282,8 @@ def summed_axes(eqn: Equation) -> tuple[Any, ...] | None:
 
 
 def held_programs(eqn: Equation) -> list[Program] | None:
-    """The programs in an equation of any kind, known to this library or not; None where there are none. A list without
-    any stands for one that cannot be seen. They come without their constants."""
+    """The programs in an equation of any kind, without their constants. None if there are none; an empty list if there
+    is one that cannot be inspected."""
     held = [_program_with(jaxpr, [None] * len(jaxpr.constvars)) for jaxpr in jaxprs_in_params(eqn.params)]
     return held if held or "_prim" in eqn.params else None
 
@@ -295,7 +293,7 @@ def held_programs(eqn: Equation) -> list[Program] | None:
 
 
 def evaluate(program: Program, eqn: Equation, values: Sequence[Any]) -> list[Any]:
-    """One equation of a program, as JAX itself evaluates it: with its own source line, name stack and context."""
+    """Evaluates one equation as JAX does, with its source line, name stack and context."""
     by_variable = {v: x for v, x in zip(eqn.inputs, values, strict=True) if not isinstance(v, Literal)}
     jaxpr = program.jaxpr.replace(
         constvars=[],
@@ -309,7 +307,7 @@ def evaluate(program: Program, eqn: Equation, values: Sequence[Any]) -> list[Any
 
 
 def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
-    """One equation on values of other shapes, with some of its parameters changed."""
+    """Evaluates one equation on values of other shapes, with some of its parameters changed."""
     with _looking_inside():
         primitive, context = eqn.primitive, eqn.jaxpr_eqn.ctx.manager
         params: Any = primitive.get_bind_params(eqn.params | changes)
@@ -320,7 +318,7 @@ def bind(eqn: Equation, values: Sequence[Any], **changes: Any) -> list[Any]:
 
 
 def at_line_of(eqn: Equation, fun: Callable[..., Any], *args: Any) -> Any:
-    """fun(*args), a pytree of arrays, whose equations have the source line of another one."""
+    """fun(*args), a pytree of arrays. Its equations get the source line of `eqn`."""
     leaves, tree = jax.tree.flatten(args)
     out_tree: list[Any] = []
 
@@ -344,15 +342,15 @@ def zeros_like_output(v: Any) -> Any:
 
 
 class Needed:
-    """fun(*args), a list of arrays, traced without anything that these do not need, what it prints included.
+    """fun(*args), a list of arrays, traced without equations (or prints) that the arrays do not need.
 
     Attributes:
-      used: which of the args are needed.
-      has_effects: whether something of what is needed has effects on the outside.
-      outputs_with_effects: the numbers of the outputs that need something that has.
-      numbers: for each output a number, equal for outputs that are computed in the same way.
-      sizes: of the outputs.
-      program: whose inputs are the args that are used.
+      used: for each leaf of args, whether it is needed.
+      has_effects: whether a needed equation has side effects.
+      outputs_with_effects: the numbers of the outputs that need such an equation.
+      numbers: a number for each output; equal for outputs that are computed in the same way.
+      sizes: the sizes of the outputs.
+      program: the program. Its inputs are the leaves that are used.
     """
 
     def __init__(self, fun: Callable[..., list[Any]], args: Any) -> None:
@@ -368,7 +366,7 @@ class Needed:
         self.sizes = [math.prod(shape(v)) for v in self._jaxpr.outvars]
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
-        """The outputs, given those of the args that are used."""
+        """The outputs. `args` are the leaves that are used."""
         return list(eval_jaxpr(self._jaxpr, list(self.program.constants.values()), *args))
 
 
@@ -377,7 +375,7 @@ def _has_effects(jaxpr: Any) -> bool:
 
 
 def _needed_only(jaxpr: Any) -> Any:
-    """A jaxpr without the equations that its outputs do not need, whatever their effects are."""
+    """A jaxpr without equations that its outputs do not need, even if these have effects."""
     needed, kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}, []
     for eqn in reversed(jaxpr.eqns):
         if needed & set(eqn.outvars):
@@ -387,12 +385,12 @@ def _needed_only(jaxpr: Any) -> Any:
 
 
 def needed_only(program: Program) -> Program:
-    """A program without the equations that its outputs do not need, whatever their effects are."""
+    """A program without equations that its outputs do not need, even if these have effects."""
     return _program_with(_needed_only(program.jaxpr), list(program.constants.values()))
 
 
 def used_inputs(program: Program) -> list[int]:
-    """The numbers of the inputs that a program does something with."""
+    """The numbers of the inputs that some equation of a program uses."""
     used = {v for eqn in program.equations for v in eqn.inputs if not is_literal(v)}
     return [i for i, v in enumerate(program.inputs) if v in used]
 
@@ -414,12 +412,13 @@ def _value_numbers(jaxpr: Any) -> list[int]:
 
 
 def description(eqn: Equation) -> Any:
-    """Equal for equations that do the same with equal operands, and for no others."""
+    """A key that is equal for equations that do the same with equal operands, and for no others."""
     return eqn.primitive, _description(eqn.params)
 
 
 def _description(x: Any) -> Any:
-    """Equal for parameters that mean the same, and for no others: programs with constants equal nothing."""
+    """A key that is equal for parameters that mean the same, and for no others. A program with constants equals no
+    other."""
     if isinstance(x, dict):
         return tuple((name, _description(value)) for name, value in sorted(x.items()))
     if isinstance(x, list | tuple):
@@ -439,7 +438,7 @@ def _description(x: Any) -> Any:
 
 
 def _description_of_literal(v: Any) -> Any:
-    """Its bits: JAX prints a few of its digits."""
+    """A key of a literal's type and bits. JAX prints only some digits."""
     return "literal", str(v.aval), np.asarray(v.val).tobytes()
 
 
@@ -452,24 +451,24 @@ def is_traced(x: object) -> bool:
 
 
 def is_array_or_number(x: object) -> bool:
-    """Whether a traced function may return it."""
+    """Whether `x` is an array or number, which a traced function may return."""
     return valid_jaxtype(x)
 
 
 def kind_of_array(x: Any) -> tuple[tuple[int, ...], Any, bool]:
-    """What decides which program an array or number needs: shape, dtype, whether its type is weak."""
+    """(shape, dtype, whether the type is weak) of an array or number. A jitted function compiles for each of these."""
     aval: Any = x.aval if isinstance(x, jax.Array) else jax.typeof(x)
     return aval.shape, aval.dtype, getattr(aval, "weak_type", False)
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """A stand-in that is traced as x is."""
+    """A ShapeDtypeStruct that is traced like x."""
     shape, dtype, weak = kind_of_array(x)
     return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
 
 
 def settings() -> tuple[Any, ...]:
-    """What JAX traces by, beside the arguments."""
+    """The mesh and the settings of JAX that change a traced program. They are part of a cache key."""
     return (jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name) for name in _SETTINGS))
 
 
@@ -479,8 +478,8 @@ _SETTINGS += [f"jax_{name}" for name in "default_prng_impl numpy_dtype_promotion
 
 @contextlib.contextmanager
 def auto_mesh() -> Iterator[bool]:
-    """Within it, the Explicit axes of the mesh in context (jax.set_mesh) are Auto ones, so that a program is traced
-    without the shardings of its arrays. Yields whether there are such axes."""
+    """A context in which Explicit axes of the mesh (jax.set_mesh) are Auto, so that a program is traced without the
+    shardings of its arrays. Yields whether there are such axes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     changed = {name: AxisType.Auto for name, kind in kinds if kind == AxisType.Explicit}
@@ -500,37 +499,36 @@ def auto_mesh() -> Iterator[bool]:
 
 
 def placement(arrays: Iterable[Any]) -> frozenset[Any]:
-    """The devices of arrays, and whether they are bound to them."""
+    """{(device, whether the array is committed to it)} of all arrays."""
     found = (x for x in arrays if isinstance(x, jax.Array))
     return frozenset((device, getattr(x, "committed", False)) for x in found for device in x.devices())
 
 
 def is_on_host(x: Any) -> bool:
-    """Whether an array is NumPy's, a number, or on one CPU; an abstract one may be."""
+    """Whether `x` is a NumPy array, a number, an array on one CPU, or an abstract array without a device."""
     devices = _devices(x)
     return len(devices) <= 1 and all(device.platform == "cpu" for device in devices)
 
 
 def on_one_device(arrays: Iterable[Any]) -> bool:
-    """Whether no array is spread over several devices, or on another one than the others are."""
+    """Whether all arrays are on the same single device."""
     return len(frozenset().union(*map(_devices, arrays))) <= 1
 
 
 def _devices(x: Any) -> frozenset[Any]:
-    """Where an array is, or an abstract one would be; none of NumPy's."""
+    """The devices of an array or abstract array; empty for NumPy arrays."""
     sharding = getattr(x, "sharding", None)
     return frozenset() if sharding is None else frozenset(sharding.device_set)
 
 
 def platform_of(arrays: Iterable[Any]) -> str:
-    """Where a program of these arrays, or abstract ones, runs."""
+    """The platform on which a program of these arrays, which may be abstract, runs."""
     devices = next(filter(None, map(_devices, arrays)), None)
     return jax.default_backend() if devices is None else next(iter(devices)).platform
 
 
 def without_repeats(arrays: Sequence[Any], kept: Sequence[Any] = ()) -> list[Any]:
-    """The arrays, those being copied that are there already, or are kept: no buffer can be donated twice, nor used
-    beside."""
+    """The arrays, with copies of those that occur before or in `kept`. A donated buffer must not be passed twice."""
     seen = set(map(id, kept))
     out = []
     for x in arrays:
@@ -540,8 +538,8 @@ def without_repeats(arrays: Sequence[Any], kept: Sequence[Any] = ()) -> list[Any
 
 
 def opaque_dtype(name: str, tag: str, refuse: Callable[..., Any]) -> Any:
-    """A dtype that arithmetic refuses: the `impl` of jax.random.wrap_key_data for one uint32 word each. JAX prints the
-    tag where it refuses; `refuse` is called where the words are used as random keys."""
+    """A dtype that arithmetic refuses: an `impl` of jax.random.wrap_key_data with a uint32 word for each element. JAX's
+    errors print `tag`. `refuse` is called if the elements are used as random keys."""
     return define_prng_impl(
         key_shape=(1,), seed=refuse, split=refuse, random_bits=refuse, fold_in=refuse, name=name, tag=tag
     )
@@ -549,7 +547,7 @@ def opaque_dtype(name: str, tag: str, refuse: Callable[..., Any]) -> Any:
 
 @functools.cache
 def pallas() -> tuple[Any, Any]:
-    """jax.experimental.pallas and what it has for TPU, imported late: that takes as long as all of jaxsparse."""
+    """(jax.experimental.pallas, its TPU module), imported at first use, which takes as long as importing jaxsparse."""
     try:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
@@ -558,17 +556,16 @@ def pallas() -> tuple[Any, Any]:
     return pl, pltpu
 
 
-# jax.shard_map checks, unless told not to, over which mapped axes each array varies.
+# Unless check_vma=False, jax.shard_map checks over which mapped axes each array varies.
 
 
 def varying_axes(tree: Any) -> frozenset[Any]:
-    """The mapped axes that some leaf varies over, as far as shard_map checks that; none without these checks."""
+    """The mapped axes over which some leaf varies; empty if shard_map does not check that."""
     return frozenset().union(*map(_varying, _arrays(tree)))
 
 
 def vary(tree: Any, axes: Iterable[Any]) -> Any:
-    """The tree, its leaves varying over `axes`, as far as shard_map checks that: of equal values on all devices, each
-    device's own."""
+    """The tree with leaves that vary over `axes`, if shard_map checks that. Values stay the same."""
 
     def one(x: Any) -> Any:
         new = tuple(axis for axis in axes if axis not in varying_axes(x))
