@@ -79,10 +79,10 @@ def test_dmas_that_end_only_when_they_are_waited_for(dim):
 
 def test_which_tables_it_takes():
     makes = lambda shape, dtype=jnp.float32: jnp.zeros(shape, dtype)  # noqa: E731
-    assert all(map(row_dma.can, [makes((3, 128)), makes((1, 4096)), makes((8, 256), jnp.int32)]))
+    assert all(map(row_dma.is_supported, [makes((3, 128)), makes((1, 4096)), makes((8, 256), jnp.int32)]))
     others = [makes((3, 64)), makes((3,)), makes((3, 128, 1)), makes((0, 128)), makes((3, 0)), makes((3, 8192))]
     others += [makes((3, 128), jnp.float16), js.pack({"t": makes((8, 64))}, tables="t")["t"]]
-    assert not any(map(row_dma.can, others))
+    assert not any(map(row_dma.is_supported, others))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

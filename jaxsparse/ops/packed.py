@@ -50,7 +50,7 @@ class Packed(Storage):
         return self.data.sharding
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        k, width, _ = _form(self.shape)
+        k, width, _ = _layout(self.shape)
         rows = np.asarray(self.data)[:, : k * width].reshape(-1, *self.shape[1:])[: self.shape[0]]
         return np.array(rows, dtype) if copy else np.asarray(rows, dtype)
 
@@ -58,7 +58,7 @@ class Packed(Storage):
         return f"Packed({getattr(self.dtype, 'name', self.dtype)}{list(self.shape)})"
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        k, width, _ = _form(self.shape)
+        k, width, _ = _layout(self.shape)
         if k == 1:
             return gather_rows(self.data, ids)[:, :width].reshape(*ids.shape, *self.shape[1:])
         packed = gather_rows(self.data, self._packed_ids(ids))
@@ -69,13 +69,13 @@ class Packed(Storage):
         return rows.reshape(*ids.shape, *self.shape[1:])
 
     def with_rows(self, ids: jax.Array, rows: jax.Array) -> Packed:
-        k, width, columns = _form(self.shape)
+        k, width, columns = _layout(self.shape)
         rows = rows.reshape(-1, width)
         if k == 1:
             rows = jnp.pad(rows, ((0, 0), (0, columns - width)))
             return Packed(scatter_rows(self.data, ids, rows), self.shape)
         n, num_packed = ids.shape[0], self.data.shape[0]
-        unique, at = _grouped(self._packed_ids(ids), num_packed)
+        unique, at = _distinct_of_sorted(self._packed_ids(ids), num_packed)
         is_lane = self._is_lane(ids)
         words = self._words(rows)  # which are added to 0, so that a row keeps its bits
         words = jnp.broadcast_to(words, (n, columns)) if width == 1 else jnp.tile(words, (1, k))
@@ -86,7 +86,7 @@ class Packed(Storage):
         return Packed(scatter_rows(self.data, unique, new), self.shape)
 
     def whole(self) -> jax.Array:
-        k, width, _ = _form(self.shape)
+        k, width, _ = _layout(self.shape)
         return self.data[:, : k * width].reshape(-1, *self.shape[1:])[: self.shape[0]]
 
     def of(self, array: Any) -> Packed:
@@ -94,7 +94,7 @@ class Packed(Storage):
 
     def _packed_ids(self, ids: jax.Array) -> jax.Array:
         """The packed row of each id, int32; the number of packed rows for ids that name no row."""
-        k, _, _ = _form(self.shape)
+        k, _, _ = _layout(self.shape)
         return jnp.where(in_range(ids, self.shape[0]), ids // k, self.data.shape[0])
 
     def _words(self, rows: jax.Array) -> jax.Array:
@@ -102,13 +102,13 @@ class Packed(Storage):
 
     def _is_lane(self, ids: jax.Array) -> jax.Array:
         """Which columns of its packed row each row has: bool (n, columns)."""
-        k, width, columns = _form(self.shape)
+        k, width, columns = _layout(self.shape)
         return jnp.arange(columns)[None] // width == (ids % k)[:, None]
 
 
 def pack_array(x: Any) -> Packed:
     """An array (num_rows, ...), or an abstract one, packed."""
-    k, _, columns = _form(x.shape)
+    k, _, columns = _layout(x.shape)
     num_packed = -(-x.shape[0] // k)
     if isinstance(x, jax.ShapeDtypeStruct):
         return Packed(jax.ShapeDtypeStruct((num_packed, columns), x.dtype, sharding=x.sharding), x.shape)
@@ -128,7 +128,7 @@ def is_narrow(x: Any) -> bool:
     return whole_words and math.prod(shape[1:]) % LANES != 0
 
 
-def _form(shape: Sequence[int]) -> tuple[int, int, int]:
+def _layout(shape: Sequence[int]) -> tuple[int, int, int]:
     """How many rows are packed into one, how many numbers a row has, and how many columns a packed one."""
     width = math.prod(shape[1:])
     return max(LANES // width, 1), width, -(-width // LANES) * LANES
@@ -136,7 +136,7 @@ def _form(shape: Sequence[int]) -> tuple[int, int, int]:
 
 @jax.jit
 def _packed(x: jax.Array) -> jax.Array:
-    k, width, columns = _form(x.shape)
+    k, width, columns = _layout(x.shape)
     x = jnp.pad(x.reshape(x.shape[0], width), ((0, -x.shape[0] % k), (0, 0)))
     x = x.reshape(-1, k * width)
     return jnp.pad(x, ((0, 0), (0, columns - k * width)))
@@ -147,7 +147,7 @@ def unpack_array(x: Packed) -> jax.Array:
     return x.whole()
 
 
-def _grouped(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+def _distinct_of_sorted(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """What `distinct_rows` returns, for ids that are mostly sorted."""
     n = ids.shape[0]
     first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & in_range(ids, num_rows)

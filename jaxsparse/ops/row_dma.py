@@ -1,4 +1,4 @@
-"""Rows of a table read and written on TPU by one DMA each: Pallas kernels, off unless asked for.
+"""Pallas kernels that read and write rows of a table on TPU by one DMA each. They are off by default.
 
 XLA's scatter on a TPU moves a tile of 8 rows for each row that it writes. A DMA moves the row. The kernels compile
 ahead of time for TPU v4, v5e, v5p and v6e, and give XLA's results in Pallas's interpret mode. They have never been run
@@ -19,36 +19,36 @@ from jaxsparse._jax import pallas
 
 FLAG = "JAXSPARSE_TPU_ROW_DMA"
 _LANES = 128  # columns of a tile
-_MOST = 4096  # columns of a row: two pieces of this many rows are on the chip at once
+_MAX_COLUMNS = 4096  # of a row: two pieces of rows must fit on the chip
 _PIECE = 256  # rows that are on their way at once
 _UNROLL = 8
 
 
-def instead(kernel: Callable[[bool], Any], xla: Callable[[], Any], *tables: Any) -> Any:
-    """kernel(False) on TPU where the kernels are asked for and can do it for these tables, and xla() everywhere else.
+def use_kernel(kernel: Callable[[bool], Any], xla: Callable[[], Any], *tables: Any) -> Any:
+    """kernel(False) on TPU if the kernels are switched on and support these tables; otherwise xla().
 
-    The argument is whether Pallas is to interpret the kernel. `JAXSPARSE_TPU_ROW_DMA=interpret` asks for that, on any
+    The argument says whether Pallas interprets the kernel. `JAXSPARSE_TPU_ROW_DMA=interpret` switches that on, on any
     platform, for tests.
     """
     wanted = os.environ.get(FLAG, "0")
     if wanted not in ("0", "1", "interpret"):
         raise ValueError(message("jit", FLAG, '"0", "1" or "interpret"', repr(wanted)))
-    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes  # whose checks do not look into kernels
-    if wanted == "0" or in_shard_map or not all(map(can, tables)):
+    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes  # its checks refuse kernels
+    if wanted == "0" or in_shard_map or not all(map(is_supported, tables)):
         return xla()
     if wanted == "interpret":
         return kernel(True)
     return jax.lax.platform_dependent(tpu=lambda: kernel(False), default=xla)
 
 
-def can(x: Any) -> bool:
+def is_supported(x: Any) -> bool:
     """Whether rows of x can be moved one by one: an array (num_rows, d) of 32-bit numbers, d a multiple of 128."""
     return (
         isinstance(x, jax.Array)
         and x.ndim == 2
         and x.shape[0] > 0
         and x.dtype in (jnp.float32, jnp.int32, jnp.uint32)
-        and 0 < x.shape[1] <= _MOST
+        and 0 < x.shape[1] <= _MAX_COLUMNS
         and x.shape[1] % _LANES == 0
     )
 
@@ -57,7 +57,7 @@ def gather(x: jax.Array, ids: jax.Array, *, interpret: Any = False) -> jax.Array
     """x[ids], zero where an id is out of range. Not differentiable.
 
     Args:
-      x: (num_rows, d), one that `can`.
+      x: (num_rows, d), one that `is_supported`.
       ids: int32 (n,).
       interpret: whether Pallas interprets the kernel, on any platform; or its InterpretParams.
 
@@ -82,7 +82,7 @@ def write(x: jax.Array, ids: jax.Array, rows: jax.Array, *, interpret: Any = Fal
     """x with rows written at ids, those out of range left out; in place where x is donated. Not differentiable.
 
     Args:
-      x: (num_rows, d), one that `can`.
+      x: (num_rows, d), one that `is_supported`.
       ids: int32 (n,). Those in range are distinct.
       rows: (n, d), of x's dtype.
       interpret: whether Pallas interprets the kernel, on any platform; or its InterpretParams.
@@ -125,10 +125,10 @@ def _call(
     name: str,
     interpret: Any,
 ) -> jax.Array:
-    """The kernel, called for one piece of ids after the other. Its arguments: the ids, rows to write, x, the result."""
+    """Calls the kernel for one piece of ids after another. Its arguments are the ids, rows to write, x, the result."""
     pl, pltpu = pallas()
     n, dim = ids.shape[0], x.shape[1]
-    many = _PIECE if dim <= _MOST // 4 else _PIECE // 2
+    many = _PIECE if dim <= _MAX_COLUMNS // 4 else _PIECE // 2
     turns = -(-n // many)
     ids = jnp.pad(ids, (0, turns * many - n), constant_values=x.shape[0]).reshape(turns, 1, many)
     ids_here = pl.BlockSpec((1, 1, many), lambda i: (i, 0, 0), memory_space=pltpu.SMEM)

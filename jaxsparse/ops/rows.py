@@ -1,8 +1,7 @@
-"""Rows of an array: the ids that name them, reading and writing them.
+"""Reads, writes and finds rows of arrays by ids.
 
-Conventions, here and everywhere downstream: an id outside [0, num_rows) is padding and names no row. Ids that do
-not repeat are padded with num_rows, num_rows + 1, ..., because XLA's unique_indices forbids repeats among the padding
-too.
+In all modules an id outside [0, num_rows) is padding and names no row. Unique ids are padded with num_rows, num_rows +
+1, ..., because XLA's unique_indices forbids repeats among the padding too.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def in_range(ids: jax.Array, num_rows: int) -> jax.Array:
 
 
 class Storage(abc.ABC):
-    """An array (num_rows, ...) that is stored in another form, by which its rows are read and written."""
+    """An array (num_rows, ...) that is stored in another form, with methods that read and write its rows."""
 
     shape: tuple[int, ...]
 
@@ -69,11 +68,11 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def whole(self) -> jax.Array:
-        """As an array."""
+        """The full array."""
 
     @abc.abstractmethod
     def of(self, array: jax.Array) -> Storage:
-        """Another array, stored in this form."""
+        """`array`, stored in this form."""
 
 
 def is_stored(x: Any) -> bool:
@@ -83,7 +82,7 @@ def is_stored(x: Any) -> bool:
 def check_arrays(
     function: str, tree: Any, argument: str = "state", do: str = "Pass js.unpack(state), and js.pack what comes back."
 ) -> None:
-    """Raises TypeError if something in a state is stored in another form."""
+    """Raises TypeError if a leaf of a state is a `Storage`."""
     for path, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_stored)[0]:
         if is_stored(x):
             got = f"{x!r} at {jax.tree_util.keystr(path)}"
@@ -117,7 +116,7 @@ def read_rows(x: jax.Array, ids: jax.Array, fill: Any) -> jax.Array:
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=tuple(range(ids.ndim, ids.ndim + x.ndim - 1)), collapsed_slice_dims=(0,), start_index_map=(0,)
     )
-    # no indexing, which has nothing to do with x where there are no ids
+    # jnp indexing would drop x, and its gradient, if there are no ids
     at = jax.lax.expand_dims(ids, (ids.ndim,))
     return jax.lax.gather(x, at, numbers, (1, *x.shape[1:]), mode="fill", fill_value=fill)
 
@@ -130,7 +129,7 @@ def add_rows(x: jax.Array, ids: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def copy_rows(x: Any, ids: jax.Array) -> jax.Array:
-    """gather_rows in the form that is fast on CPU when rows are only copied.
+    """gather_rows, in a form that is fast on CPU if rows are only copied.
 
     XLA's CPU backend copies rows 4 bytes at a time, but loads operands of arithmetic as vectors, which is two to three
     times as fast. So every word is or-ed with n (n + 1) % 2, which is 0, but XLA does not know that.
@@ -177,11 +176,11 @@ def gathered_once(
         others = {"tpu": lambda: on_tpu(gather_rows)} if on_tpu else {}
         return jax.lax.platform_dependent(cpu=on_cpu, **others, default=lambda: make(gather_rows))
 
-    return row_dma.instead(lambda interpret: (on_tpu or make)(functools.partial(_dma_rows, interpret)), by_xla)
+    return row_dma.use_kernel(lambda interpret: (on_tpu or make)(functools.partial(_dma_rows, interpret)), by_xla)
 
 
 def _dma_rows(interpret: bool, x: Any, ids: jax.Array) -> jax.Array:
-    return row_dma.gather(x, ids, interpret=interpret) if row_dma.can(x) else gather_rows(x, ids)
+    return row_dma.gather(x, ids, interpret=interpret) if row_dma.is_supported(x) else gather_rows(x, ids)
 
 
 def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
@@ -192,16 +191,16 @@ def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
     def by_xla() -> jax.Array:
         return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)
 
-    return row_dma.instead(lambda interpret: row_dma.write(x, ids, rows, interpret=interpret), by_xla, x)
+    return row_dma.use_kernel(lambda interpret: row_dma.write(x, ids, rows, interpret=interpret), by_xla, x)
 
 
 def zero_after(*arrays: jax.Array) -> jax.Array:
-    """The integer 0, int32 (), made to depend on these arrays.
+    """The integer 0, int32 (), which depends on these arrays.
 
-    A value to which it is added is computed after these arrays. If a donated array is read, and then written at places
-    and with values that do not depend on the read, XLA copies the array to be safe. It drops optimization barriers
-    before it decides that. So the order becomes a data dependency: a 32-bit word has at most 32 ones, which XLA does
-    not know. The barrier that is here is for GPUs: each kernel that writes rows would compute the word once more.
+    A value to which it is added is computed after these arrays. If a donated array is read, and then written with ids
+    and rows that do not depend on the read, XLA copies the array to be safe. It drops optimization barriers before it
+    decides that. So the order must be a data dependency: a 32-bit word has at most 32 ones, which XLA does not know.
+    The barrier here is for GPUs, where each kernel that writes rows would compute the word again.
     """
     total = sum((jnp.sum(jnp.real(x)).astype(jnp.float32) for x in arrays), jnp.float32(0))
     zero = jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.int32)) >> 6
@@ -209,15 +208,15 @@ def zero_after(*arrays: jax.Array) -> jax.Array:
 
 
 def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """The distinct rows that ids name, and where each id is among them.
+    """The distinct rows that ids name, and the position of each id among them.
 
     Args:
       ids: int32 (k,), k > 0. Ids outside [0, num_rows) name no row.
-      size: room for distinct ids; there must not be more.
+      size: the size of the result, at least the number of distinct rows.
 
     Returns:
-      int32 (size,), padded with num_rows, num_rows + 1, ...: in no order on CPU, where sorting is slow; and int32 (k,),
-      `size` for ids that name no row.
+      The rows, int32 (size,), padded with num_rows, num_rows + 1, ...; not sorted on CPU, where sorting is slow. And
+      the positions, int32 (k,), `size` for ids that name no row.
     """
 
     def by_sorting() -> tuple[jax.Array, jax.Array]:
@@ -229,7 +228,7 @@ def distinct_rows(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, 
 
 
 def look_up(unique: jax.Array, ids: jax.Array, num_rows: int) -> jax.Array:
-    """Where ids (k,) are among `unique` (n,), which has them all, in order: int32 (k,), n for what is no row."""
+    """The positions of ids (k,) in the sorted `unique` (n,), which has them all: int32 (k,), n for ids of no row."""
     at = jnp.searchsorted(unique, ids, method="scan_unrolled").astype(jnp.int32)
     return jnp.where(in_range(ids, num_rows), at, unique.shape[0])
 
@@ -259,7 +258,7 @@ def _distinct_by_hash(ids: jax.Array, num_rows: int, size: int) -> tuple[jax.Arr
 
 
 def is_first(ordered: jax.Array, num_rows: int) -> jax.Array:
-    """Which of some ids in order are those of rows, and not repeated: bool (k,)."""
+    """Which of sorted ids name a row and do not repeat the id before: bool (k,)."""
     return (ordered < num_rows) & jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
 
 
@@ -286,8 +285,8 @@ def running_total(x: jax.Array) -> jax.Array:
 
 
 def is_crowded(place: jax.Array, block: jax.Array) -> bool:
-    """Whether a GPU adds rows at `place`, int32 of any shape, to a block (k, ...) faster once they are sorted: where
-    there are many more of them than rows of the block."""
+    """Whether a GPU adds rows at `place` (int32 of any shape) to a block (k, ...) faster if it sorts them first. So it
+    is if there are many more rows to add than rows of the block."""
     rows = max(block.shape[0], 1)
     return place.size >= _CROWDED * rows and place.size * (block.size // rows) * block.dtype.itemsize >= _MANY_BYTES
 
@@ -296,9 +295,9 @@ def add_in_order(block: jax.Array, place: jax.Array, rows: jax.Array) -> jax.Arr
     """The block (k, ...) with rows (*place.shape, ...) added at `place`, sorted by place. Rows outside of [0, k) are
     left out. On a GPU, threads that add to one address wait for each other. Of sorted rows, each thread sums equal
     places first."""
-    many = place.size
-    place_in_order, order = jax.lax.sort_key_val(place.reshape(many), jnp.arange(many, dtype=jnp.int32))
-    rows = rows.reshape(many, *block.shape[1:]).at[order].get(mode="promise_in_bounds", unique_indices=True)
+    count = place.size
+    place_in_order, order = jax.lax.sort_key_val(place.reshape(count), jnp.arange(count, dtype=jnp.int32))
+    rows = rows.reshape(count, *block.shape[1:]).at[order].get(mode="promise_in_bounds", unique_indices=True)
     return block.at[place_in_order].add(
         rows.astype(block.dtype), mode="drop", indices_are_sorted=True, wrap_negative_indices=False
     )
