@@ -1,4 +1,6 @@
-r"""The steps that a row missed: their sum, in closed form, without taking them.
+r"""The sum of the steps that a row missed, without taking them one by one.
+
+Rows and slots that were up to date after step s go in; they come out as the dense optimizer has them after step t.
 
 An optimizer with moments moves a row after its last gradient too. For Adam, a row that was up to date after step s and
 is wanted as it is after step t has missed the steps s + 1, ..., t, k = 1, ..., t - s of them:
@@ -13,16 +15,15 @@ Chebyshev nodes u_i(s) of the interval that the den_k fall into, l_i being the L
     sum_k num_k / (den_k x + eps) = sum_i W_i / (d_i x + eps),    W_i(s) = sum_k num_k sqrt(d_i / den_k) l_i(log den_k).
 
 *History* keeps the W_i, one column for each s modulo HISTORY, a power of two (a TPU pads rows of few numbers to 128). A
-step adds its term to the columns it is in the window of (the terms shrink by b1 / sqrt(b2) a step, so that is the last
-few hundred) and clears its own. What was really applied goes in: schedules and rates injected at run time need nothing
-else, and nothing is ever divided by a sum that may be 0.
+step adds its term to the columns of the last few hundred steps (older terms shrink by b1 / sqrt(b2) a step, and are
+negligible) and clears its own column. The terms have the rate that was applied, so schedules and rates that are
+injected at run time need nothing else, and nothing is divided by a sum that may be 0.
 
 Decoupled weight decay multiplies p by 1 - lr(s + k) wd in every step. A term goes in divided by the product of these
 from s on, and p and the sum are multiplied by that product in the end. The product is kept as a sum of logarithms in
-two float32 (its value, and what rounding lost of it), whose differences stay exact over 10^6 steps.
+two float32 (its value and its rounding error), whose differences stay exact over 10^6 steps.
 
-Everything here is a function of arrays with one row per table row; which rows, and where they come from, is the
-business of `replaying.py`.
+All functions take arrays with a row for each table row. `replaying.py` chooses the rows.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ import numpy as np
 
 from jaxsparse._checks import message
 
-HISTORY = 1 << 16  # steps of history: skipped rows are brought up to date before it has gone round once
-_LOG_DECAY = ("log_decay", "log_decay_lost")  # a sum of logarithms, and what rounding lost of it
+HISTORY = 1 << 16  # steps of history: each row is brought up to date at least once in so many steps
+_LOG_DECAY = ("log_decay", "log_decay_lost")  # a sum of logarithms, and its rounding error
 _NEGLIGIBLE = 2.0**-24  # terms below this part of the first are left out of a sum
 
 History = dict[str, jax.Array]
@@ -49,7 +50,7 @@ Slots = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
-    """Adam's and AdamW's moments: slots mu and nu.
+    """The rule of Adam and AdamW, with slots mu and nu.
 
     Attributes:
       b1, b2, eps: as in optax.adam, Python numbers.
@@ -64,7 +65,7 @@ class Adam:
 
     @property
     def window(self) -> int:
-        """How many missed steps move a row by more than rounding."""
+        """The number of missed steps that move a row by more than rounding."""
         return math.ceil(math.log(_NEGLIGIBLE) / math.log(max(self.b1, 1e-9) / math.sqrt(self.b2)))
 
     def init(self) -> History:
@@ -133,10 +134,10 @@ class Adam:
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-    """Slots that decay by themselves, and at most one of them, `trace`, that moves the row: SGD and RMSProp.
+    """The rule of SGD and RMSProp: slots that decay, one of which, `trace`, may move the row.
 
     Attributes:
-      rates: what each slot is multiplied by in a step without gradient: pairs (name, rate).
+      rates: pairs (name, rate) of each slot: a step without gradient multiplies the slot by the rate.
       nesterov: whether the row moves by the trace as it will be one step later.
       scaled: whether the trace is multiplied by the learning rate when it moves the row (SGD), or has the rate in it
         already (RMSProp with momentum, as in optax).
@@ -243,9 +244,10 @@ def check_rates(function: str, **rates: Any) -> None:
 
 
 def _record(x: jax.Array, step: jax.Array, terms: jax.Array) -> jax.Array:
-    """History x (nodes, HISTORY) with terms (nodes, window) added to the last steps before `step`, whose own is 0 now.
+    """History x (nodes, HISTORY) with terms (nodes, window) added to the last steps before `step`; that of `step` is 0.
 
-    In two windows of columns, as history goes round: a TPU writes these in place, but copies history for a scatter.
+    It writes two windows of columns, because history is circular. A TPU writes these in place, but would copy history
+    for a scatter.
     """
     window = terms.shape[1]
     size = window + 1
@@ -263,7 +265,7 @@ def _record(x: jax.Array, step: jax.Array, terms: jax.Array) -> jax.Array:
 
 
 def _at_steps(x: jax.Array, steps: jax.Array) -> jax.Array:
-    """What history (HISTORY,) has of some steps."""
+    """The entries of a history (HISTORY,) for some steps."""
     return x.at[steps & (HISTORY - 1)].get(mode="promise_in_bounds")
 
 
@@ -345,7 +347,7 @@ def interpolation_error(b1: float, b2: float, stamp: int, count: int, last: int)
 
 
 def _add(sums: Sequence[Any], x: Any) -> tuple[jax.Array, jax.Array]:
-    """(value, what rounding lost) + x."""
+    """(value, rounding error) + x."""
     high, x = sums[0], x + sums[1]
     total = high + x
     part = total - high

@@ -1,11 +1,11 @@
 """`untouched="replay"`: rows that a step does not touch move on as they would under the dense optimizer.
 
-A replaying optimizer is a lazy one with two things more: a stamp for each table row, the step after which the row was
-last brought up to date, and a history of the steps (`catch_up.py`). A row must be brought up to date before the
-forward pass reads it: js.make_train_step does so, `refresh` does it in a step written by hand, and an update of rows
-that are not up to date makes them NaN (or raises, outside jit). `flush` brings every row up to date.
+The state of a replaying optimizer is that of the optax optimizer, a stamp for each table row (the step after which the
+row was last brought up to date) and a history of the steps (`catch_up.py`). A row must be brought up to date before the
+forward pass reads it. js.jit, js.rowwise and js.make_train_step do so; under plain jax.jit `refresh` does. An update of
+rows that are not up to date makes them NaN, or raises outside of jit. `flush` brings every row up to date.
 
-Everything that this needs is in the optimizer's state, and is found there at any depth.
+A replaying state is found in an optimizer's state at any depth.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from jaxsparse.optim.lazy import lazy, named_leaves, per_leaf
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
 
-_CHUNK = 1 << 18  # elements that flush has in hand at a time
+_CHUNK = 1 << 18  # elements that flush processes at a time
 
 
 def _counting(tx: optax.GradientTransformation) -> type:
-    """The type of its state, where optax exports none.
+    """The type of a transformation's state, if optax does not export it.
 
     Evaluated abstractly: an import must not start JAX's backends, because jax.distributed.initialize has to come first.
     """
     return type(jax.eval_shape(tx.init, {}))
 
 
-# The states of optax whose params-shaped arrays a rule's slots are.
+# {state of optax: its fields that are slots}
 _SLOT_STATES: dict[type, tuple[str, ...]] = {
     optax.ScaleByAdamState: ("mu", "nu"),
     optax.TraceState: ("trace",),
@@ -54,7 +54,7 @@ _SLOT_STATES: dict[type, tuple[str, ...]] = {
 
 
 class Stamps(NamedTuple):
-    """The step up to which a parameter is up to date: for each row the later of the two."""
+    """The steps up to which a parameter is up to date. For each row the later of the two counts."""
 
     rows: jax.Array  # int32 (num_rows,): the step after which the row was last brought up to date
     whole: jax.Array  # int32 (): the step after which all rows last were
@@ -65,11 +65,11 @@ class Stamps(NamedTuple):
 class ReplayState:
     """The state of a replaying optimizer."""
 
-    wrapped: Any  # of inner, or of chain(before, inner)
-    plain: Any  # {name of the leaf: Stamps}, of parameters without weight decay
-    decayed: Any  # likewise, of those with weight decay
-    steps: jax.Array  # int32 (): how many there were
-    history: Any  # arrays of the rule
+    wrapped: Any  # the state of inner, or of chain(before, inner)
+    plain: Any  # {name of the leaf: Stamps}, for parameters without weight decay
+    decayed: Any  # the same for parameters with weight decay
+    steps: jax.Array  # int32 (), the number of steps so far
+    history: Any  # the rule's arrays
     rule: Any = dataclasses.field(metadata={"static": True})
     replays: ClassVar[bool] = True
 
@@ -94,10 +94,10 @@ def replay(
     weight_decay: Any = 0.0,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`lazy(chain(before, inner))`, with what `refresh` and `flush` need to know in its state.
+    """`lazy(chain(before, inner))`, with stamps and history in its state.
 
     Args:
-      function: whose `before` it is, for messages.
+      function: the named optimizer, for messages.
       inner: an optimizer of optax whose state and zero-gradient steps `rule` describes.
       rule: `catch_up.Adam` or `catch_up.Decay`.
       learning_rate: inner's: a number, or a schedule of the number of updates before this one.
@@ -126,7 +126,7 @@ def replay(
         leaves = {name: coalesce(g) if is_row_sparse(g) else g for name, g in leaves.items()}
         for name, g in leaves.items():
             rows, whole = stamps[name]
-            if is_tracing():  # what is computed by row was brought up to date before it was read, and all else flushed
+            if is_tracing():  # rows that are read were brought up to date before; all other parameters were flushed
                 count, chosen = rows_of(g)
                 stamps[name] = Stamps(jnp.where(chosen, now, rows), jnp.where(count < 0, now, whole))
                 continue
@@ -158,7 +158,7 @@ def is_replay_state(x: object) -> bool:
 
 
 def replay_states(opt_state: Any) -> list[ReplayState]:
-    """The states of replaying optimizers in an optimizer's state, however deep."""
+    """The states of replaying optimizers in an optimizer's state, at any depth."""
     return [s for s in jax.tree.leaves(opt_state, is_leaf=is_replay_state) if is_replay_state(s)]
 
 
@@ -192,7 +192,7 @@ class View:
         return state.rule.catch_up(history or state.history, name in state.decayed, last, state.steps, p, slots)
 
     def names_in(self, names: Collection[str]) -> list[str]:
-        """Its parameters whose names are in `names`, in the same order in every process."""
+        """The names of its parameters that are in `names`, in the same order in every process."""
         return [name for name in self.stamps if name in names]
 
     def rebuilt(self) -> ReplayState:
@@ -210,8 +210,8 @@ class View:
 
 
 def map_replaying(change: Callable[[View, dict[str, Any]], None], params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """(params, opt_state) after `change` was called with the View of each replaying optimizer's state and the
-    parameters by name, both of which it changes in place."""
+    """(params, opt_state) after change(view, params by name) of each replaying optimizer's state. `change` changes both
+    in place."""
     by_name, tree = named_leaves(params)
     states, state_tree = _flatten(opt_state, is_leaf=is_replay_state)
     for i, state in enumerate(states):
@@ -223,10 +223,10 @@ def map_replaying(change: Callable[[View, dict[str, Any]], None], params: Any, o
 
 
 def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -> tuple[Any, Any]:
-    """Brings those parameters up to date for which `due(name, view)`, a bool that may be traced, is true.
+    """Brings all rows up to date of the parameters for which `due(name, view)`, a bool that may be traced, is true.
 
-    It works in chunks of rows, each gathered, brought up to date and scattered, so a donated table is never copied. The
-    loop has no turns for a parameter that is not due, so a step without anything to flush pays nothing.
+    It gathers, updates and scatters chunks of rows, so a donated table is never copied. For a parameter that is not due
+    the loop has no turns, so a step without anything to flush pays nothing.
     """
 
     def change(view: View, params: dict[str, Any]) -> None:
@@ -237,7 +237,7 @@ def flush_leaves(params: Any, opt_state: Any, due: Callable[[str, View], Any]) -
 
 
 def flush_expiring(params: Any, opt_state: Any, dense: Collection[str] = ()) -> tuple[Any, Any]:
-    """Brings rows up to date whose missed steps are about to leave the history, and always the parameters `dense`."""
+    """Flushes parameters with missed steps that are about to leave the history, and always the parameters `dense`."""
 
     def due(name: str, view: View) -> Any:
         oldest = catch_up.HISTORY - view.state.rule.window - 2
@@ -259,8 +259,8 @@ def _flush(view: View, name: str, p: Any, is_due: jax.Array) -> Any:
         block, at, moments = jax.tree.map(lambda x: gather_rows(x, ids), (p, stamps, slots), is_leaf=is_stored)
         block, moments = view.catch_up(name, block, at, moments, history)
         new = block, moments, jnp.broadcast_to(steps + zero_after(block), ids.shape)
-        # Without the barrier XLA would scatter before it has gathered all that it needs, and copy; and what only passes
-        # through would be taken for a constant of the loop, and copied because it is donated and written to afterwards.
+        # Without the barrier XLA would scatter before all gathers are done, and so copy the table. It would also take
+        # history for a constant of the loop, and copy it because it is donated and written to afterwards.
         new, history = jax.lax.optimization_barrier((new, history))
         written = jax.tree.map(lambda x, n: scatter_rows(x, ids, n), (p, slots, stamps), new, is_leaf=is_stored)
         return *written, history
@@ -296,7 +296,7 @@ def _count(state: ReplayState) -> jax.Array:
 
 
 def _decays(any_decay: bool, mask: Any, params: Any) -> dict[str, bool]:
-    """Which parameters decay."""
+    """{name of a parameter: whether it has weight decay}."""
     if not any_decay or mask is None or not jax.tree.leaves(params):
         return dict.fromkeys(named_leaves(params)[0], any_decay)
     chosen = mask(params) if callable(mask) else mask
