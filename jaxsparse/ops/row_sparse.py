@@ -3,7 +3,7 @@
 A loss that reads a few rows of a table has a gradient that is zero everywhere else. `RowSparse` keeps the rows that
 were read: `rows[i]` is to be added to row `ids[i]` of an array of shape `shape`.
 
-Conventions, here and everywhere downstream:
+Conventions, in all modules:
 
 * An id outside [0, num_rows) is padding: it names no row, and its entry in `rows` is ignored.
 * Ids may repeat, and the repeats add up, unless `unique` says that they do not. A unique block pads its ids with
@@ -11,9 +11,9 @@ Conventions, here and everywhere downstream:
 
 Arithmetic on row ids would silently select other rows: optimizers map over the leaves of gradients, and scale, clip,
 average or cast them. So ids have an opaque dtype that arithmetic refuses. It is an "extended" dtype of JAX, made by the
-extension point for PRNG implementations; jit, scan, cond, vmap, pmap and shard_map carry it. Error messages of JAX
-print the dtype's name, or that of the type in a mismatched tree, so both names say what to do. Only zeros_like accepts
-every dtype; the ids are stored with inverted bits, so that a zeroed id is -1, which is padding.
+extension point for PRNG implementations; jit, scan, cond, vmap, pmap and shard_map carry it. JAX's error messages print
+the name of the dtype, or of the type in a mismatched tree, so both names say what to do. Only zeros_like accepts every
+dtype; ids are stored with inverted bits, so that a zeroed id is -1, which is padding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OPAQUE: Any = opaque_dtype(
 
 
 def _seal(ids: jax.Array) -> jax.Array:
-    """Ids as opaque: int32 (...,) -> opaque (...,)."""
+    """Ids in the opaque dtype: int32 (...,) -> opaque (...,)."""
     return jax.random.wrap_key_data(jax.lax.bitcast_convert_type(~ids, jnp.uint32)[..., None], impl=_OPAQUE)
 
 
@@ -164,7 +164,7 @@ class RowSparse(metaclass=_Advice):
         return jnp.zeros(self.shape, self.dtype) + self
 
     def sum(self, axis: int = 0) -> RowSparse:
-        """The sum over the leading axis that vmap made: the ids of all examples, put end to end.
+        """The sum over the leading axis of jax.vmap: the ids of all examples are concatenated.
 
         Example:
           >>> import jax, jax.numpy as jnp, jaxsparse as js
@@ -180,15 +180,15 @@ class RowSparse(metaclass=_Advice):
         return RowSparse(self.ids.reshape(-1), self.rows.reshape(-1, *self.shape[1:]), self.shape)
 
     def to_bcoo(self) -> BCOO:
-        """As a BCOO with one sparse dimension; padding keeps BCOO's contract (index = num_rows, data = 0)."""
-        g = coalesce(self) if is_narrow(self.dtype) else self  # BCOO adds repeats up in their own type
+        """A BCOO with one sparse dimension. Padding is as in BCOO: index = num_rows, data = 0."""
+        g = coalesce(self) if is_narrow(self.dtype) else self  # BCOO sums repeated ids in their own dtype
         ids, rows = g.ids, _without_padding(g)
         real = in_range(ids, self.num_rows)
         return BCOO((rows, jnp.where(real, ids, self.num_rows)[:, None]), shape=self.shape)
 
     @classmethod
     def from_bcoo(cls, x: BCOO) -> RowSparse:
-        """Of a BCOO with n_batch = 0 and n_sparse = 1.
+        """A RowSparse from a BCOO with n_batch = 0 and n_sparse = 1.
 
         Raises:
           ValueError: for any other BCOO layout.
@@ -207,9 +207,9 @@ class RowSparse(metaclass=_Advice):
     def __radd__(self, dense: Any) -> jax.Array:
         """dense + self, in dense's dtype: what `optax.apply_updates` calls. O(k) when `dense` is donated.
 
-        Where self is the wider type (float32 updates of a bfloat16 table), the sum is made in self's dtype and cast
-        once, as optax.apply_updates does; casting the update first would round twice. Sums of repeated ids of 16-bit
-        types are made in float32.
+        If self has the wider dtype (float32 updates of a bfloat16 table), the sum is computed in that dtype and cast
+        once, as in optax.apply_updates; casting the update first would round twice. Repeated ids of 16-bit types are
+        summed in float32.
         """
         dense = jnp.asarray(dense)
         _check_no_examples(self)
@@ -222,7 +222,7 @@ class RowSparse(metaclass=_Advice):
         return scatter_rows(dense, block.ids, (gather_rows(dense, block.ids) + block.rows).astype(dense.dtype))
 
     def __add__(self, other: Any) -> Any:
-        """self + other: another RowSparse of this shape (the ids are put end to end), or a dense array."""
+        """self + other: another RowSparse of this shape (their ids are concatenated), or a dense array."""
         if not isinstance(other, RowSparse):
             return self.__radd__(other)
         if other.shape != self.shape:
@@ -232,7 +232,7 @@ class RowSparse(metaclass=_Advice):
         return concatenate_blocks([self, other])
 
     def __mul__(self, factor: Any) -> RowSparse:
-        """self * factor, a scalar; and so are factor * self, self / factor and -self."""
+        """self * factor for a scalar factor. factor * self, self / factor and -self work too."""
         return self._scaled(jnp.multiply, factor)
 
     __rmul__ = __mul__
@@ -260,7 +260,7 @@ class RowSparse(metaclass=_Advice):
 
 
 def is_row_sparse(x: object) -> bool:
-    """Whether `x` is a RowSparse: the is_leaf of every tree map here."""
+    """Whether `x` is a RowSparse: the is_leaf= of tree maps over gradients."""
     return isinstance(x, RowSparse)
 
 
@@ -277,7 +277,7 @@ def _check_no_examples(g: RowSparse) -> None:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The square root of the sum of all squares: optax.tree.norm, of a gradient that may have RowSparse leaves.
+    """The square root of the sum of all squares: optax.tree.norm for gradients with RowSparse leaves.
 
     Args:
       tree: arrays and RowSparse.
@@ -300,7 +300,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
-    """The sum of several RowSparse of one shape, their ids put end to end: ids (k1 + k2 + ...,)."""
+    """The sum of several RowSparse of one shape, with concatenated ids (k1 + k2 + ...,)."""
     if len(blocks) == 1:
         return blocks[0]
     return RowSparse(
@@ -311,9 +311,9 @@ def concatenate_blocks(blocks: list[RowSparse]) -> RowSparse:
 
 
 def coalesce(g: RowSparse) -> RowSparse:
-    """Adds up the rows of repeated ids: a RowSparse with unique ids in order, of min(k, num_rows) rows.
+    """Sums the rows of repeated ids: a RowSparse with sorted unique ids and min(k, num_rows) rows.
 
-    Sums of 16-bit rows are made in float32. A GPU adds up repeated ids in any order, unless XLA_FLAGS has
+    16-bit rows are summed in float32. A GPU sums repeated ids in any order, unless XLA_FLAGS has
     --xla_gpu_deterministic_ops=true.
     """
     _check_no_examples(g)
@@ -328,9 +328,9 @@ def coalesce(g: RowSparse) -> RowSparse:
 
 
 def sum_of_devices(ids: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> RowSparse:
-    """The sum of blocks of unique ids, int32 (n, k), with rows (n, k, ...): a RowSparse with unique ids in order.
+    """The sum of blocks of unique ids, int32 (n, k), with rows (n, k, ...): a RowSparse with sorted unique ids.
 
-    One block is added after another, so that a GPU gets the same bits each time: it adds up repeated ids in any order.
+    One block is added after another. So a GPU, which sums repeated ids in any order, gets the same bits each time.
     """
     n, k = ids.shape
     if not min(n * k, shape[0]):
@@ -350,8 +350,11 @@ def sum_of_devices(ids: jax.Array, rows: jax.Array, shape: tuple[int, ...]) -> R
 
 
 def _ranked(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """The distinct rows that ids (k,) name in order, int32 (size,) padded with num_rows, num_rows + 1, ..., and where
-    each id is among them, int32 (k,), `size` for what is no row. size is min(k, num_rows)."""
+    """(the sorted distinct rows that ids (k,) name, the position of each id among them).
+
+    The rows are int32 (size,), size = min(k, num_rows), padded with num_rows, num_rows + 1, ... The positions are int32
+    (k,), `size` for ids that name no row.
+    """
     size, real = min(ids.shape[0], num_rows), in_range(ids, num_rows)
     order = jnp.argsort(jnp.where(real, ids, num_rows), stable=True)
     ordered = jnp.where(real, ids, num_rows)[order]
