@@ -1,7 +1,8 @@
-"""`value_and_grad` and `grad`: as in JAX, with row-sparse gradients where the function only reads rows.
+"""`value_and_grad` and `grad`: as in JAX, but with row-sparse gradients of parameters that are only read by rows.
 
-The function and its gradient are traced once, at full shapes, and evaluated like a step (`rowwise.py`): on the rows
-that are read. The gradient of a table is zero in all other rows. If it is not, the table's gradient is dense.
+A function goes in; a function that returns its value and a gradient with RowSparse leaves comes out. Both are traced
+once, at full shapes, and evaluated like a step (`rowwise.py`), on the rows that are read. If a table's gradient is not
+zero in all other rows, it is dense.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ def value_and_grad(
       argnums: which positional arguments to differentiate with respect to: pytrees of floating arrays.
       has_aux: whether `fun` returns (scalar, aux).
       tables: which leaves get row-sparse gradients. None: those that are only read by rows. Otherwise a function of
-        (path, leaf), or names, one of which is a part of the path: those leaves and no others, even where they are
-        not used at all. The path is as jax.tree_util.keystr has it: "['params']['Embed_0']['embedding']".
+        (path, leaf), or parts of paths: those leaves and no others, even if they are not used at all. Paths are as
+        jax.tree_util.keystr writes them: "['params']['Embed_0']['embedding']".
 
     Returns:
       A function of fun's arguments that returns (value, gradient), or ((value, aux), gradient), as jax.value_and_grad
-      does. In the gradient, a leaf that is only read by rows is a `RowSparse` whatever its size: a row for each
-      distinct id, and padding up to as many rows as there are ids and one more. Every other leaf is the array that
-      jax.grad gives; where it has 65,536 rows or more and might be row-sparse, a warning says, once for each leaf and
-      line, what to write instead. A leaf that is not used at all is zeros.
+      does. In the gradient, a leaf that is only read by rows is a `RowSparse`, whatever its size. It has a row for each
+      distinct id, and padding: one row more than there are ids in all. Every other leaf is the array that jax.grad
+      gives. If it has 65,536 rows or more and might be row-sparse, a warning says what to write instead, once for each
+      leaf and line. A leaf that is not used at all is zeros.
 
     Raises:
       TypeError: if `fun` does not return a real scalar, or an argument to differentiate has leaves that are not
@@ -70,7 +71,7 @@ def value_and_grad(
     """
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> Any:
-        if is_tracing():  # a step under js.jit or js.rowwise is as a whole evaluated on the rows that it reads
+        if is_tracing():  # js.jit and js.rowwise evaluate the whole step on the rows that it reads
             _numbers(argnums, args)
             return jax.value_and_grad(fun, argnums, has_aux)(*args, **kwargs)
         planned = plan_gradient(fun, argnums, has_aux, args, kwargs, tables)
@@ -96,7 +97,7 @@ def value_and_grad(
             grads = [
                 _row_sparse(walk, gradient[i], spaces[planned.leaves[i]].ids + after, i, x)
                 if i in planned.leaves
-                else _nothing(x)
+                else _empty_gradient(x)
                 if i in planned.unused
                 else arrays[1 + i]
                 for i, x in enumerate(leaves)
@@ -138,16 +139,16 @@ Tables = str | Sequence[str] | Callable[[str, Any], bool] | None
 
 @dataclasses.dataclass(frozen=True)
 class PlannedGradient(Planned):
-    """The plan of a function and its gradient, before they are evaluated. The program's inputs are the leaves of the
-    arguments to differentiate; its outputs are the value, the gradient, and the arrays of aux.
+    """The plan of a function and its gradient. The program's outputs are the value, the gradient's leaves, and the
+    arrays of aux.
 
     Attributes:
-      leaves_of_arguments: the first inputs, from the arguments to differentiate.
-      inputs: these, and the arrays of batches that carry their distinct ids.
-      paths: of these.
-      unused: the leaves that `tables` names, and that are not read.
-      unflatten: the gradient of its leaves.
-      aux: of its arrays.
+      leaves_of_arguments: the leaves of the arguments to differentiate: the first inputs of the program.
+      inputs: all inputs: these leaves, and the arrays of batches that carry their distinct ids.
+      paths: the paths of these leaves.
+      unused: the leaves that `tables` names but that are not read.
+      unflatten: makes the gradient from its leaves.
+      aux: makes aux from its arrays.
     """
 
     leaves_of_arguments: list[Any]
@@ -217,14 +218,21 @@ def plan_gradient(
     argument = (lambda n: f"[{n}]") if several else (lambda n: "")
     paths = [argument(n) + jax.tree_util.keystr(path) for n, a in zip(numbers, by_path, strict=True) for path, _ in a]
     chosen = None if tables is None else chosen_paths("value_and_grad", tables, paths, leaves)
-    can = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
+    candidates = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
     places = {i: 1 + i for i in range(len(leaves))}
     with tracing(loss_alone=True):
         known, arrays, with_arrays = known_of_traced(args, kwargs, len(leaves))
         program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
-        program = read_tables_separately(program, [*leaves, *arrays], can)
-        would = _would_be_read(both, leaves, args, kwargs, places, can)
-    settled = settle(program, [*leaves, *arrays], places, can, would, unfit_leaves=functools.partial(_unfit, places))
+        program = read_tables_separately(program, [*leaves, *arrays], candidates)
+        assumed_read = _would_be_read(both, leaves, args, kwargs, places, candidates)
+    settled = settle(
+        program,
+        [*leaves, *arrays],
+        places,
+        candidates,
+        assumed_read,
+        unfit_leaves=functools.partial(_unfit_leaves, places),
+    )
     unused = set()
     for i in (i for i, flag in enumerate(chosen or ()) if flag and i not in settled.row_leaves):
         why = settled.dense_reasons.get(i) or first_use(program, program.inputs[i])
@@ -257,30 +265,36 @@ def _numbers(argnums: int | Sequence[int], args: Any) -> list[int]:
 
 
 def _would_be_read(
-    both: Callable[..., list[Any]], leaves: list[Any], args: Any, kwargs: Any, places: dict[int, int], can: set[int]
+    both: Callable[..., list[Any]],
+    leaves: list[Any],
+    args: Any,
+    kwargs: Any,
+    places: dict[int, int],
+    candidates: set[int],
 ) -> set[int]:
-    """The leaves that would be read if the batch had ids. A batch of statically no ids makes a program without reads,
-    which does not show them."""
+    """The leaves that would be read by rows if the batch had ids. Without ids the program has no reads."""
     others, tree = jax.tree.flatten((args, kwargs))
     if not any(hasattr(x, "dtype") and 0 in jnp.shape(x) for x in others):
         return set()
     known = {i for i, x in enumerate(others) if hasattr(x, "dtype")}
-    filled = with_nonempty_shapes([x for i, x in enumerate(others) if i in known], {})
+    nonempty = with_nonempty_shapes([x for i, x in enumerate(others) if i in known], {})
 
     def traced(leaves: list[Any], arrays: list[Any]) -> list[Any]:
         it = iter(arrays)
         return both(leaves, *jax.tree.unflatten(tree, [next(it) if i in known else x for i, x in enumerate(others)]))
 
     try:
-        program = _jax.trace(traced, leaves, filled)
-    except Exception:  # the function wants these shapes, or values
+        program = _jax.trace(traced, leaves, nonempty)
+    except Exception:  # the function needs the given shapes, or values
         return set()
-    program = read_tables_separately(program, [*leaves, *(filled or ())], can)
-    settled = settle(program, [*leaves, *(filled or ())], places, can, unfit_leaves=functools.partial(_unfit, places))
+    program = read_tables_separately(program, [*leaves, *(nonempty or ())], candidates)
+    settled = settle(
+        program, [*leaves, *(nonempty or ())], places, candidates, unfit_leaves=functools.partial(_unfit_leaves, places)
+    )
     return settled.row_leaves
 
 
-def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
+def _unfit_leaves(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int, Reason]:
     """The leaves whose gradient is not zero outside the rows that are read."""
     find, plan, found = walked.plan.find, walked.plan, dict[int, Reason]()
 
@@ -291,7 +305,7 @@ def _unfit(places: dict[int, int], walked: Walked, chosen: set[int]) -> dict[int
         found |= of_class(node, why)
     for node, source in walked.update_sums:
         found |= of_class(node, Reason(f"a sum over all rows of what has a gradient in it: {source}", ""))
-    for number in walked.ids.outputs_with_effects:  # which would happen twice
+    for number in walked.ids.outputs_with_effects:  # they would happen twice
         read = walked.reads[number]
         found |= of_class(read.node, Reason("row ids that come from a callback or print", read.source))
     for i in chosen:
@@ -366,13 +380,13 @@ def _full_array(walk: Walk, v: Any) -> Any:
 
 
 def _row_sparse(walk: Walk, v: Any, ids: jax.Array, i: int, leaf: jax.Array) -> RowSparse:
-    """The gradient of a table."""
+    """The gradient of a table, from the value `v` of the program's output."""
     rows = walk.as_rows(v, i, 0)
     assert rows is not None, "its rows are along the first axis, as the plan has found"
     return RowSparse(ids, rows.block, leaf.shape, unique=True)
 
 
-def _nothing(leaf: jax.Array) -> RowSparse:
+def _empty_gradient(leaf: jax.Array) -> RowSparse:
     return RowSparse(jnp.zeros(0, jnp.int32), jnp.zeros((0, *leaf.shape[1:]), leaf.dtype), leaf.shape, unique=True)
 
 
