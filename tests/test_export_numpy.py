@@ -430,6 +430,87 @@ def test_equations(tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# loops of a known length
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        h = nn.Embed(30, 8)(ids)
+        return nn.Dense(2)(nn.RNN(nn.GRUCell(6))(h)[:, -1]), nn.RNN(nn.LSTMCell(6), return_carry=True)(h)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["b", "b, l"])
+def test_recurrent_models(tmp_path, batch):
+    ids = ids_below(30, 4, 20)
+    params = params_of(Recurrent(), ids)
+    xs = (ids, ids[:1]) + ((ids[:3, :7],) if batch == "b, l" else ())
+    source = check(tmp_path, Recurrent().apply, params, ids, *xs, batch=batch)
+    assert "def step(" in source and "GRUCell_0_hn_kernel" in source
+
+
+def carried(table, f, i):
+    """A float, a bool and an integer that are carried; a table and a branch in the body."""
+
+    def body(carry, ids):
+        total, seen, count = carry
+        rows = table[ids]
+        total = jax.lax.cond(count % 2 == 0, jnp.add, jnp.subtract, total, rows)
+        return (total, seen | (total > 0), count + 1), (total.max(1), count)
+
+    start = jnp.zeros((len(f), 3)), jnp.zeros((len(f), 3), bool), 0
+    return jax.lax.scan(body, start, i.T)
+
+
+LOOPS = {
+    "carried": carried,
+    "over examples": lambda p, f, i: jax.lax.scan(lambda c, row: (c + row, c[0]), jnp.zeros(6), f),
+    "reverse": lambda p, f, i: jax.lax.scan(lambda c, col: (c * 0.5 + col, None), f[:, 0], f.T, reverse=True)[0],
+    "unused": lambda p, f, i: jax.lax.scan(lambda c, col: (c + col, (c, col * 2)), f[:, 0], f.T)[1][1],
+    "fori": lambda p, f, i: jax.lax.fori_loop(0, 3, lambda k, h: jnp.tanh(h @ p[:3] + p[k, 0]), f[:, :3]),
+    "nested": lambda p, f, i: jax.lax.scan(
+        lambda c, col: jax.lax.scan(
+            lambda h, row: (jnp.tanh(h + row[None]) * col[:, None], len(f) * h.sum()), c, p[:2]
+        ),
+        f[:, :3],
+        f.T,
+    ),
+    "map": lambda p, f, i: (jax.lax.map(jnp.sort, f), jax.vmap(lambda row: jax.lax.map(jnp.cos, row))(f)),
+    "parameters alone": lambda p, f, i: f[:, :3] @ jax.lax.fori_loop(0, 2, lambda _, w: w @ w / 4, p[:3]),
+    "two alike": lambda p, f, i: [jax.lax.map(g, f) for g in (jnp.sin, jnp.cos)],
+    "places": lambda p, f, i: [jnp.searchsorted(jnp.sort(p[:, 0]), f, side=side) for side in ("left", "right")],
+    "pursuit": lambda p, f, i: js.omp(p.T / jnp.linalg.norm(p.T, axis=0, keepdims=True), f[:, :3], k=2),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["over examples"], LOOPS))
+def test_loops(tmp_path, name):
+    x = {"f": numbers(5, 6), "i": ids_below(8, 5, 6)}
+    x["f"][0, :3] = [0.0, -0.0, np.nan] if name == "places" else 0.5
+    xs = (x, first(1, x)) + ((first(0, x),) if name == "over examples" else ())
+    check(tmp_path, lambda p, x: LOOPS[name](p, x["f"], x["i"]), numbers(8, 3), x, *xs)
+
+
+def test_what_is_refused_in_a_loop_has_its_own_line(tmp_path):
+    def body(carry, row):
+        return jnp.linalg.cholesky(carry), None
+
+    with pytest.raises(TypeError, match=r"Got one with cholesky at .*test_export_numpy.py:\d+ \(\S+body\) instead"):
+        export(tmp_path, lambda params, x: jax.lax.scan(body, jnp.eye(6), x)[0], {}, numbers(5, 6))
+
+
+@pytest.mark.parametrize("left_side", [True, False])
+@pytest.mark.parametrize("options", [{}, {"lower": True, "transpose_a": True}, {"unit_diagonal": True}])
+def test_triangular_systems(tmp_path, left_side, options):
+    a = numbers(3, 3) + 4 * np.eye(3, dtype=np.float32)
+    solve = lambda a, x: jax.lax.linalg.triangular_solve(a, x, left_side=left_side, **options)  # noqa: E731
+    x = numbers(3, 2) if left_side else numbers(2, 3)
+    check(tmp_path, solve, a, x, batch="_, _")
+    check(tmp_path, jax.vmap(solve, (None, 0)), a, np.stack([x, 2 * x]), batch="b, _, _")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # models drawn from a grammar
 
 
@@ -600,7 +681,7 @@ def test_float16_tables(tmp_path):
 
 def test_refused_equations(tmp_path):
     def loops(params, x):
-        return jax.lax.scan(lambda carry, row: (carry + row, None), jnp.zeros(6), x)[0]
+        return jax.lax.while_loop(lambda carry: carry.sum() < 9, lambda carry: carry * 2, abs(x))
 
     def by_batch(params, x):
         return sum(x[i] for i in range(len(x)))
@@ -613,7 +694,7 @@ def test_refused_equations(tmp_path):
 
     x = numbers(5, 6)
     must = r"The 'apply_fn' argument of js.export_numpy must be a function that NumPy can compute. Got one with"
-    with pytest.raises(TypeError, match=rf"{must} scan at .*test_export_numpy.py:\d+ \(\S+loops\) instead"):
+    with pytest.raises(TypeError, match=rf"{must} while at .*test_export_numpy.py:\d+ \(\S+loops\) instead"):
         export(tmp_path, loops, {}, x)
     with pytest.raises(TypeError, match=rf"{must} random_\w+ at"):
         export(tmp_path, by_key, jax.random.key(0), x)

@@ -115,6 +115,13 @@ def _integer_pow(w: Writer, op: Operation) -> Value:
     return w.out(op, f"{x.at(ATOM)} ** {y}", writer.POWER, actual)
 
 
+def _total_order(w: Writer, op: Operation) -> Value:
+    values, actual = values_of(w, op)
+    sign, _ = _SIGNS[op.name.removesuffix("_to")]
+    ordered = [f"{w.helper('ordered')}({w.strong(value).text})" for value in values]
+    return w.out(op, f" {sign} ".join(ordered), COMPARE, actual)
+
+
 def _round(w: Writer, op: Operation) -> Value:
     (x,), actual = values_of(w, op)
     if int(op.param("rounding_method")) == 1:
@@ -189,6 +196,7 @@ RULES: dict[str, Rule] = {
     "rsqrt": _rsqrt,
     "integer_pow": _integer_pow,
     "round": _round,
+    **dict.fromkeys(("le_to", "lt_to"), _total_order),
     "shift_right_logical": _shift_right_logical,
     "convert_element_type": _convert,
     "reduce_precision": _reduce_precision,

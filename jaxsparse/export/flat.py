@@ -1,10 +1,10 @@
-"""A traced program without calls in it: one list of operations, with numbers for its values."""
+"""A traced program with its calls inlined: a list of operations on numbered values."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxsparse.trace.lines import source_line
 
 
 class Number(NamedTuple):
-    """A number that stands in a program."""
+    """A scalar whose value is known when the program is written."""
 
     value: Any  # a NumPy scalar, or a Size
     dtype: Any
@@ -32,14 +32,31 @@ Operand = int | Number
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """The body of a scan. Values that it reads from outside are numbered as they are outside.
+
+    Attributes:
+      carry, slices: numbers of its inputs: the carried values, and one slice of each scanned array.
+      outputs: the next carry, then one slice of each stacked result.
+    """
+
+    carry: tuple[int, ...]
+    slices: tuple[int, ...]
+    operations: tuple[Operation, ...]
+    outputs: tuple[Operand, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """One equation of the program.
 
     Attributes:
-      name: of its primitive.
-      inputs, outputs: numbers of values; Numbers among the inputs.
-      eqns: it, and before it the calls that it is inside of.
-      program: the one that it is in. None where there is no such equation in any.
+      name: the name of its primitive.
+      inputs: numbers of values, or Numbers.
+      outputs: numbers of values.
+      eqns: the calls around the equation, outermost first, then the equation itself.
+      program: the program of the equation. None for an operation that no program contains.
+      loop: the body of a scan. None for all others.
     """
 
     name: str
@@ -48,6 +65,19 @@ class Operation:
     outputs: tuple[int, ...]
     eqns: Sequence[Equation]
     program: Program | None
+    loop: Loop | None = None
+
+    @property
+    def reads(self) -> set[int]:
+        """The numbers of the values that it needs; for a loop, those that its body reads as well."""
+        found = {x for x in self.inputs if isinstance(x, int)}
+        if self.loop is not None:
+            made = {*self.loop.carry, *self.loop.slices}
+            for op in self.loop.operations:
+                found |= op.reads - made
+                made |= {*op.outputs}
+            found |= {x for x in self.loop.outputs if isinstance(x, int)} - made
+        return found
 
     def param(self, name: str) -> Any:
         return self.params[name] if name in self.params else self.eqns[-1].param(name)
@@ -59,11 +89,11 @@ class Operation:
 
 @dataclasses.dataclass
 class Flat:
-    """A program whose values have numbers: first its inputs, then what it makes.
+    """A program whose values are numbered: its inputs first, then the results of its operations.
 
     Attributes:
-      shapes, dtypes: of values, by number.
-      constants: values that are known: of parameters and of arrays that the model holds, by number.
+      shapes, dtypes: of each value, by number.
+      constants: parameters and arrays that the model closes over, by number.
     """
 
     num_inputs: int
@@ -74,12 +104,12 @@ class Flat:
     constants: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def used_constants(self) -> list[int]:
-        used = {x for op in self.operations for x in op.inputs if isinstance(x, int)} | {*self.outputs}
+        used: set[Any] = set().union(*(op.reads for op in self.operations)) | {*self.outputs}
         return [number for number in self.constants if number in used]
 
     def is_read_by_rows(self, number: int) -> bool:
-        """Whether a value is used for nothing but rows of it, as a table of embeddings is."""
-        users = [op for op in self.operations if number in op.inputs]
+        """Whether a value is only used by gathers of its rows, as a table of embeddings is."""
+        users = [op for op in self.operations if number in op.reads]
         return number not in self.outputs and all(self._reads_rows(op, number) for op in users)
 
     def _reads_rows(self, op: Operation, number: int) -> bool:
@@ -96,7 +126,7 @@ class Flat:
 
 
 def flatten(program: Program) -> Flat:
-    """A program with all that it calls put in its place."""
+    """A program with its calls inlined."""
     flat = Flat(len(program.inputs), [], [], [], [])
     operands = [_new(flat, v) for v in program.inputs]
     flat.outputs = _inline(flat, program, operands, ())
@@ -110,7 +140,12 @@ def _new(flat: Flat, v: Any) -> int:
 
 
 def _inline(flat: Flat, program: Program, operands: Sequence[Operand], around: Sequence[Equation]) -> list[Operand]:
-    """What a program's outputs are, given its inputs."""
+    """Appends a program's operations to `flat`, and returns its outputs.
+
+    Args:
+      operands: the program's inputs.
+      around: the calls around it, outermost first.
+    """
     known: dict[Any, Operand] = dict(zip(program.inputs, operands, strict=True))
     for v, x in program.constants.items():
         if _jax.shape(v) == () and not jax.dtypes.issubdtype(_jax.dtype(v), jax.dtypes.extended):
@@ -134,30 +169,49 @@ def _inline(flat: Flat, program: Program, operands: Sequence[Operand], around: S
         elif eqn.primitive is _jax.COND:
             ways = [_inline(flat, branch, inputs[1:], eqns) for branch in _jax.branches(eqn)]
             outs = []
-            for v, *each in zip(eqn.outputs, *ways, strict=True):  # all are computed, and one is taken
+            for v, *each in zip(eqn.outputs, *ways, strict=True):  # all branches are computed; one result is selected
                 number = _new(flat, v)
                 flat.operations.append(Operation("select_n", {}, (inputs[0], *each), (number,), eqns, None))
                 outs.append(number)
         else:
+            loop = _loop(flat, eqn, inputs, eqns) if eqn.primitive is _jax.SCAN else None
             made = tuple(_new(flat, v) for v in eqn.outputs)
-            flat.operations.append(Operation(_jax.name_of(eqn), eqn.params, tuple(inputs), made, eqns, program))
+            flat.operations.append(Operation(_jax.name_of(eqn), eqn.params, tuple(inputs), made, eqns, program, loop))
             outs = list(made)
         known |= dict(zip(eqn.outputs, outs, strict=True))
     return [operand(v) for v in program.outputs]
 
 
+def _loop(flat: Flat, eqn: Equation, inputs: Sequence[Operand], eqns: Sequence[Equation]) -> Loop:
+    """The body of a scan."""
+    scan = _jax.scan_of(eqn)
+    body_inputs = [_new(flat, v) for v in scan.body.inputs[scan.num_consts :]]
+    before, flat.operations = flat.operations, []
+    outputs = _inline(flat, scan.body, [*inputs[: scan.num_consts], *body_inputs], eqns)
+    operations, flat.operations = flat.operations, before
+    carry, slices = body_inputs[: scan.num_carry], body_inputs[scan.num_carry :]
+    return Loop(tuple(carry), tuple(slices), tuple(operations), tuple(outputs))
+
+
+def all_operations(operations: Sequence[Operation]) -> Iterator[Operation]:
+    """Operations, those of loop bodies before the loop."""
+    for op in operations:
+        yield from all_operations(op.loop.operations if op.loop else ())
+        yield op
+
+
 class DiffersError(Exception):
-    """Programs that are not the same one at several sizes. Args: what differs, and where."""
+    """The program differs between sizes of the input. Args: what differs, and where."""
 
 
 def merged(flats: Sequence[Flat], points: Points) -> Flat:
-    """One program of those traced at these points, whose sizes are formulas.
+    """The program of which `flats` are traces at several sizes, with formulas for the sizes.
 
     Raises:
-      DiffersError: if there is none.
+      DiffersError: if the traces are not of one program.
     """
     first = flats[0]
-    for ops in zip(*(flat.operations for flat in flats), strict=False):
+    for ops in zip(*(all_operations(flat.operations) for flat in flats), strict=False):
         if len({(op.name, len(op.inputs), op.outputs) for op in ops}) > 1:
             raise DiffersError("the equations depend on the size of the input", ops[0].line)
     if len({(len(flat.operations), tuple(flat.constants)) for flat in flats}) > 1:
@@ -190,13 +244,20 @@ def merged(flats: Sequence[Flat], points: Points) -> Flat:
             raise DiffersError("the equations depend on the size of the input", where())
         return x
 
-    operations = []
-    for ops in zip(*(flat.operations for flat in flats), strict=True):
+    def operation(ops: Sequence[Operation]) -> Operation:
         op = ops[0]
-        where = lambda op=op: op.line  # noqa: E731
+        where = lambda: op.line  # noqa: E731
         params = {name: solved([each.params[name] for each in ops], where) for name in op.params}
         inputs = tuple(operand(each, where) for each in zip(*(each.inputs for each in ops), strict=True))
-        operations.append(dataclasses.replace(op, params=params, inputs=inputs))
+        loop = op.loop
+        if loop is not None:
+            loops = [each.loop for each in ops if each.loop is not None]
+            body = tuple(map(operation, zip(*(each.operations for each in loops), strict=True)))
+            outs = tuple(operand(each, where) for each in zip(*(each.outputs for each in loops), strict=True))
+            loop = dataclasses.replace(loop, operations=body, outputs=outs)
+        return dataclasses.replace(op, params=params, inputs=inputs, loop=loop)
+
+    operations = list(map(operation, zip(*(flat.operations for flat in flats), strict=True)))
     end = lambda: "its outputs"  # noqa: E731
     shapes = [solved(each, end) for each in zip(*(flat.shapes for flat in flats), strict=True)]
     outputs = [operand(each, end) for each in zip(*(flat.outputs for flat in flats), strict=True)]
@@ -204,11 +265,11 @@ def merged(flats: Sequence[Flat], points: Points) -> Flat:
 
 
 def without_repeats(flat: Flat) -> Flat:
-    """The program without operations that nothing needs, or that do again what another does."""
+    """The program without unused operations and without operations that repeat an earlier one."""
     same: dict[int, Operand] = {}
     done: dict[Any, tuple[int, ...]] = {}
     kept = []
-    for op in (dataclasses.replace(op, inputs=_renamed(op.inputs, same)) for op in flat.operations):
+    for op in (_with_operands(op, same) for op in flat.operations):
         outputs = done.setdefault(_key(op), op.outputs)
         if outputs is op.outputs:
             kept.append(op)
@@ -219,7 +280,7 @@ def without_repeats(flat: Flat) -> Flat:
     for op in reversed(kept):
         if needed & set(op.outputs):
             last.append(op)
-            needed |= {x for x in op.inputs if isinstance(x, int)}
+            needed |= op.reads
     return dataclasses.replace(flat, operations=last[::-1], outputs=outs)
 
 
@@ -227,7 +288,19 @@ def _renamed(operands: Sequence[Operand], known: dict[int, Operand]) -> tuple[Op
     return tuple(known.get(x, x) if isinstance(x, int) else x for x in operands)
 
 
+def _with_operands(op: Operation, known: dict[int, Operand]) -> Operation:
+    """The operation with other operands, in its body as well."""
+    loop = op.loop
+    if loop is not None:
+        body = tuple(_with_operands(each, known) for each in loop.operations)
+        loop = dataclasses.replace(loop, operations=body, outputs=_renamed(loop.outputs, known))
+    return dataclasses.replace(op, inputs=_renamed(op.inputs, known), loop=loop)
+
+
 def _key(op: Operation) -> Any:
+    """Equal for operations with equal results."""
+    if op.loop is not None:
+        return op.outputs
     inputs = tuple(x.key if isinstance(x, Number) else x for x in op.inputs)
     return (
         op.name,
@@ -237,15 +310,15 @@ def _key(op: Operation) -> Any:
 
 
 VIEWS = {"reshape", "broadcast_in_dim", "squeeze", "transpose", "stop_gradient", "copy"}
-SMALL = 1024  # numbers that are made from smaller ones before, and not when the model is used
+SMALL = 1024  # arrays of up to so many elements are computed at export even if they are larger than their operands
 
 
 def folded(flat: Flat) -> Flat:
-    """The program in which all is computed that depends on parameters alone, but for conversions of tables: rows are
-    taken first."""
+    """The program with everything computed that depends on parameters alone. Conversions of tables are kept: the
+    written model converts the rows that it reads."""
     constants, kept = dict(flat.constants), []
-    numbers: dict[int, Operand] = {}  # what became a number
-    views: dict[int, Operation] = {}  # of what is known; they cost nothing, and say more than an array of another name
+    numbers: dict[int, Operand] = {}  # values that became scalars
+    views: dict[int, Operation] = {}  # of constants: free at run time, so they stay in the source
 
     def value(x: Operand) -> Any:
         if isinstance(x, Number):
@@ -261,7 +334,7 @@ def folded(flat: Flat) -> Flat:
         assert op.program is not None
         return _jax.evaluate(op.program, op.eqns[-1], [jax.numpy.asarray(value(x)) for x in op.inputs])
 
-    for op in (dataclasses.replace(op, inputs=_renamed(op.inputs, numbers)) for op in flat.operations):
+    for op in (_with_operands(op, numbers) for op in flat.operations):
         arrays = [x for x in op.inputs if isinstance(x, int)]
         is_known = op.program is not None and all(x in constants or x in views for x in arrays)
         is_known = is_known and not any(isinstance(x, Number) and isinstance(x.value, Size) for x in op.inputs)

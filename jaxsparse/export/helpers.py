@@ -197,6 +197,16 @@ def top(x, k, axis):
     return np.take(order, np.arange(k), axis)
 
 
+def scan(step, length, carry, arrays, stacked, reverse=False):
+    """The last carry, and the stacked results of all steps. step(*carry, *slices) -> the next carry, results."""
+    for i in range(length)[::-1] if reverse else range(length):
+        outs = step(*carry, *(x[i] for x in arrays))
+        carry = outs[: len(carry)]
+        for x, out in zip(stacked, outs[len(carry) :]):
+            x[i] = out
+    return (*carry, *stacked)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -224,6 +234,12 @@ def polynomial(x, factors):
     for factor in factors[-2::-1]:
         out = out * x + factor
     return out
+
+
+def ordered(x):
+    """Integers in the total order of floats: -nan < -inf < ... < -0.0 < 0.0 < ... < inf < nan."""
+    bits = x.view(f"i{x.itemsize}")
+    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
 
 
 def round_away(x):

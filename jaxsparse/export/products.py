@@ -1,4 +1,4 @@
-"""dot_general as the product of matrices."""
+"""Matrix products and triangular systems."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxsparse.export.elementwise import Rule
 from jaxsparse.export.flat import Operation
 from jaxsparse.export.sizes import Size
-from jaxsparse.export.writer import ATOM, MUL, UnknownError, Value, Writer, numpy_dtype, shape_text
+from jaxsparse.export.writer import (
+    ATOM,
+    MUL,
+    UnknownError,
+    Value,
+    Writer,
+    dtype_text,
+    numpy_dtype,
+    shape_text,
+    size_text,
+)
 
 
 def _dot(w: Writer, op: Operation) -> Value:
@@ -32,6 +44,25 @@ def _dot(w: Writer, op: Operation) -> Value:
     if (len(free_b) == 1 or is_vector) and (len(free_a) == 1 or not batch_a):
         return w.out(op, text, MUL)
     return w.out(op, f"({text}).reshape{shape_text(w.flat.shapes[op.outputs[0]])}")
+
+
+def _triangular_solve(w: Writer, op: Operation) -> Value:
+    a, b = (w.full(w.value(x)) for x in op.inputs)
+    if op.param("conjugate_a") and np.dtype(a.dtype).kind == "c":
+        raise UnknownError("triangular_solve of complex numbers")
+    text = f"np.{'tril' if op.param('lower') else 'triu'}({a.text})"
+    if op.param("unit_diagonal"):
+        text = f"np.{'tril' if op.param('lower') else 'triu'}({a.text}, {-1 if op.param('lower') else 1})"
+        text = f"{text} + np.eye({size_text(a.shape[-1])}, dtype={dtype_text(a.dtype)})"
+    if op.param("left_side"):
+        text = _transposed(text) if op.param("transpose_a") else text
+        return w.out(op, f"np.linalg.solve({text}, {b.text})")
+    text = text if op.param("transpose_a") else _transposed(text)  # x a = b is a' x' = b'
+    return w.out(op, _transposed(f"np.linalg.solve({text}, {_transposed(b.text)})"))
+
+
+def _transposed(text: str) -> str:
+    return f"np.swapaxes({text}, -1, -2)"
 
 
 def _as(x: Value, dtype: Any) -> Value:
@@ -62,4 +93,4 @@ def _product(sizes: Sequence[Any]) -> Any:
     return Size(tuple((names, factor * known) for names, factor in formulas[0].terms))
 
 
-RULES: dict[str, Rule] = {"dot_general": _dot}
+RULES: dict[str, Rule] = {"dot_general": _dot, "triangular_solve": _triangular_solve}

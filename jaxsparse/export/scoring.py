@@ -17,14 +17,14 @@ from jaxsparse import _jax
 from jaxsparse._checks import message
 from jaxsparse._context import one_gather_per_bag
 from jaxsparse.data.batch import Batch
-from jaxsparse.export import elementwise, indexing, products, reductions, shapes
+from jaxsparse.export import elementwise, indexing, loops, products, reductions, shapes
 from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
 from jaxsparse.export.inputs import Inputs
 from jaxsparse.export.source import CONSTANT, needed_head, source_text, stored_arrays, taken, tree_text
 from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in, numpy_dtype
 from jaxsparse.ops.rows import is_stored
 
-RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | indexing.RULES
+RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | indexing.RULES | loops.RULES
 
 
 def export_numpy(
@@ -43,8 +43,9 @@ def export_numpy(
     16 bits in its file. An id that is outside of a table is what it is in JAX where that says something (NaN, 0, the
     nearest row); where table[ids] promises that there is none, it is an IndexError.
 
-    Both branches of a jax.lax.cond are computed. Loops (jax.lax.scan, while_loop), random numbers, convolutions and
-    other equations for which there is no rule are refused.
+    Both branches of a jax.lax.cond are computed. jax.lax.scan, and what is made of it (fori_loop with a known number of
+    steps, map, flax.linen.RNN), is a Python loop. jax.lax.while_loop, random numbers, convolutions and other equations
+    without a rule are refused.
 
     Args:
       apply_fn: apply_fn(params, x) -> an array, or tuples, lists and dicts of arrays.
@@ -100,7 +101,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
     flat.constants |= dict(enumerate(leaves))
     flat = folded(without_repeats(flat))
 
-    writer = Writer(flat, inputs.names)
+    writer = Writer(flat, inputs.names, RULES)
     names = _names([path for path, _ in with_paths])
     stored: dict[str, int] = {}  # numbers of constants, by name
     for number in flat.used_constants():
@@ -111,14 +112,10 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
         value.rows_as = "bfloat16" if _is_read_as_bits(flat, number) else None
         writer.known(number, value)
     head = taken(writer, inputs, len(leaves))
-    for op in flat.operations:
-        rule = RULES.get(op.name)
-        try:
-            if rule is None:
-                raise UnknownError(op.name)
-            writer.write(op, rule)
-        except UnknownError as unknown:
-            raise TypeError(_refusal(f"{unknown.args[0]} at {op.line}")) from None
+    try:
+        writer.write_all(flat.operations)
+    except UnknownError as unknown:
+        raise TypeError(_refusal(" at ".join(unknown.args))) from None
     try:
         values = [writer.full(writer.value(x)) for x in flat.outputs]
         for value in values:

@@ -128,7 +128,7 @@ def source_text(
     """
     takes = ", ".join(f"{leaf.path}: {_described(leaf)}" for leaf in inputs.leaves)
     gives = ", ".join(f"{numpy_dtype(value.dtype)} {shape_text(value.shape)}" for value in values)
-    body = [f"    {line}" for line in _with_comments(lines)]
+    body = [f"    {line}" for line in with_comments(lines)]
     names = names_in("\n".join([*loads, *body, result]))
     has_files = "load" in names
     parts = [
@@ -170,15 +170,23 @@ def _helpers(names: set[str]) -> list[str]:
     return [sources[name] for name in sources if name in found]
 
 
-def _with_comments(lines: list[Line]) -> list[str]:
-    """The lines, each of the user's own lines before what it became."""
-    out, last = [], None
+def with_comments(lines: list[Line]) -> list[str]:
+    """The lines as text, with a comment for each line of the user's program."""
+    out: list[str] = []
+    last = None
     for name, text, frame in lines:
+        if text.startswith(DEF):
+            out += text.splitlines()
+            last = None
+            continue
         if frame is not None and frame != last:
             out.append(f"# {_comment(*frame)}")
             last = frame
         out.append(f"{name} = {text}")
     return out
+
+
+DEF = "def "  # a line that starts so is a whole function
 
 
 def _comment(file: str, number: int, function: str) -> str:

@@ -1,4 +1,4 @@
-"""Writing a program down: values as Python expressions, and the lines that name them."""
+"""Python source for a program: values as expressions, and the lines that assign them to names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import dataclasses
 import keyword
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,36 +14,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.export import helpers
-from jaxsparse.export.flat import Flat, Number, Operand, Operation
+from jaxsparse.export.flat import Flat, Number, Operand, Operation, all_operations
 from jaxsparse.export.sizes import Size
 from jaxsparse.trace.lines import source_frame
 
-# How strongly a Python expression holds together
+# Precedence of Python's operators, weakest first
 COMPARE, OR, XOR, AND, SHIFT, ADD, MUL, UNARY, POWER, ATOM = range(10)
-WIDTH = 100  # of an expression
+WIDTH = 100  # the longest expression, in characters
 
 Shape = tuple[Any, ...]  # of ints and Sizes
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """What an expression says.
+    """A value of the program as a Python expression.
 
     Attributes:
       text: the expression.
-      level: how strongly it holds together.
-      shape: of the value.
-      actual: of what the expression gives, which NumPy broadcasts to `shape`. () of Python numbers.
-      weak: whether it is a Python number, which takes the dtype of what it meets.
-      columns: where the last axis is put together of values without that axis, these.
-      made_by: the operation and the values that it was made of.
-      bounds: of integers that are checked when they come in, the least and what is above all.
-      is_stored: whether it is an array beside the source.
-      rows_as: of a table, what its rows are to be converted to; "bfloat16" where it is that, stored as uint16.
-      number: what it is, where that is one number that is known.
-      bag: of rows of a table by ids (B, L): the table, the ids and what else says how they are taken.
-      rows_of: of rows table[ids], the table and the ids.
-      is_sorted: whether it is ids that do not decrease.
+      level: the precedence of its outermost operator.
+      shape: the shape of the value in the program.
+      actual: the shape of the expression, which NumPy broadcasts to `shape`. () for Python scalars.
+      weak: whether the expression is a Python scalar, which takes the dtype of the other operand.
+      columns: the values that are stacked along the last axis, where the value is such a stack.
+      made_by: the operation that computes the value, and its operands.
+      bounds: (low, high) of integers that predict checks to be in [low, high).
+      is_stored: whether the value is an array in a .npy file.
+      rows_as: for a table, the dtype to which its rows are converted; "bfloat16" for a table stored as uint16.
+      number: the value, where it is a known scalar.
+      bag: for rows of a table by ids (B, L): the arguments of the helper `bags`.
+      rows_of: for rows table[ids], the table and the ids.
+      is_sorted: whether the value is ids in ascending order.
     """
 
     text: str
@@ -63,7 +63,7 @@ class Value:
     is_sorted: bool = False
 
     def at(self, level: int) -> str:
-        """The expression where it has to hold together as strongly as this."""
+        """The expression as an operand at this precedence, in parentheses if needed."""
         return self.text if self.level >= level else f"({self.text})"
 
     @property
@@ -88,7 +88,7 @@ def axes_text(axes: Sequence[int]) -> str:
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
-    """The one in which NumPy computes: what it does not have of small floats is float32."""
+    """The dtype in which NumPy computes: float32 for bfloat16 and other floats that NumPy lacks."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         raise UnknownError(f"arrays of {dtype}")
     if jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).kind != "f":
@@ -104,11 +104,11 @@ def dtype_text(dtype: Any) -> str:
 
 
 class UnknownError(Exception):
-    """What cannot be written down. Args: what it is."""
+    """An equation or array that cannot be written in NumPy. Args: what it is and, for an equation, its source line."""
 
 
 def number_text(x: Any, dtype: Any) -> str:
-    """A number as a Python literal, with no more digits than its dtype tells apart."""
+    """A scalar as a Python literal, with as many digits as its dtype needs."""
     if isinstance(x, Size):
         return size_text(x)
     if np.dtype(dtype) == bool:
@@ -133,23 +133,24 @@ NAMES = {
 }  # fmt: skip
 
 
-Line = tuple[str, str, Any]  # name that is set, expression, frame of the user's program
+Line = tuple[str, str, Any]  # the assigned name, the expression or a whole `def`, the frame of the user's program
 
 
 class Writer:
-    """The lines of `predict`, as they are written.
+    """Writes the lines of `predict`.
 
     Args:
       flat: the program.
-      reserved: names that are taken, of sizes for one.
+      reserved: names that may not be used, such as those of sizes.
+      rules: for each name of a primitive, the function (writer, operation) -> Value, or a list of them.
 
     Attributes:
-      helpers: the names of those that the lines call.
-      lines: what was written.
+      helpers: the names of the helpers that the lines call.
+      lines: the lines so far.
     """
 
-    def __init__(self, flat: Flat, reserved: Sequence[str]) -> None:
-        self.flat = flat
+    def __init__(self, flat: Flat, reserved: Sequence[str], rules: Mapping[str, Callable[..., Any]]) -> None:
+        self.flat, self._rules = flat, rules
         self.helpers: set[str] = set()
         self.lines: list[Line] = []
         self._frame: Any = None
@@ -157,12 +158,14 @@ class Writer:
         self._taken |= {*reserved, *map(str.lower, reserved)}
         self._values: dict[int, Value] = {}
         self._uses: dict[int, int] = {}
-        for x in [x for op in flat.operations for x in op.inputs] + flat.outputs:
+        operations = list(all_operations(flat.operations))
+        operands = [x for op in operations for x in (*op.inputs, *(op.loop.outputs if op.loop else ()))]
+        for x in operands + flat.outputs:
             if isinstance(x, int):
                 self._uses[x] = self._uses.get(x, 0) + 1
 
     def new_name(self, hint: str) -> str:
-        """A name that is not taken, as much like this one as can be."""
+        """An unused name: the hint, with a number if it is taken."""
         base = re.sub(r"\W+", "_", hint).strip("_") or "value"
         base = f"_{base}" if base[0].isdigit() else base
         name, number = base, 1
@@ -192,7 +195,7 @@ class Writer:
         return self._values[x]
 
     def named(self, value: Value, hint: str = "h") -> Value:
-        """The value, which is a name, or a number, from now on."""
+        """The value, assigned to a name from now on. Known scalars stay literals."""
         if not value.is_name and not (value.weak and value.number is not None):
             name = self.new_name(hint)
             self.lines.append((name, value.text, self._frame))
@@ -200,14 +203,14 @@ class Writer:
         return value
 
     def strong(self, value: Value) -> Value:
-        """The value with its dtype."""
+        """The value with its dtype: a Python scalar becomes a NumPy scalar."""
         if not value.weak:
             return value
         text = f"{'np.bool_' if np.dtype(value.dtype) == bool else dtype_text(value.dtype)}({value.text})"
         return dataclasses.replace(value, text=text, level=ATOM, weak=False)
 
     def full(self, value: Value) -> Value:
-        """The value in its shape and dtype."""
+        """The value with its dtype, broadcast to its shape."""
         if value.actual == value.shape:
             return self.strong(value)
         shape = shape_text(value.shape)
@@ -219,8 +222,31 @@ class Writer:
             text = f"np.broadcast_to({value.text}, {shape})"
         return dataclasses.replace(value, text=text, level=ATOM, actual=value.shape, weak=False)
 
-    def write(self, op: Operation, rule: Callable[..., Any]) -> None:
-        """One operation, by the rule that makes values of it: one for each of its outputs."""
+    def write_all(self, operations: Sequence[Operation]) -> None:
+        """Writes operations in their order.
+
+        Raises:
+          UnknownError: with the source line of an operation without a rule.
+        """
+        for op in operations:
+            try:
+                if op.name not in self._rules:
+                    raise UnknownError(op.name)
+                self._write(op, self._rules[op.name])
+            except UnknownError as unknown:
+                raise unknown if len(unknown.args) == 2 else UnknownError(unknown.args[0], op.line) from None
+
+    def body(self, operations: Sequence[Operation], outputs: Sequence[Operand]) -> tuple[list[Line], list[Value]]:
+        """The lines that a body needs, apart from those written so far, and its outputs."""
+        before, frame, self.lines = self.lines, self._frame, []
+        self.write_all(operations)
+        values = [self.full(self.value(x)) for x in outputs]
+        lines = self.needed_lines(", ".join(value.text for value in values))
+        self.lines, self._frame = before, frame
+        return lines, values
+
+    def _write(self, op: Operation, rule: Callable[..., Any]) -> None:
+        """Writes one operation. Its rule gives a value for each of its outputs."""
         self._frame = source_frame(op.eqns)
         made = self._made(op, rule)
         if any(len(value.text) > WIDTH for value in made):
@@ -246,13 +272,13 @@ class Writer:
         return NAMES.get(by[0].name, "h") if by else "h"
 
     def out(self, op: Operation, text: str, level: int = ATOM, actual: Shape | None = None, number: int = 0) -> Value:
-        """An output of an operation."""
+        """The value of an operation's output, by default the first."""
         x = op.outputs[number]
         shape = self.flat.shapes[x]
         return Value(text, level, shape, self.flat.dtypes[x], shape if actual is None else actual)
 
     def needed_lines(self, text: str) -> list[Line]:
-        """The lines that an expression needs, in their order."""
+        """The lines on which an expression depends, in their order."""
         needed, kept = names_in(text), []
         for name, expression, frame in reversed(self.lines):
             if name in needed:
@@ -261,7 +287,7 @@ class Writer:
         return kept[::-1]
 
     def renumbered(self, lines: list[Line], result: str) -> tuple[list[Line], str]:
-        """Lines, and what is returned, in which names are numbered without gaps."""
+        """The lines and the returned expression, with names numbered without gaps."""
         others = self._taken - {name for name, _, _ in self.lines}
         new: dict[str, str] = {}
         counts: dict[str, int] = {}
@@ -285,7 +311,7 @@ def names_in(text: str) -> set[str]:
 
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:
-    """The shape that NumPy makes of these."""
+    """The shape to which NumPy broadcasts these shapes."""
     rank = max(map(len, shapes), default=0)
     aligned = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes]
     return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*aligned, strict=True))
