@@ -1,11 +1,11 @@
-"""`js.memory`: a memory of keys, labels and ages, for labels that are rare.
+"""`js.memory`: a memory of keys, labels and ages, for rare labels.
 
     memory = js.memory.init(num_slots, dim, num_labels)
     near = js.memory.query(memory, embeddings)             # near.labels, near.similarity, near.slots
     memory = js.memory.update(memory, embeddings, labels)  # donate the memory to jax.jit: rows are written in place
 
-A slot holds an embedding of length 1, its key, and a label. What is asked for is answered by the labels of the most
-similar keys, so that a label is known from its first example on. Pure functions, to be jitted, mapped and scanned.
+A slot holds a key, which is an embedding of length 1, and a label. A query returns the labels of the most similar keys,
+so a label can be found from its first example on. The functions are pure: they work under jit, vmap and scan.
 
 References:
   Kaiser, Nachum, Roy and Bengio, "Learning to remember rare events", ICLR 2017
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxsparse._checks import as_ids, check_float, check_num_rows, message
 from jaxsparse.ops.rows import at_least_int32, in_range
 
-_CHUNK = 2**26  # similarities that are looked at at once, 256 MB
+_CHUNK = 2**26  # the largest array of similarities, 256 MB
 
 
 class Memory(NamedTuple):
@@ -32,8 +32,8 @@ class Memory(NamedTuple):
       keys: unit vectors; zero in an empty slot.
       labels: -1 in an empty slot.
       written: the value of `seen` when the slot was last written.
-      slots_of: how many slots each label has.
-      seen: how many examples there have been.
+      slots_of: the number of slots of each label.
+      seen: the number of examples so far.
     """
 
     keys: jax.Array  # shape=(num_slots, dim), dtype=float32
@@ -44,12 +44,12 @@ class Memory(NamedTuple):
 
     @property
     def ages(self) -> jax.Array:
-        """How many examples ago a slot was written, int32 (num_slots,). Computed, so that a write costs one row."""
+        """The number of examples since each slot was written, int32 (num_slots,)."""
         return self.seen - self.written
 
 
 class Neighbours(NamedTuple):
-    """What `query` returns, most similar first.
+    """The result of `query`, most similar first.
 
     Attributes:
       labels: -1 where there are fewer than k keys.
@@ -66,15 +66,15 @@ def init(num_slots: int, dim: int, num_labels: int) -> Memory:
     """An empty memory.
 
     Args:
-      num_slots: how many keys it holds.
+      num_slots: the number of keys it can hold.
       dim: the length of an embedding.
       num_labels: labels are integers in [0, num_labels).
 
     Returns:
-      A `Memory`. It takes 4 (dim + 2) bytes a slot, and 4 a label.
+      A `Memory`. It takes 4 (dim + 2) bytes a slot and 4 bytes a label.
 
     Raises:
-      ValueError: if one of them is smaller than 1, or 2**31 - 1 or more.
+      ValueError: if an argument is less than 1, or 2**31 - 1 or more.
 
     Example:
       >>> import jaxsparse as js
@@ -94,8 +94,8 @@ def init(num_slots: int, dim: int, num_labels: int) -> Memory:
 def query(memory: Memory, x: Any, *, k: int = 1, where: Any = None) -> Neighbours:
     """The k most similar keys, by cosine.
 
-    Differentiable with respect to x: <x / |x|, key>, the keys being constants. With `where`, the nearest key of the own
-    label and the nearest of another one make a triplet:
+    Differentiable with respect to x; the keys are constants. With `where`, the nearest key of the same label and the
+    nearest key of another label make a triplet:
 
         same = memory.labels[None] == labels[:, None]
         loss = jax.nn.relu(margin + query(memory, x, where=~same).similarity - query(memory, x, where=same).similarity)
@@ -103,15 +103,15 @@ def query(memory: Memory, x: Any, *, k: int = 1, where: Any = None) -> Neighbour
     Args:
       memory: a `Memory`.
       x: floating, embeddings of shape (..., dim) and any length.
-      k: how many, 1 to num_slots.
-      where: bool, of a shape that broadcasts to (..., num_slots): which slots count. All of them by default.
+      k: the number of keys, 1 to num_slots.
+      where: bool, of a shape that broadcasts to (..., num_slots): the slots to search. All of them by default.
 
     Returns:
-      `Neighbours`. Empty slots are no neighbours.
+      `Neighbours`. Empty slots are never among them.
 
     Raises:
-      TypeError: if x is not floating, or where not bool.
-      ValueError: for shapes that do not fit, or a k out of range.
+      TypeError: if x is not floating, or `where` is not bool.
+      ValueError: if shapes do not fit, or k is out of range.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
@@ -134,19 +134,19 @@ def query(memory: Memory, x: Any, *, k: int = 1, where: Any = None) -> Neighbour
         raise ValueError(message(f, "where", f"of a shape that broadcasts to {shape}", f"{where.shape=}"))
 
     keys, filled = jax.lax.stop_gradient(memory.keys), (memory.labels >= 0).reshape((1,) * (len(shape) - 1) + (-1,))
-    there = where.reshape((1,) * (len(shape) - where.ndim) + where.shape) & filled
-    there = there if there.size == num_slots else jnp.broadcast_to(there, shape)
-    flat, there = x.reshape(-1, x.shape[-1]), there.reshape(-1, num_slots)  # (B, dim), (1 or B, num_slots)
+    searched = where.reshape((1,) * (len(shape) - where.ndim) + where.shape) & filled
+    searched = searched if searched.size == num_slots else jnp.broadcast_to(searched, shape)
+    flat, searched = x.reshape(-1, x.shape[-1]), searched.reshape(-1, num_slots)  # (B, dim), (1 or B, num_slots)
 
-    def nearest(x: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.top_k(jnp.where(there, _cosines(x, keys), -jnp.inf), k)
+    def nearest(x: jax.Array, searched: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.top_k(jnp.where(searched, _cosines(x, keys), -jnp.inf), k)
 
     def nearest_of(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        similarity, slots = nearest(flat[i, None], there[jnp.minimum(i, len(there) - 1), None])
+        similarity, slots = nearest(flat[i, None], searched[jnp.minimum(i, len(searched) - 1), None])
         return similarity[0], slots[0]
 
     if len(flat) * num_slots <= _CHUNK:
-        similarity, slots = nearest(flat, there)
+        similarity, slots = nearest(flat, searched)
     else:
         similarity, slots = jax.lax.map(nearest_of, jnp.arange(len(flat)), batch_size=max(1, _CHUNK // num_slots))
     similarity, slots = (array.reshape(*shape[:-1], k) for array in (similarity, slots))
@@ -156,39 +156,40 @@ def query(memory: Memory, x: Any, *, k: int = 1, where: Any = None) -> Neighbour
 
 
 def update(memory: Memory, x: Any, labels: Any, *, balanced: bool = True) -> Memory:
-    """The memory after some examples, one after the other.
+    """The memory after a batch of examples, which are added one after the other.
 
-    For an example x of label y, its nearest key being that of slot n:
+    For an example x of label y, whose nearest key is in slot n:
 
         labels[n] == y:  keys[n] = (x + keys[n]) / |x + keys[n]|      the key moves towards x
         otherwise:       n = argmax(age * share), keys[n] = x / |x|, labels[n] = y
 
-    and slot n has age 0, all others are one older. The share of a slot is that of its label among all slots: so a slot
-    of a label that has many is overwritten before one of a rare label that is older, and if labels have equally many,
-    the oldest is. Empty slots are filled first.
+    Then slot n has age 0, and all other slots are one older. The share of a slot is the share of its label among all
+    slots. So a slot of a frequent label is overwritten before an older slot of a rare label. If all labels have equally
+    many slots, the oldest slot is overwritten. Empty slots are filled first.
 
-    A batch costs one product of embeddings and keys, and after that O(num_slots) an example to look and one row to
-    write. Donate the memory, or its arrays are copied.
+    A batch costs one product of embeddings and keys. Each example then costs a search of O(num_slots) and one row
+    written. Donate the memory to jax.jit; otherwise its arrays are copied.
 
     Args:
       memory: a `Memory`.
       x: floating, embeddings (B, dim) of any length, or (dim,) for one example.
-      labels: integers (B,), or () for one. Examples with a label outside [0, num_labels) are left out, as padding is.
-      balanced: whether the share counts; otherwise the oldest slot is overwritten, as in the reference.
+      labels: integers (B,), or () for one. Examples with a label outside [0, num_labels), such as
+        padding, are left out.
+      balanced: whether to overwrite by age * share. Otherwise the oldest slot is overwritten, as in the reference.
 
     Returns:
-      A `Memory`. The result is that of B calls with one example each.
+      A `Memory`, equal to that of B calls with one example each.
 
     Raises:
       TypeError: if x is not floating, or labels are not integers.
-      ValueError: for shapes that do not fit.
+      ValueError: if shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxsparse as js
       >>> memory = js.memory.init(num_slots=4, dim=2, num_labels=3)
       >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1.0, 0.1], [-1.0, 0.0]])
       >>> memory = js.memory.update(memory, x, jnp.array([1, 0, 0, 0, 2]))
-      >>> memory.labels.tolist()  # slot 1 had to go: 2 * 3/4 > 3 * 1/4, where slot 0 was older
+      >>> memory.labels.tolist()  # slot 1 is overwritten, although slot 0 is older: 2 * 3/4 > 3 * 1/4
       [1, 2, 0, 0]
     """
     f = "memory.update"
@@ -206,33 +207,36 @@ def update(memory: Memory, x: Any, labels: Any, *, balanced: bool = True) -> Mem
 
 
 def _learn(balanced: bool, memory: Memory, examples: tuple[jax.Array, jax.Array]) -> tuple[Memory, None]:
-    """The memory after unit vectors x (B, dim) of labels (B,), and nothing, as in a scan."""
+    """The memory after examples: unit vectors (B, dim) and labels (B,). A body of jax.lax.scan."""
     x, labels = examples
     known = in_range(labels, len(memory.slots_of))
     labels = jnp.where(known, labels, 0).astype(jnp.int32)
     cosines = jnp.where((memory.labels >= 0)[None], _cosines(x, memory.keys), -jnp.inf)  # (B, num_slots)
 
-    def one(state: tuple[Memory, jax.Array], example: Any) -> tuple[Any, None]:
+    def add(state: tuple[Memory, jax.Array], example: Any) -> tuple[Any, None]:
         memory, cosines = state
         i, key, label, known = example
         nearest = jnp.argmax(cosines[i])
         same = memory.labels[nearest] == label
         slot = jnp.where(same, nearest, _to_overwrite(memory, balanced))
         key = jnp.where(same, _unit(key + memory.keys[slot]), key)
-        old, slot = memory.labels[slot], jnp.where(known, slot, len(memory.labels))  # one past the end: not written
-        more = known.astype(jnp.int32)
-        seen = memory.seen + more
-        slots_of = memory.slots_of.at[jnp.where(old < 0, len(memory.slots_of), old)].add(-more, mode="drop")
+        old, slot = (
+            memory.labels[slot],
+            jnp.where(known, slot, len(memory.labels)),
+        )  # an index past the end is not written
+        count = known.astype(jnp.int32)
+        seen = memory.seen + count
+        slots_of = memory.slots_of.at[jnp.where(old < 0, len(memory.slots_of), old)].add(-count, mode="drop")
         memory = Memory(
             memory.keys.at[slot].set(key, mode="drop"),
             memory.labels.at[slot].set(label, mode="drop"),
             memory.written.at[slot].set(seen, mode="drop"),
-            slots_of.at[label].add(more),
+            slots_of.at[label].add(count),
             seen,
         )
         return (memory, cosines.at[:, slot].set(_cosines(x, key[None])[:, 0], mode="drop")), None
 
-    return jax.lax.scan(one, (memory, cosines), (jnp.arange(len(x)), x, labels, known))[0][0], None
+    return jax.lax.scan(add, (memory, cosines), (jnp.arange(len(x)), x, labels, known))[0][0], None
 
 
 def _to_overwrite(memory: Memory, balanced: bool) -> jax.Array:
@@ -252,7 +256,7 @@ def _embeddings(f: str, memory: Memory, x: Any) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x / |x| along the last axis; zero, with a gradient of zero, where x is."""
+    """x / |x| along the last axis. Where x is zero, the result and its gradient are zero."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return jnp.where(square > 0, x / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 

@@ -1,4 +1,4 @@
-"""What is done number by number."""
+"""Elementwise operations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HELPERS = {"logistic": "sigmoid", "erf": "erf", "erfc": "erfc"}
 
 
 def values_of(w: Writer, op: Operation) -> tuple[list[Value], Any]:
-    """The operands of an operation, at least one of which has its dtype, and the shape that they have together."""
+    """The operands of an operation, at least one of them not a Python scalar, and their broadcast shape."""
     values = [w.value(x) for x in op.inputs]
     if all(value.weak for value in values):
         values[0] = w.strong(values[0])
@@ -54,7 +54,8 @@ def _infix(w: Writer, op: Operation) -> Value:
 
 
 def _known(w: Writer, op: Operation, a: Value, b: Value) -> Value | None:
-    """What needs not be computed: comparisons of ids that were checked when they came in."""
+    """A result that needs no computation: a comparison of ids with bounds that predict has checked, or `and` or `or`
+    with a known operand."""
     if op.name in ("and", "or") and np.dtype(a.dtype) == bool:
         for one, other in ((a, b), (b, a)):
             if one.number is not None and bool(one.number) is (op.name == "and"):
@@ -74,7 +75,7 @@ def _is(x: Any, y: Any) -> bool:
 def _called(function: str) -> Rule:
     def rule(w: Writer, op: Operation) -> Value:
         values, actual = values_of(w, op)
-        if op.name == "max" and any(_is_lowest(value) for value in values):  # as jax.nn.softmax has
+        if op.name == "max" and any(_is_lowest(value) for value in values):  # jax.nn.softmax has max(-inf, x)
             (other,) = (value for value in values if not _is_lowest(value))
             return dataclasses.replace(other, shape=w.flat.shapes[op.outputs[0]], made_by=None)
         name = w.helper(function) if "." not in function else function
@@ -143,7 +144,7 @@ def _same(w: Writer, op: Operation) -> Value:
 
 def _convert(w: Writer, op: Operation) -> Value:
     x, dtype = w.value(op.inputs[0]), w.flat.dtypes[op.outputs[0]]
-    if x.is_stored and w.flat.is_read_by_rows(op.outputs[0]):  # a table, of which only rows are converted
+    if x.is_stored and w.flat.is_read_by_rows(op.outputs[0]):  # the rows of a table are converted when they are read
         before, after = writer.numpy_dtype(x.dtype), writer.numpy_dtype(dtype)
         rows_as = x.rows_as or (None if before == after else str(after))
         return dataclasses.replace(x, dtype=dtype, rows_as=rows_as)

@@ -1,4 +1,4 @@
-"""What written models contain, as far as they need it. NumPy alone, and no function needs anything but the others."""
+"""The functions that written models call. export_numpy copies the source of those that a model needs."""
 
 import pathlib
 
@@ -6,12 +6,12 @@ import numpy as np
 
 
 def load(name):
-    """One of the arrays beside this file, of which only what is read comes into memory."""
+    """An array saved beside this file, memory-mapped: only the rows that are read come into memory."""
     return np.asarray(np.load(pathlib.Path(__file__).parent / f"{name}.npy", mmap_mode="r"))
 
 
 def array(x, name, dtype, *shape):
-    """x as an array of this dtype and shape, where sizes that are None may be any."""
+    """x as an array of this dtype and shape. A size of None may be any number."""
     x, dtype = np.asarray(x), np.dtype(dtype)
     if x.ndim != len(shape) or any(n is not None and n != size for n, size in zip(shape, x.shape)):
         raise ValueError(f"{name} must be of shape {str(shape).replace('None', 'any')}. Got {x.shape} instead.")
@@ -25,7 +25,7 @@ def array(x, name, dtype, *shape):
 
 
 def csr(x, name, dtype, num_rows, num_columns):
-    """The data, rows and columns of a sparse matrix's entries, and its number of rows."""
+    """The values, rows and columns of the entries of a CSR matrix, and its number of rows."""
     parts = ("data", "indices", "indptr")
     if isinstance(x, dict):
         x = tuple(x[part] for part in parts)
@@ -63,7 +63,7 @@ def rows(table, ids, fill=None, clip=False):
 
 
 def rows_of_bfloat16(table, ids, fill=None, clip=False):
-    """The same of a table whose numbers are the upper halves of float32."""
+    """table[ids] as float32, of a bfloat16 table stored as uint16: the upper halves of float32."""
     halves = rows(table, ids, None if fill is None else 0, clip)
     out = np.left_shift(halves, 16, dtype=np.uint32).view(np.float32)
     if fill is not None and fill != 0:
@@ -73,13 +73,13 @@ def rows_of_bfloat16(table, ids, fill=None, clip=False):
 
 def bags(table, ids, fill=None, clip=False):
     """The sum of the rows of each bag. ids (B, L) -> (B, ...)."""
-    step = max(1, 1024 // max(1, ids.shape[1]))  # bags at a time, whose rows stay in the processor's cache
+    step = max(1, 1024 // max(1, ids.shape[1]))  # bags at a time, so that their rows fit in the processor's cache
     sums = [rows(table, ids[i : i + step], fill, clip).sum(1) for i in range(0, max(1, len(ids)), step)]
     return sums[0] if len(sums) == 1 else np.concatenate(sums)
 
 
 def sum_by(ids, values, n):
-    """out[i] is the sum of the values whose id is i. (N,), (N, ...) -> (n, ...)."""
+    """The sum of the values of each id: ids (N,), values (N, ...) -> (n, ...)."""
     out = np.zeros((n, *values.shape[1:]), values.dtype)
     inside = (ids >= 0) & (ids < n)
     if not inside.all():
@@ -89,7 +89,7 @@ def sum_by(ids, values, n):
 
 
 def dot(rows, columns, values, table, n):
-    """The product of a sparse matrix of n rows, whose entries come row by row, and a table."""
+    """The product of a sparse matrix of n rows, its entries sorted by row, and a table."""
     out, ends = np.empty((n, table.shape[1]), table.dtype), np.searchsorted(rows, np.arange(n + 1))
     for i in range(n):
         some = slice(ends[i], ends[i + 1])
@@ -108,22 +108,22 @@ def gather(
     start_indices_batching_dims=(),
     fill=None,
 ):
-    """Parts of x of these sizes, at these places: jax.lax.gather, whose words these are."""
+    """jax.lax.gather, with its arguments: slices of these sizes, which start at `places`."""
     rank = places.ndim - 1 + len(offset_dims)
-    around = [i for i in range(rank) if i not in offset_dims]
-    whole = [i for i in range(x.ndim) if i not in collapsed_slice_dims and i not in operand_batching_dims]
+    batch_axes = [i for i in range(rank) if i not in offset_dims]
+    window_axes = [i for i in range(x.ndim) if i not in collapsed_slice_dims and i not in operand_batching_dims]
     index, inside = [], np.True_
     for axis in range(x.ndim):
         at = np.zeros((1,) * rank, np.intp)
         if axis in start_index_map:
             start, last = places[..., start_index_map.index(axis)], x.shape[axis] - sizes[axis]
-            inside = inside & along((start >= 0) & (start <= last), around, rank)
-            at = at + along(np.clip(start, 0, last), around, rank)
+            inside = inside & along((start >= 0) & (start <= last), batch_axes, rank)
+            at = at + along(np.clip(start, 0, last), batch_axes, rank)
         if axis in operand_batching_dims:
-            batch = around[start_indices_batching_dims[operand_batching_dims.index(axis)]]
+            batch = batch_axes[start_indices_batching_dims[operand_batching_dims.index(axis)]]
             at = at + along(np.arange(x.shape[axis]), [batch], rank)
-        if axis in whole:
-            at = at + along(np.arange(sizes[axis]), [offset_dims[whole.index(axis)]], rank)
+        if axis in window_axes:
+            at = at + along(np.arange(sizes[axis]), [offset_dims[window_axes.index(axis)]], rank)
         index.append(at)
     out = x[tuple(index)]
     return out if fill is None or inside.all() else np.where(inside, out, fill)
@@ -141,24 +141,24 @@ def scatter(
     scatter_indices_batching_dims=(),
     clip=False,
 ):
-    """x with new values at these places, or its function of the old and new ones: jax.lax.scatter."""
+    """jax.lax.scatter, with its arguments: x with `new` written at `places`, or combined with x by a ufunc."""
     rank = new.ndim
-    around = [i for i in range(rank) if i not in update_window_dims]
-    whole = [i for i in range(x.ndim) if i not in inserted_window_dims and i not in operand_batching_dims]
+    batch_axes = [i for i in range(rank) if i not in update_window_dims]
+    window_axes = [i for i in range(x.ndim) if i not in inserted_window_dims and i not in operand_batching_dims]
     index, inside = [], np.ones((1,) * rank, bool)
     for axis in range(x.ndim):
         at = np.zeros((1,) * rank, np.intp)
-        size = new.shape[update_window_dims[whole.index(axis)]] if axis in whole else 1
+        size = new.shape[update_window_dims[window_axes.index(axis)]] if axis in window_axes else 1
         if axis in scatter_dims_to_operand_dims:
             start, last = places[..., scatter_dims_to_operand_dims.index(axis)], x.shape[axis] - size
             start = np.clip(start, 0, last) if clip else start
-            inside = inside & along((start >= 0) & (start <= last), around, rank)
-            at = at + along(start, around, rank)
+            inside = inside & along((start >= 0) & (start <= last), batch_axes, rank)
+            at = at + along(start, batch_axes, rank)
         if axis in operand_batching_dims:
-            batch = around[scatter_indices_batching_dims[operand_batching_dims.index(axis)]]
+            batch = batch_axes[scatter_indices_batching_dims[operand_batching_dims.index(axis)]]
             at = at + along(np.arange(x.shape[axis]), [batch], rank)
-        if axis in whole:
-            at = at + along(np.arange(size), [update_window_dims[whole.index(axis)]], rank)
+        if axis in window_axes:
+            at = at + along(np.arange(size), [update_window_dims[window_axes.index(axis)]], rank)
         index.append(at)
     kept, out = np.broadcast_to(inside, new.shape), x.copy()
     where = tuple(np.broadcast_to(at, new.shape)[kept] for at in index)
@@ -170,7 +170,7 @@ def scatter(
 
 
 def along(values, axes, rank):
-    """Values whose axes are these ones among so many."""
+    """values as an array of `rank` axes, its own axes at `axes` and all others of size 1."""
     shape = [1] * rank
     for axis, n in zip(axes, values.shape):
         shape[axis] = n
@@ -178,27 +178,27 @@ def along(values, axes, rank):
 
 
 def part(x, starts, sizes):
-    """The part of x that starts there, or as near as it fits."""
+    """The slice of x that starts at `starts`, moved inside x if needed: jax.lax.dynamic_slice."""
     starts = [min(max(int(start), 0), n - size) for start, n, size in zip(starts, x.shape, sizes)]
     return x[tuple(slice(start, start + size) for start, size in zip(starts, sizes))]
 
 
 def with_part(x, new, starts):
-    """x with a part of it replaced."""
+    """x with `new` written at `starts`: jax.lax.dynamic_update_slice."""
     out = x.copy()
     part(out, starts, new.shape)[...] = new
     return out
 
 
 def top(x, k, axis):
-    """Where the k largest are, the first of equals first."""
+    """The indices of the k largest, of equal ones the first: jax.lax.top_k."""
     last = x.shape[axis] - 1
     order = last - np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
     return np.take(order, np.arange(k), axis)
 
 
 def scan(step, length, carry, arrays, stacked, reverse=False):
-    """The last carry, and the stacked results of all steps. step(*carry, *slices) -> the next carry, results."""
+    """jax.lax.scan: the last carry and the stacked results. step(*carry, *slices) -> (*carry, *results)."""
     for i in range(length)[::-1] if reverse else range(length):
         outs = step(*carry, *(x[i] for x in arrays))
         carry = outs[: len(carry)]
@@ -212,7 +212,7 @@ def sigmoid(x):
 
 
 def erf(x):
-    """The error function, to 2e-8."""
+    """The error function, with an error below 2e-8."""
     s, y = np.square(np.asarray(x, np.float64)), np.asarray(x, np.float64)
     p = [1.12837916588, -0.376126269036, 0.112835974635, -0.0268543287959, 0.00518931194254, -0.000801885499198]
     p += [7.88249710881e-05]
@@ -220,7 +220,7 @@ def erf(x):
 
 
 def erfc(x):
-    """1 - erf(x), to 2e-8 of itself."""
+    """1 - erf(x), with a relative error below 2e-8."""
     y = np.abs(np.asarray(x, np.float64))
     t = 1 / (1 + y / 2)
     p = [0.282094795064, 0.282093776789, 0.246883879834, 0.175324075377, 0.0934147485307, -0.059050910107]
@@ -243,11 +243,11 @@ def ordered(x):
 
 
 def round_away(x):
-    """The nearest whole numbers, halves away from zero."""
+    """The nearest integers; halves are rounded away from zero."""
     return np.copysign(np.floor(np.abs(x) + np.abs(x).dtype.type(0.5)), x)
 
 
 def truncated_division(a, b):
-    """a / b of integers, without what is behind the point."""
+    """a / b of integers, rounded towards zero."""
     quotient = a // b
     return quotient + ((quotient < 0) & (quotient * b != a))

@@ -1,4 +1,4 @@
-"""Rows and other parts of arrays by ids: gather and scatter."""
+"""Gather and scatter: rows and other slices of arrays by ids."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _gather(w: Writer, op: Operation) -> Value:
 
 
 def _ids(w: Writer, places: Value) -> Value:
-    """Of places that have one number each."""
+    """The ids of start indices that have one component each."""
     if places.columns and len(places.columns) == 1:
         return places.columns[0]
     places = w.full(places)
@@ -100,8 +100,7 @@ def _inside(ids: Value, num_rows: Any) -> bool:
 
 
 def _from_the_end(ids: Value, num_rows: Any) -> Value | None:
-    """Where ids are where(i < 0, i + num_rows, i), which is what NumPy makes of negative ids itself: i. The ids
-    themselves where they are plain numbers."""
+    """i, for ids where(i < 0, i + num_rows, i): NumPy also counts negative ids from the end. None for other ids."""
     if ids.made_by is None:
         return None
     op, values = ids.made_by
@@ -116,7 +115,7 @@ def _from_the_end(ids: Value, num_rows: Any) -> Value | None:
 
 
 def _sparse_product(w: Writer, op: Operation, ids: Value, new: Value, size: str) -> Value | None:
-    """sum_by(ids, table[columns] * values[:, None], n) of a sparse input, without all of its rows at once."""
+    """sum_by(ids, table[columns] * values[:, None], n) of a sparse input, without an array of all the rows."""
     if not ids.is_sorted or new.is_name or new.made_by is None or new.made_by[0].name != "mul":
         return None
     for rows, values in (new.made_by[1], new.made_by[1][::-1]):

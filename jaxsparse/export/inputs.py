@@ -1,4 +1,4 @@
-"""What a written `predict` takes: the tree of an example, with names for the sizes that may be others."""
+"""The input of a written `predict`: the pytree of an example, with names for the sizes that may vary."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Input:
     """One array or sparse matrix of the input.
 
     Attributes:
-      path: how Python reads it from x.
-      name: a short one.
-      shape: ints, and names of sizes.
-      entries: of a sparse matrix, the name of the number of its entries.
+      path: the Python expression that reads it from x.
+      name: a short name.
+      shape: ints, and names of sizes that may vary.
+      entries: for a sparse matrix, the name of its number of entries.
     """
 
     path: str
@@ -42,12 +42,12 @@ class Inputs:
 
     Args:
       example: a pytree of arrays and BCOO.
-      batch: as of `export_numpy`.
+      batch: the argument of `export_numpy`.
 
     Attributes:
-      leaves: the inputs.
-      names: of the sizes that may be others.
-      points: where the model is to be traced.
+      leaves: the arrays and sparse matrices.
+      names: the names of the sizes that may vary.
+      points: the sizes at which the model is traced.
     """
 
     def __init__(self, example: Any, batch: Any) -> None:
@@ -71,7 +71,7 @@ class Inputs:
         self.points = Points(self.names, [max(n, 3) for n in sizes.values()])
 
     def arrays_at(self, sizes: Sequence[int]) -> list[Any]:
-        """Abstract arrays at some sizes: of a sparse matrix its data, rows and columns."""
+        """Abstract arrays at given sizes; for a sparse matrix its data, rows and columns."""
         known = dict(zip(self.names, sizes, strict=True))
         out: list[Any] = []
         for leaf in self.leaves:
@@ -84,14 +84,14 @@ class Inputs:
         return out
 
     def tree_of(self, arrays: Sequence[Any], sizes: Sequence[int]) -> Any:
-        """The input that is made of such arrays."""
-        known, left, leaves = dict(zip(self.names, sizes, strict=True)), list(arrays), []
+        """The input whose arrays are those of `arrays_at`."""
+        known, remaining, leaves = dict(zip(self.names, sizes, strict=True)), list(arrays), []
         for leaf in self.leaves:
             if leaf.entries is None:
-                leaves.append(left.pop(0))
+                leaves.append(remaining.pop(0))
             else:
                 shape = tuple(known[n] if isinstance(n, str) else n for n in leaf.shape)
-                data, rows, columns = left.pop(0), left.pop(0), left.pop(0)
+                data, rows, columns = remaining.pop(0), remaining.pop(0), remaining.pop(0)
                 indices = jax.numpy.stack([rows, columns], axis=1)
                 leaves.append(BCOO((data, indices), shape=shape, indices_sorted=True))
         return jax.tree.unflatten(self._tree, leaves)
@@ -109,7 +109,7 @@ def _dtype(x: Any) -> Any:
 
 
 def _access(path: Sequence[Any]) -> tuple[str, str]:
-    """How a leaf is read from x, and a name for it."""
+    """The expression that reads a leaf from x, and a name for the leaf."""
     text, name = "x", ""
     for key in path:
         if isinstance(key, jax.tree_util.DictKey):
@@ -144,7 +144,7 @@ def _specs(batch: Any, example: Any, leaves: Sequence[Any]) -> list[str]:
 
 
 def _named(where: str, shape: Sequence[int], spec: Any, sizes: dict[str, int]) -> tuple[int | str, ...]:
-    """A shape in which the names of a spec are in place of numbers."""
+    """The shape, with the names of a spec in place of the sizes that may vary."""
     parts = [part.strip() for part in str(spec).split(",") if part.strip()]
     if parts and parts[-1] == "...":
         parts = parts[:-1] + ["_"] * (len(shape) - len(parts) + 1)

@@ -16,7 +16,7 @@ def _scan(w: Writer, op: Operation) -> list[Value]:
     loop = op.loop
     assert loop is not None
     num_carry, num_slices = len(loop.carry), len(loop.slices)
-    for x in op.reads:  # so that no step computes it again
+    for x in op.reads:  # named here, so that no step computes it again
         w.named(w.value(x))
     inputs = op.inputs[len(op.inputs) - num_carry - num_slices :]
     values = [w.full(w.value(x)).text for x in inputs]

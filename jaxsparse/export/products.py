@@ -70,7 +70,7 @@ def _as(x: Value, dtype: Any) -> Value:
 
 
 def _arranged(x: Value, order: Sequence[int], groups: Sequence[Sequence[int]], level: int) -> str:
-    """x with its axes in this order, and each of these groups of axes as one."""
+    """x with its axes in this order, and each group of axes merged into one."""
     is_turned, is_joined = list(order) != sorted(order), any(len(group) != 1 for group in groups)
     text = x.at(ATOM if is_turned or is_joined else level)
     if is_turned:
@@ -84,7 +84,7 @@ def _arranged(x: Value, order: Sequence[int], groups: Sequence[Sequence[int]], l
 
 
 def _product(sizes: Sequence[Any]) -> Any:
-    """Of sizes; None where several of them depend on the input."""
+    """The product of sizes; None if several of them depend on the input."""
     known, formulas = math.prod(n for n in sizes if not isinstance(n, Size)), [n for n in sizes if isinstance(n, Size)]
     if not formulas or not known:
         return known

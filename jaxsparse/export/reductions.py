@@ -1,4 +1,4 @@
-"""Sums, maxima and the like along axes, running ones, and sorting."""
+"""Reductions, cumulative reductions, sorting and top_k."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _reduce(w: Writer, op: Operation) -> Value:
 
 
 def _bag(w: Writer, op: Operation, x: Value, axes: list[int]) -> Value | None:
-    """The sum of the rows of each bag, where they are used for nothing else."""
+    """The sum of the rows of each bag, if these rows have no other use."""
     is_bag = op.name == "reduce_sum" and axes == [1] and x.made_by is not None and not x.is_name
     if not is_bag or x.made_by is None or x.bag is None:
         return None

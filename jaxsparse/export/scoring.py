@@ -1,4 +1,4 @@
-"""`export_numpy`: a model as a folder that NumPy alone runs."""
+"""`export_numpy`: a model as a folder with NumPy source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxsparse.data.batch import Batch
 from jaxsparse.export import elementwise, indexing, loops, products, reductions, shapes
 from jaxsparse.export.flat import DiffersError, Flat, flatten, folded, merged, without_repeats
 from jaxsparse.export.inputs import Inputs
-from jaxsparse.export.source import CONSTANT, needed_head, source_text, stored_arrays, taken, tree_text
+from jaxsparse.export.source import CONSTANT, input_lines, needed_input_lines, source_text, stored_arrays, tree_text
 from jaxsparse.export.writer import ATOM, UnknownError, Value, Writer, names_in, numpy_dtype
 from jaxsparse.ops.rows import is_stored
 
@@ -30,18 +30,17 @@ RULES = elementwise.RULES | shapes.RULES | reductions.RULES | products.RULES | i
 def export_numpy(
     apply_fn: Callable[..., Any], params: Any, example: Any, path: str | os.PathLike[str], batch: Any = "b"
 ) -> Path:
-    """Writes a model down as NumPy source: a folder that scores without JAX and without this library.
+    """Writes a model as NumPy source: a folder that scores without JAX and without this library.
 
-    `model.py` has predict(x), a line or less for each equation of the traced model, with its parameters' names. They
-    are .npy files beside it, which are memory-mapped: only rows that are read come into memory. Python and NumPy 2 is
-    all it needs.
+    `model.py` defines predict(x), with at most one line for each equation of the traced model. Its names are those of
+    the parameters, which are .npy files in the folder. These are memory-mapped: only rows that are read come into
+    memory. The folder needs Python and NumPy 2.
 
-    predict takes what the example is: an array for an array, a dict for a dict. A sparse input (BCOO) is given as CSR:
-    a SciPy matrix, a tuple (data, indices, indptr), or a dict of these three. 64-bit numbers are taken in place of
-    32-bit ones if they fit. The result is float32 where the model's is, equal to JAX's but for rounding. Where the
-    model computes in bfloat16, which NumPy has not, it computes in float32; a bfloat16 table that is read by rows stays
-    16 bits in its file. An id that is outside of a table is what it is in JAX where that says something (NaN, 0, the
-    nearest row); where table[ids] promises that there is none, it is an IndexError.
+    The argument of predict has the structure of the example. A sparse input (BCOO) is passed as CSR: a SciPy matrix, a
+    tuple (data, indices, indptr), or a dict of these three. 64-bit numbers are accepted for 32-bit ones if they fit.
+    The results have the dtypes and, up to rounding, the values of JAX's. A model that computes in bfloat16, which NumPy
+    lacks, computes in float32; a bfloat16 table that is read by rows stays 16 bits in its file. Ids outside of a table
+    give what JAX gives (NaN, 0, the nearest row). They raise IndexError where the model promises that there are none.
 
     Both branches of a jax.lax.cond are computed. jax.lax.scan, and what is made of it (fori_loop with a known number of
     steps, map, flax.linen.RNN), is a Python loop. jax.lax.while_loop, random numbers, convolutions and other equations
@@ -49,21 +48,21 @@ def export_numpy(
 
     Args:
       apply_fn: apply_fn(params, x) -> an array, or tuples, lists and dicts of arrays.
-      params: a pytree of arrays, or an nnx module; tables that `js.pack` packed are unpacked. Only what the result
-        needs is written.
-      example: x for a batch, or the `Batch` that has it. Only shapes and dtypes count.
-      path: the folder, which must not be there yet.
-      batch: the name of the size that may be another one in predict: the first of all inputs. Where there are several
-        such sizes, shapes with names for them, in the structure of the example or a part of it: {"ids": "b, l"} for
-        arrays (b, l), "b, ..." where the rest is as in the example. The number of entries of a sparse input is free.
+      params: a pytree of arrays, or an nnx module. Packed tables (`js.pack`) are unpacked. Only arrays that the result
+        needs are written.
+      example: x of a batch, or the `Batch` itself. Only its structure, shapes and dtypes are used.
+      path: the folder, which must not exist.
+      batch: a name for the first size of all inputs, which may vary. For several sizes that vary, shapes with names, in
+        the structure of the example or a prefix of it: {"ids": "b, l"} for arrays (b, l), "b, ..." if the other sizes
+        are those of the example. The number of entries of a sparse input may always vary.
 
     Returns:
       The folder's path.
 
     Raises:
-      FileExistsError: if there is something at `path`.
-      TypeError: for an equation that cannot be written in NumPy, with its line; or where these are other equations at
-        other sizes.
+      FileExistsError: if `path` exists.
+      TypeError: for an equation that cannot be written in NumPy, with its source line; or if the equations depend on
+        the sizes.
       ValueError: if `batch` does not fit the example.
 
     Example:
@@ -78,7 +77,7 @@ def export_numpy(
     if folder.exists():
         do = "Remove it, or write beside it."
         raise FileExistsError(message("export_numpy", "path", "a new folder", f"{folder}, which exists,", do))
-    source, arrays = written(apply_fn, params, example, batch)
+    source, arrays = source_and_arrays(apply_fn, params, example, batch)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -92,8 +91,10 @@ def export_numpy(
     return folder
 
 
-def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any) -> tuple[str, dict[str, np.ndarray]]:
-    """The source, and the arrays that it loads, by name."""
+def source_and_arrays(
+    apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any
+) -> tuple[str, dict[str, np.ndarray]]:
+    """The source of model.py, and the arrays that it loads, by name."""
     inputs = Inputs(example.x if isinstance(example, Batch) else example, batch)
     with_paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_stored)
     leaves = [_jax_array(x) for _, x in with_paths]
@@ -103,7 +104,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
 
     writer = Writer(flat, inputs.names, RULES)
     names = _names([path for path, _ in with_paths])
-    stored: dict[str, int] = {}  # numbers of constants, by name
+    stored: dict[str, int] = {}  # the numbers of constants, by name
     for number in flat.used_constants():
         name = writer.new_name(names[number] if number < len(names) else CONSTANT)
         stored[name] = number
@@ -111,7 +112,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
         value.is_stored = True
         value.rows_as = "bfloat16" if _is_read_as_bits(flat, number) else None
         writer.known(number, value)
-    head = taken(writer, inputs, len(leaves))
+    head = input_lines(writer, inputs, len(leaves))
     try:
         writer.write_all(flat.operations)
     except UnknownError as unknown:
@@ -126,7 +127,7 @@ def written(apply_fn: Callable[..., Any], params: Any, example: Any, batch: Any)
     lines, text = writer.renumbered(writer.needed_lines(text), text)
     needed = set().union(names_in(text), *(names_in(expression) for _, expression, _ in lines))
     arrays, loads = stored_arrays(writer, {name: number for name, number in stored.items() if name in needed})
-    return source_text(writer, inputs, [*needed_head(head, needed), *lines], text, values, loads), arrays
+    return source_text(writer, inputs, [*needed_input_lines(head, needed), *lines], text, values, loads), arrays
 
 
 def _refusal(what: str) -> str:
@@ -135,7 +136,7 @@ def _refusal(what: str) -> str:
 
 
 def _jax_array(x: Any) -> Any:
-    """An array, not packed, of a dtype that JAX computes in; a Python number as it is."""
+    """An array, unpacked if it was packed. Python numbers are returned as they are."""
     if is_stored(x):
         return np.asarray(x)
     if not _jax.is_array_or_number(x):
@@ -144,7 +145,7 @@ def _jax_array(x: Any) -> Any:
 
 
 def _abstract(x: Any) -> Any:
-    """What a program needs to know of it; a Python number as it is, whose dtype is weak."""
+    """The shape and dtype of an array. Python numbers are returned as they are: their dtype is weak."""
     if not hasattr(x, "dtype"):
         return x
     is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
@@ -152,14 +153,14 @@ def _abstract(x: Any) -> Any:
 
 
 def _traced(apply_fn: Callable[..., Any], leaves: list[Any], tree: Any, inputs: Inputs) -> tuple[Flat, Any]:
-    """The program, whose inputs are parameters and then what `inputs` says, and the structure of its output."""
+    """The program, with parameters and then `inputs` as its inputs, and the structure of its output."""
     flats, out_trees = [], []
     for sizes in inputs.points.all:
 
         def flat_fn(*arrays: Any, sizes: Sequence[int] = sizes) -> list[Any]:
-            own = jax.tree.unflatten(tree, arrays[: len(leaves)])
+            params = jax.tree.unflatten(tree, arrays[: len(leaves)])
             with one_gather_per_bag():
-                out = apply_fn(own, inputs.tree_of(arrays[len(leaves) :], sizes))
+                out = apply_fn(params, inputs.tree_of(arrays[len(leaves) :], sizes))
             outs, structure = jax.tree.flatten(out)
             out_trees.append(structure)
             return outs
@@ -176,7 +177,7 @@ def _traced(apply_fn: Callable[..., Any], leaves: list[Any], tree: Any, inputs: 
 
 
 def _names(paths: Sequence[Any]) -> list[str]:
-    """Of parameters: their paths, without what says nothing."""
+    """Names of parameters: their paths, without a leading `params` and a trailing `value`."""
     keys = [
         [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path] for path in paths
     ]
@@ -186,10 +187,10 @@ def _names(paths: Sequence[Any]) -> list[str]:
 
 
 def _is_read_as_bits(flat: Flat, number: int) -> bool:
-    """Whether a bfloat16 array is read by rows only, converted or not."""
+    """Whether a bfloat16 array is only used by gathers of its rows, converted or not."""
     if flat.dtypes[number] != jnp.bfloat16 or number in flat.outputs:
         return False
     users = [op for op in flat.operations if number in op.inputs]
     converted = [op.outputs[0] for op in users if op.name == "convert_element_type"]
-    rest = dataclasses.replace(flat, operations=[op for op in flat.operations if op.name != "convert_element_type"])
-    return rest.is_read_by_rows(number) and all(map(flat.is_read_by_rows, converted))
+    others = dataclasses.replace(flat, operations=[op for op in flat.operations if op.name != "convert_element_type"])
+    return others.is_read_by_rows(number) and all(map(flat.is_read_by_rows, converted))

@@ -1,4 +1,4 @@
-"""What moves numbers about: broadcasting, reshaping, cutting and putting together."""
+"""Broadcasting, reshaping, slicing, concatenation, padding and iota."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxsparse.export.writer import ATOM, Shape, UnknownError, Value, Writer, dt
 
 
 def _spread(w: Writer, op: Operation, x: Value, places: Sequence[int]) -> Value:
-    """x with its axes at these places of the output, and axes of one number elsewhere."""
+    """x with its axes at these places of the output, and axes of size 1 elsewhere."""
     shape = w.flat.shapes[op.outputs[0]]
     actual = (1,) * (len(x.shape) - len(x.actual)) + tuple(x.actual)
     new: list[Any] = [1] * len(shape)
     for place, size in zip(places, actual, strict=True):
         new[place] = size
-    used = list(places)[len(x.shape) - len(x.actual) :]  # of axes that the expression has
+    used = list(places)[len(x.shape) - len(x.actual) :]  # the places of the axes that the expression has
     text, level, out_actual = x.text, x.level, x.actual
     if used and used != list(range(len(shape) - len(used), len(shape))):
         index = ", ".join(":" if place in used else "None" for place in range(used[0], len(shape)))
@@ -32,7 +32,7 @@ def _spread(w: Writer, op: Operation, x: Value, places: Sequence[int]) -> Value:
 
 
 def _once(w: Writer, op: Operation, x: Value) -> Value:
-    """x, to be used in place of what is made of it: as a name, unless it is used once in all."""
+    """x as a column of the output: under a name, unless it is used once."""
     return x if w.uses(op.outputs[0]) == 1 and not (x.weak or x.actual != x.shape) else w.named(w.full(x))
 
 
@@ -54,7 +54,7 @@ def _reshape(w: Writer, op: Operation) -> Value:
 
 
 def _only_ones_added(before: Shape, after: Shape) -> list[int] | None:
-    """Where the axes of a shape are in another one, which has more axes, of one number each."""
+    """The places of the axes of `before` in `after`, if that only adds axes of size 1; otherwise None."""
     places, left = [], list(before)
     for i in reversed(range(len(after))):
         if left and left[-1] == after[i]:
@@ -81,7 +81,7 @@ def _squeeze(w: Writer, op: Operation) -> Value:
 
 
 def _index(op: Operation, shape: Shape) -> list[str]:
-    """Of a slice, what stands between the brackets."""
+    """The index of a slice, an entry for each axis."""
     starts, ends = op.param("start_indices"), op.param("limit_indices")
     steps = op.param("strides") or (1,) * len(shape)
     index = []
@@ -102,10 +102,10 @@ def _slice(w: Writer, op: Operation) -> Value:
     out = w.out(op, _indexed(w.full(x), _index(op, x.shape)))
     starts, ends = op.param("start_indices"), op.param("limit_indices")
     steps = op.param("strides") or (1,) * len(x.shape)
-    whole = all(
+    keeps_other_axes = all(
         start == 0 and end == size for start, end, size in zip(starts[:-1], ends[:-1], x.shape[:-1], strict=True)
     )
-    if x.columns is not None and whole and all(step == 1 for step in steps):
+    if x.columns is not None and keeps_other_axes and all(step == 1 for step in steps):
         columns = x.columns[int(starts[-1]) : int(ends[-1])]
         out.columns = [w.named(column) for column in columns]
     return out
@@ -146,7 +146,7 @@ def _stack(w: Writer, op: Operation) -> Value:
 
 
 def _split(w: Writer, op: Operation) -> list[Value]:
-    x, axis = w.named(w.full(w.value(op.inputs[0])), "whole"), int(op.param("axis"))
+    x, axis = w.named(w.full(w.value(op.inputs[0])), "joined"), int(op.param("axis"))
     outs, start = [], 0
     for number, size in enumerate(op.param("sizes")):
         index = [":"] * axis + [f"{start or ''}:{start + int(size)}"]

@@ -1,7 +1,7 @@
-"""Sizes that depend on the input: a program traced at several sizes, and the formula of each number in it.
+"""Formulas for sizes that depend on the input, found from traces at several sizes.
 
-Tracing with symbolic sizes refuses len(x) and much else that Python does with a shape. Traced at several sizes, a model
-may do what it likes, as long as the same equations come out, with numbers in them that are linear in each size.
+Tracing with symbolic sizes refuses len(x) and other uses of a shape as a Python number. Traces at several sizes allow
+them, as long as all traces have the same equations, and the numbers in these are linear in each size.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 
 
 class UnsolvedError(Exception):
-    """Numbers that no formula gives."""
+    """No formula gives these numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A sum of products, as 8 * b + 1.
+    """A sum of products of sizes, such as 8 * b + 1.
 
     Attributes:
-      terms: (names, factor), the factors being no zeros.
+      terms: (names, factor), with factors other than zero.
     """
 
     terms: tuple[tuple[tuple[str, ...], int], ...]
@@ -45,8 +45,8 @@ class Points:
     """The sizes at which a program is traced.
 
     Args:
-      names: of the sizes, the first being the one that others may be multiplied with.
-      start: of each, one that the model is meant for.
+      names: the names of the sizes. A formula may have products of the first one and another.
+      start: the sizes of the example.
     """
 
     def __init__(self, names: Sequence[str], start: Sequence[int]) -> None:
@@ -55,13 +55,13 @@ class Points:
         self._changes += [(i,) for i in range(len(names))]
         self._changes += [(0, i) for i in range(1, len(names))]
         self.all = [self._at(changed) for changed in self._changes]
-        self.all += [[x + 2 for x in start]] if names else []  # only to see that the formulas hold
+        self.all += [[x + 2 for x in start]] if names else []  # to check the formulas
 
     def _at(self, changed: Sequence[int]) -> list[int]:
         return [x + (i in changed) for i, x in enumerate(self._start)]
 
     def solve(self, numbers: Sequence[int]) -> int | Size:
-        """The formula of a number, of which these are the values at the points.
+        """The formula of a number, given its values at all points.
 
         Raises:
           UnsolvedError: if there is none.
@@ -69,11 +69,11 @@ class Points:
         first = numbers[0]
         if all(x == first for x in numbers):
             return first
-        found: dict[tuple[int, ...], int] = {}  # by what was changed, in differences from the start
+        found: dict[tuple[int, ...], int] = {}  # by the sizes that are changed: the difference that this makes
         for changed, x in zip(self._changes, numbers, strict=False):
             found[changed] = x - sum(found[part] for part in {(), *((i,) for i in changed)} if part in found)
         factors: dict[tuple[int, ...], int] = dict.fromkeys(self._changes, 0)
-        for changed, factor in found.items():  # of (b - b0) (l - l0)
+        for changed, factor in found.items():  # from products of (b - b0), (l - l0) to products of b, l
             for kept in {(), changed, *((i,) for i in changed)}:
                 others = [i for i in changed if i not in kept]
                 factors[kept] += factor * math.prod(-self._start[i] for i in others)
@@ -86,7 +86,7 @@ class Points:
         return Size(tuple((tuple(self.names[i] for i in key), factor) for key, factor in terms))
 
     def solve_all(self, values: Sequence[Any]) -> Any:
-        """The same in parameters of equations, which are numbers, tuples of these, and much else."""
+        """`solve` for parameters of equations: for ints, also in tuples. Anything else is the first value."""
         first = values[0]
         if isinstance(first, (int, np.integer)) and not isinstance(first, bool):
             return self.solve([int(x) for x in values])

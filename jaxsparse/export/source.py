@@ -1,4 +1,4 @@
-"""The file that `export_numpy` writes: what it takes, what it holds, and its lines."""
+"""The file model.py: its docstring, helpers, arrays, and the lines of predict."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxsparse.export.writer import ATOM, Line, Value, Writer, dtype_text, names
 from jaxsparse.trace.lines import file_name
 
 _NUMPY_2 = 'assert int(np.__version__.split(".")[0]) >= 2, "this needs NumPy 2"  # whose float32 stays float32'
-_WIDTH = 110  # of a comment
-_INLINE = 8  # numbers of a constant that is written in the source
+_WIDTH = 110  # the longest comment, in characters
+_INLINE = 8  # constants of up to so many numbers are written in the source
 
 
-def taken(w: Writer, inputs: Inputs, first: int) -> list[Line]:
-    """The lines that look at what predict is given; it is values of the program from this number on."""
+def input_lines(w: Writer, inputs: Inputs, first: int) -> list[Line]:
+    """The lines that check and read the argument of predict. Its arrays are the values from number `first` on."""
     lines: list[Line] = []
     known: set[str] = set()  # sizes
 
@@ -60,8 +60,8 @@ def taken(w: Writer, inputs: Inputs, first: int) -> list[Line]:
     return lines
 
 
-def needed_head(lines: list[Line], needed: set[str]) -> list[Line]:
-    """Of the lines that `taken` gives, those that set something that is needed."""
+def needed_input_lines(lines: list[Line], needed: set[str]) -> list[Line]:
+    """Those of the lines of `input_lines` that assign a needed name."""
     kept: list[Line] = []
     for line in reversed(lines):
         if names_in(line[0]) & needed:
@@ -71,7 +71,7 @@ def needed_head(lines: list[Line], needed: set[str]) -> list[Line]:
 
 
 def tree_text(x: Any) -> str:
-    """A tree of expressions as Python writes it."""
+    """A pytree of expressions as one Python expression."""
     if isinstance(x, str):
         return x
     if isinstance(x, dict):
@@ -86,10 +86,10 @@ def tree_text(x: Any) -> str:
 
 
 def stored_arrays(w: Writer, stored: dict[str, int]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays beside the source, and the lines that load them and what is written in the source.
+    """The arrays to save, and the lines of the source that load them or hold small ones.
 
     Args:
-      stored: numbers of constants, by name.
+      stored: the numbers of constants, by name.
     """
     arrays, loads = {}, []
     for name, number in stored.items():
@@ -105,11 +105,11 @@ def stored_arrays(w: Writer, stored: dict[str, int]) -> tuple[dict[str, np.ndarr
     return arrays, loads
 
 
-CONSTANT = "constant"  # the name of arrays that are no parameters
+CONSTANT = "constant"  # the name of arrays that are not parameters
 
 
 def _as_stored(x: Any, dtype: Any, rows_as: str | None) -> tuple[np.ndarray, str]:
-    """An array as it is saved, and what it is."""
+    """An array as it is saved, and its dtype in words."""
     x = np.asarray(x)
     if rows_as == "bfloat16":
         return x.astype(jnp.bfloat16).view(np.uint16), "bfloat16 as uint16,"
@@ -123,8 +123,9 @@ def source_text(
     """The file.
 
     Args:
-      lines: of predict, which returns `result`: these values.
-      loads: lines that come before it.
+      lines: the lines of predict.
+      result: the expression that it returns, made of `values`.
+      loads: the lines before predict.
     """
     takes = ", ".join(f"{leaf.path}: {_described(leaf)}" for leaf in inputs.leaves)
     gives = ", ".join(f"{numpy_dtype(value.dtype)} {shape_text(value.shape)}" for value in values)
@@ -159,7 +160,7 @@ def _described(leaf: Input) -> str:
 
 
 def _helpers(names: set[str]) -> list[str]:
-    """The sources of the helpers of these names, and of those that they call, in their order."""
+    """The sources of these helpers and of those that they call."""
     functions = {name: f for name, f in vars(helpers).items() if inspect.isfunction(f)}
     sources = {name: inspect.getsource(f).strip() for name, f in functions.items()}
     found: set[str] = set()

@@ -1,8 +1,4 @@
-"""Sparse codes by orthogonal matching pursuit.
-
-A dictionary and vectors go in. The codes that come out approximate each vector by a sum of a few atoms (columns) of the
-dictionary.
-"""
+"""Orthogonal matching pursuit: vectors as sums of a few atoms of a dictionary."""
 
 from __future__ import annotations
 
@@ -17,31 +13,31 @@ from jax.experimental.sparse import BCOO
 
 from jaxsparse._checks import check_float, message
 
-_CHUNK = 2**22  # numbers that are processed at a time, 16 MB in float32
+_CHUNK = 2**22  # elements of the intermediate arrays of a part, 16 MB in float32
 
 
 def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
-    """The codes of vectors by orthogonal matching pursuit: at most k atoms each.
+    """Codes of vectors by orthogonal matching pursuit, with at most k atoms each.
 
-    Starting from the residual r = x, k times:
+    Starts from the residual r = x and repeats k times:
 
         choose the atom with the largest |<atom, r>|; fit x to all chosen atoms by least squares; r = x - the fit
 
-    A batch is processed in parts, so that memory besides `x`, the codes and the dictionary does not grow with the
-    batch. Under `jax.vmap` that memory is num_atoms + (k + 4) d numbers for each vector. The codes are differentiable
-    with respect to both arrays, with the chosen atoms held fixed.
+    Large batches are coded in parts, so that temporary memory does not grow with the batch. Under `jax.vmap` it does:
+    num_atoms + (k + 4) d numbers for each vector. Differentiable with respect to both arrays, with the chosen atoms
+    held fixed.
 
     Args:
-      dictionary: floating, (d, num_atoms): a column is an atom, as in scikit-learn's `orthogonal_mp`. All atoms should
-        have the same length, usually 1.
+      dictionary: floating, (d, num_atoms): a column is an atom, as in scikit-learn's `orthogonal_mp`. For a meaningful
+        choice the atoms should have one length, usually 1.
       x: floating, (..., d): one vector, or any number of batch dimensions.
-      k: the largest number of atoms of a code, a Python integer from 1 to num_atoms.
+      k: how many atoms a code may have, a Python integer from 1 to num_atoms.
 
     Returns:
-      The codes (..., num_atoms), of the wider dtype of the two arrays, computed in float32 or wider: `codes @
-      dictionary.T` approximates x. A code has fewer than k atoms if the residual becomes zero up to rounding, or if the
-      next atom is linearly dependent on the chosen ones. (scikit-learn also stops at an atom that is orthogonal to x
-      itself, even if it would reduce the residual.)
+      The codes (..., num_atoms), of the wider dtype of the two arrays and computed in float32 or wider: `codes @
+      dictionary.T` approximates x. A code has fewer than k atoms if the residual is zero up to rounding before that, or
+      if the next atom depends linearly on the chosen ones. (scikit-learn also stops at an atom that is orthogonal to x,
+      although such an atom may correct the atoms before it.)
 
     Raises:
       TypeError: if an array is not floating, or k is no Python integer.
@@ -72,7 +68,7 @@ def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
     d, num_atoms = dictionary.shape
     try:
         k = operator.index(k)
-    except TypeError:  # JAX's own, too, for an argument that is traced
+    except TypeError:  # JAX's TracerIntegerConversionError as well
         raise TypeError(message(f, "k", "a Python integer", k, "Under jax.jit: static_argnames='k'.")) from None
     if not 1 <= k <= num_atoms:
         raise ValueError(message(f, "k", f"from 1 to {num_atoms}, the number of atoms", k))
@@ -86,7 +82,7 @@ def omp(dictionary: Any, x: Any, k: int) -> jax.Array:
 
 
 def _in_parts(codes_of: Callable[[jax.Array], jax.Array], x: jax.Array, num_atoms: int, size: int) -> jax.Array:
-    """codes_of(x) (B, num_atoms), for `size` rows of x at a time. The last part overlaps the one before."""
+    """codes_of(x) (B, num_atoms), `size` rows of x at a time. The last part may overlap the one before."""
     if len(x) <= size:
         return codes_of(x)
 
@@ -101,9 +97,9 @@ def _in_parts(codes_of: Callable[[jax.Array], jax.Array], x: jax.Array, num_atom
 def _code(atoms: jax.Array, x: jax.Array, *, k: int) -> jax.Array:
     """atoms (num_atoms, d), x (d,) -> (num_atoms,).
 
-    The chosen atoms are kept as an orthonormal basis q (k, d) and an upper triangular r (k, k): chosen atom i is
-    r[:, i] @ q. So x = z @ q + residual, and the coefficients solve r @ coefficients = z. Where no atom was chosen, q
-    is zero and r the identity.
+    The chosen atoms are factored into an orthonormal basis q (k, d) and an upper triangular r (k, k): chosen atom i is
+    r[:, i] @ q. Then x = z @ q + residual, and the coefficients solve r @ coefficients = z. Rows of q without an atom
+    are zero, and the columns of r those of the identity.
     """
     num_atoms, eps = len(atoms), jnp.finfo(x.dtype).eps
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -113,26 +109,26 @@ def _code(atoms: jax.Array, x: jax.Array, *, k: int) -> jax.Array:
         return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)  # with a gradient at zero
 
     def choose(i: jax.Array, state: Any) -> Any:
-        q, r, z, chosen, residual, more = state
+        q, r, z, chosen, residual, goes_on = state
         correlation = jnp.abs(dot(atoms, residual))
         best = jnp.argmax(correlation.at[chosen].set(-1, mode="drop"))
         atom = atoms[best]
         length = norm(atom)
-        along = dot(q, atom)
-        across = atom - dot(along, q)
-        correction = dot(q, across)  # a second time, for what rounding left of the first
-        along, across = along + correction, across - dot(correction, q)
-        height = norm(across)
-        # Stops if the correlation is zero up to rounding, or if the atom is in the span of the chosen ones.
+        components = dot(q, atom)
+        remainder = atom - dot(components, q)
+        correction = dot(q, remainder)  # orthogonalised twice: the first time leaves rounding errors
+        components, remainder = components + correction, remainder - dot(correction, q)
+        new_length = norm(remainder)
+        # Ends at a correlation that is zero up to rounding, and at an atom in the span of the chosen ones.
         noise = 4 * eps * norm(x) * length
-        more &= ~((correlation[best] <= noise) | (height <= jnp.sqrt(eps) * length))
-        unit = jnp.where(more, across / jnp.where(height > 0, height, 1), 0)
+        goes_on &= ~((correlation[best] <= noise) | (new_length <= jnp.sqrt(eps) * length))
+        unit = jnp.where(goes_on, remainder / jnp.where(new_length > 0, new_length, 1), 0)
         part = dot(unit, residual)
-        column = jnp.where(more, along.at[i].set(height), jnp.zeros(k, x.dtype).at[i].set(1))
-        chosen = chosen.at[i].set(jnp.where(more, best, num_atoms))
-        return q.at[i].set(unit), r.at[:, i].set(column), z.at[i].set(part), chosen, residual - part * unit, more
+        column = jnp.where(goes_on, components.at[i].set(new_length), jnp.zeros(k, x.dtype).at[i].set(1))
+        chosen = chosen.at[i].set(jnp.where(goes_on, best, num_atoms))
+        return q.at[i].set(unit), r.at[:, i].set(column), z.at[i].set(part), chosen, residual - part * unit, goes_on
 
     zeros = functools.partial(jnp.zeros, dtype=x.dtype)
-    nothing = zeros((k, x.size)), jnp.eye(k, dtype=x.dtype), zeros(k), jnp.full(k, num_atoms), x, jnp.array(True)
-    _, r, z, chosen, _, _ = jax.lax.fori_loop(0, k, choose, nothing)
+    start = zeros((k, x.size)), jnp.eye(k, dtype=x.dtype), zeros(k), jnp.full(k, num_atoms), x, jnp.array(True)
+    _, r, z, chosen, _, _ = jax.lax.fori_loop(0, k, choose, start)
     return zeros(num_atoms).at[chosen].set(jax.scipy.linalg.solve_triangular(r, z), mode="drop")
