@@ -9,6 +9,7 @@ If JAX lacks one of these parts, an error at import or at first use names the ve
   see `Program` and `Equation` instead.
 * jax.extend.core.primitives: an equation's primitive is one of these objects, and is compared by identity. The new
   remat (jax_remat3) has no object there: it is a `call_hi_primitive` with a `_prim` that has a `jaxpr`.
+  Other such primitives have `expand` and `in_tree`.
 * Parameters of equations: jit `jaxpr`, `name`; closed_call `call_jaxpr`; remat `jaxpr`, `policy`, `prevent_cse`; scan
   `jaxpr`, `length`, `reverse`, `unroll`, and `num_consts`, `num_carry` (until 0.10) or `ft_in` (since 0.11); cond
   `branches`; gather `dimension_numbers`, `slice_sizes`, `mode`, `fill_value`; dynamic_slice `slice_sizes`;
@@ -200,6 +201,20 @@ def inlined(eqn: Equation) -> Program | None:
     if eqn.primitive in CALLS or eqn.primitive in _WITH_DERIVATIVES:
         return called(eqn)
     return None
+
+
+def expanded(eqn: Equation) -> Program | None:
+    """The equations that stand for a `call_hi_primitive`, such as jnp.searchsorted since 0.12. None for any other."""
+    prim: Any = eqn.params.get("_prim")
+    if not hasattr(prim, "expand"):
+        return None
+
+    def flat(*leaves: Any) -> list[Any]:
+        with _looking_inside():
+            tree = prim.in_tree
+        return jax.tree.leaves(prim.expand(*jax.tree.unflatten(tree, leaves)))
+
+    return trace(flat, *(jax.ShapeDtypeStruct(shape(v), dtype(v)) for v in eqn.inputs))
 
 
 def name_of(eqn: Equation) -> str:

@@ -163,7 +163,7 @@ def _inline(flat: Flat, program: Program, operands: Sequence[Operand], around: S
 
     for eqn in program.equations:
         inputs, eqns = [operand(v) for v in eqn.inputs], (*around, eqn)
-        inner = _jax.inlined(eqn)
+        inner = _jax.inlined(eqn) or _jax.expanded(eqn)
         if inner is not None:
             outs = _inline(flat, inner, inputs, eqns)
         elif eqn.primitive is _jax.COND:

@@ -1,11 +1,11 @@
 """`jit`: the one word. jax.jit of a train step, on the rows that it reads.
 
-It is `rowwise`, compiled, with one thing more: the row ids are read on the host before the step runs. They are made from
-the batch, by NumPy where it can (`numpy_ids.py`), otherwise by a small program. NumPy sorts them, counts the distinct
-ones and finds each id among them. So the step works on the distinct rows, their number rounded up to one of few sizes,
-and searches no ids. That needs ids that the host can read: made of NumPy arrays, or of arrays on the CPU. On a GPU, and if ids are on another accelerator,
-nothing is read on the host: the ids are sorted on the device, and the block has as many rows as there are ids. A batch
-that carries its distinct ids (`known_ids.py`) needs none of this.
+It is `rowwise`, compiled, with one thing more: the row ids are read on the host before the step runs. They are made
+from the batch, by NumPy where it can (`numpy_ids.py`), otherwise by a small program. NumPy sorts them, counts the
+distinct ones and finds each id among them. So the step works on the distinct rows, their number rounded up to one of
+few sizes, and searches no ids. That needs ids that the host can read: made of NumPy arrays, or of arrays on the CPU. On
+a GPU, and if ids are on another accelerator, nothing is read on the host: the ids are sorted on the device, and the
+block has as many rows as there are ids. A batch that carries its distinct ids (`known_ids.py`) needs none of this.
 """
 
 from __future__ import annotations
