@@ -277,8 +277,8 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
     wide, length = _wide(table), ids.shape[1]
-    # a traced step gets one gather, of which trace/row_reads.py and trace/by_entry.py make several on CPU; a traced loss
-    # gets one only without weights, because JAX differentiates it as it is
+    # a traced step gets one gather, of which trace/row_reads.py and trace/by_entry.py make several on CPU; a traced
+    # loss gets one only without weights, because JAX differentiates it as it is
     is_read_once = is_tracing() and (weights is None or not is_tracing_loss_alone())
     if not 0 < length <= _UNROLL or is_read_once or is_one_gather_per_bag():
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from jaxsparse.ops.rows import Storage, compact_with_slots, distinct_rows, gather_rows, in_range, scatter_rows
+from jaxsparse.ops.rows import Storage, distinct_rows, gather_rows, in_range, scatter_rows
 
 LANES = 128  # columns of a tile
 
@@ -68,21 +68,25 @@ class Packed(Storage):
         rows = jax.lax.bitcast_convert_type(jax.lax.reduce_or(words, (1,)), self.dtype)
         return rows.reshape(*ids.shape, *self.shape[1:])
 
-    def with_rows(self, ids: jax.Array, rows: jax.Array) -> Packed:
+    def with_rows(self, ids: jax.Array, rows: jax.Array, read_at: jax.Array | None = None) -> Packed:
         k, width, columns = _layout(self.shape)
         rows = rows.reshape(-1, width)
         if k == 1:
             rows = jnp.pad(rows, ((0, 0), (0, columns - width)))
             return Packed(scatter_rows(self.data, ids, rows), self.shape)
         n, num_packed = ids.shape[0], self.data.shape[0]
-        unique, at = _distinct_of_sorted(self._packed_ids(ids), num_packed)
+        packed_ids, each = self._packed_ids(ids), jnp.arange(n, dtype=jnp.int32)
+        at = _firsts(packed_ids, num_packed)
         is_lane = self._is_lane(ids)
         words = self._words(rows)  # which are added to 0, so that a row keeps its bits
         words = jnp.broadcast_to(words, (n, columns)) if width == 1 else jnp.tile(words, (1, k))
         words = jnp.where(is_lane, jnp.pad(words, ((0, 0), (0, columns - words.shape[1]))), 0)
         words = jnp.zeros((n, columns), words.dtype).at[at].add(words, mode="drop")
         changed = jnp.zeros((n, columns), jnp.int8).at[at].add(is_lane.astype(jnp.int8), mode="drop") > 0
-        new = jnp.where(changed, jax.lax.bitcast_convert_type(words, self.dtype), gather_rows(self.data, unique))
+        # the gather of `rows`, which XLA makes once
+        old = gather_rows(self.data, packed_ids if read_at is None else self._packed_ids(read_at))
+        new = jnp.where(changed, jax.lax.bitcast_convert_type(words, self.dtype), old)
+        unique = jnp.where(at == each, packed_ids, num_packed + each)
         return Packed(scatter_rows(self.data, unique, new), self.shape)
 
     def whole(self) -> jax.Array:
@@ -147,16 +151,22 @@ def unpack_array(x: Packed) -> jax.Array:
     return x.whole()
 
 
-def _distinct_of_sorted(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """What `distinct_rows` returns, for ids that are mostly sorted."""
+def _firsts(ids: jax.Array, num_rows: int) -> jax.Array:
+    """For each of some ids that are mostly sorted, the position of one that is equal to it, the same for all equal
+    ones: int32 (n,), n for ids that name no row."""
     n = ids.shape[0]
-    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]]) & in_range(ids, num_rows)
+    is_real, each = in_range(ids, num_rows), jnp.arange(n, dtype=jnp.int32)
 
-    def in_order() -> tuple[jax.Array, jax.Array]:
-        unique, at = compact_with_slots(ids, first, num_rows, n)
-        return unique, jnp.where(in_range(ids, num_rows), at, n)
+    def in_order() -> jax.Array:
+        is_first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+        return jnp.where(is_real, jax.lax.cummax(jnp.where(is_first, each, 0)), n)
 
-    return jax.lax.cond(jnp.all(ids[1:] >= ids[:-1]), in_order, lambda: distinct_rows(ids, num_rows, n))
+    def in_any_order() -> jax.Array:
+        _, at = distinct_rows(ids, num_rows, n)
+        first = jnp.full(n, n, jnp.int32).at[at].min(each, mode="drop")
+        return jnp.where(is_real, first.at[at].get(mode="clip"), n)
+
+    return jax.lax.cond(jnp.all(ids[1:] >= ids[:-1]), in_order, in_any_order)
 
 
 serialization.register_serialization_state(

@@ -63,7 +63,7 @@ class Storage(abc.ABC):
         """`gather_rows`."""
 
     @abc.abstractmethod
-    def with_rows(self, ids: jax.Array, rows: jax.Array) -> Storage:
+    def with_rows(self, ids: jax.Array, rows: jax.Array, read_at: jax.Array | None = None) -> Storage:
         """`scatter_rows`."""
 
     @abc.abstractmethod
@@ -183,10 +183,14 @@ def _dma_rows(interpret: bool, x: Any, ids: jax.Array) -> jax.Array:
     return row_dma.gather(x, ids, interpret=interpret) if row_dma.is_supported(x) else gather_rows(x, ids)
 
 
-def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array) -> Any:
-    """x with rows written at the unique `ids`, padding left out. In place when x is donated."""
+def scatter_rows(x: Any, ids: jax.Array, rows: jax.Array, read_at: jax.Array | None = None) -> Any:
+    """x with rows written at the unique `ids`, padding left out. In place when x is donated.
+
+    `read_at`: the ids by which the rows were read, if they are other arrays than `ids`. Where these name a row, so do
+    they, and the same. A `Storage` reads neighbours of rows there, which are at hand.
+    """
     if isinstance(x, Storage):
-        return x.with_rows(ids, rows)
+        return x.with_rows(ids, rows, read_at)
 
     def by_xla() -> jax.Array:
         return x.at[ids].set(rows, mode="drop", unique_indices=True, wrap_negative_indices=False)

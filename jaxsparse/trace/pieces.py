@@ -182,13 +182,18 @@ def write(
     """
 
     def unsplit() -> dict[int, jax.Array]:
-        gathered = {x.leaf: x._block_off_cpu for x in pending_blocks(new.values()) if x.leaf is not None}
+        parts = pending_blocks(new.values())
+        gathered = {x.leaf: x._block_off_cpu for x in parts if x.leaf is not None}
+        old = parts + [y for x in parts for y in x.operands if isinstance(y, DeferredBlock)]
+        is_read = lambda x: x._block is not None or x._block_off_cpu is not None  # noqa: E731
+        read_at = {x.leaf: x.ids for x in old if x.leaf is not None and is_read(x)}
         leaves = sorted(gathered.keys() - aligned)
         rows = gather_blocks([arrays[i] for i in leaves], ids, [gathered[i] for i in leaves])
         blocks = dict(zip(leaves, rows, strict=True))
         out = Part(ids, leaves=blocks).of(new.values())
         return dict(arrays) | {
-            i: x if i in aligned else scatter_rows(arrays[i], ids, x) for i, x in zip(new, out, strict=True)
+            i: x if i in aligned else scatter_rows(arrays[i], ids, x, read_at.get(i))
+            for i, x in zip(new, out, strict=True)
         }
 
     if not new:
