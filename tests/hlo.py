@@ -88,13 +88,15 @@ def bytes_moved(text: str) -> dict[str, int]:
     return moved
 
 
-def compiled_by_default(lowered):
+def compiled_by_default(lowered, others=None):
     """A lowered function, compiled as it is by default: what it allocates and moves is what users get.
+    `others`: further options of the compiler.
 
     What LLVM does comes after all that is read here, and stays quick: HLO is the same.
     """
     kept = {"xla_backend_optimization_level", "xla_cpu_parallel_codegen_split_count"}
-    return lowered.compile(DEFAULTS | {name: value for name, value in QUICK.items() if name in kept})
+    quick = {name: value for name, value in QUICK.items() if name in kept}
+    return lowered.compile(DEFAULTS | quick | (others or {}))
 
 
 def compiled_text(step, *args) -> str:

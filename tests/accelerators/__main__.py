@@ -3,8 +3,9 @@
     python -m tests.accelerators v5e 1e6 64 float32 adam step
 
 v4 | v5e | v5p | v6e | h100, rows, columns, dtype, optimizer, way; `--length 20` for as many ids a bag (4), `--packed`
-for a state that js.pack has packed, `--row-dma` for the kernels of ops/row_dma.py, and `--text FILE` for the optimized
-HLO. The optimizers and ways are those of cases.py.
+for a state that js.pack has packed, `--row-dma` for the kernels of ops/row_dma.py, `--no-streams` for a TPU's compiler
+that brings no small array onto the chip as a whole, and `--text FILE` for the optimized HLO. The optimizers and ways
+are those of cases.py.
 """
 
 import argparse
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4)
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--row-dma", action="store_true")
+    parser.add_argument("--no-streams", dest="streams", action="store_false")
     parser.add_argument("--text", type=pathlib.Path)
     options = vars(parser.parse_args())
     text = options.pop("text")

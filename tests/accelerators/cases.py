@@ -49,6 +49,7 @@ class Case:
     length: int = 4
     packed: bool = False  # by js.pack
     row_dma: bool = False  # with the kernels of ops/row_dma.py
+    streams: bool = True  # a TPU's compiler may bring all of a small array onto the chip beside other work
 
     def __str__(self) -> str:
         shape = f"{self.num_rows:.0e}x{self.dim}".replace("e+0", "e")
@@ -58,7 +59,14 @@ class Case:
             + f" L{self.length}" * (self.length != 4)
             + " packed" * self.packed
             + " row-dma" * self.row_dma
+            + " no-streams" * (not self.streams)
         )
+
+    @property
+    def options(self) -> dict[str, str]:
+        """For the compiler. A user sets them for a process, in LIBTPU_INIT_ARGS."""
+        names = [] if self.streams else ["prefetches", "evictions"]
+        return {f"xla_vf_vmem_max_outstanding_{name}": "0" for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

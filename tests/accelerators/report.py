@@ -57,7 +57,7 @@ def report(case: cases.Case) -> Report:
     """Compiles a case and reads what comes out."""
     start = time.monotonic()
     made = cases.lower(case, device(case.kind))
-    compiled = compiled_by_default(made.lowered)
+    compiled = compiled_by_default(made.lowered, case.options)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = reading.Program(text)
     return Report(
