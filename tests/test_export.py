@@ -131,6 +131,30 @@ def test_an_exported_step_writes_in_place():
     assert len(re.findall(r"jax\.buffer_donor|tf\.aliasing_output", module)) == len(jax.tree.leaves(state))
 
 
+def flush_of_replayed():
+    """And a state for it."""
+    tx = js.lazy_adamw(0.1, untouched="replay")
+    state = make_state()
+    return jax.jit(js.flush, donate_argnums=0), (TrainState.create(apply_fn=None, params=state.params, tx=tx),)
+
+
+@pytest.mark.parametrize("name", slow_but(["js.jit"], [*STEPS, "js.flush"]))
+def test_an_exported_program_makes_nothing_as_large_as_a_table(name):
+    """For a TPU or a GPU, too: rows of the table and its two slots are scattered into them, once. Flush has a loop for
+    each parameter."""
+    step, args = flush_of_replayed() if name == "js.flush" else (STEPS[name](), (make_state(), make_batch(True)))
+    table = f"tensor<{V}x{D}xf32>"
+    for platform in PLATFORMS[1:]:
+        exported = jax.export.export(step, platforms=[platform])(*args)
+        module = re.sub(r" loc\(.*\)$", "", exported.mlir_module(), flags=re.M)
+        made = re.findall(rf'= "?stablehlo\.(\w+).* {table}$', module, re.M)  # by an operation without regions
+        scattered = re.findall(rf"^ *\}}\) : \({table}, tensor<\d+x1xi32>, .*-> {table}$", module, re.M)
+        assert (made, len(scattered)) == ([], 3), platform
+        if name == "js.flush":
+            assert operations(exported)["while"] == len(jax.tree.leaves(args[0].params))
+        assert len(re.findall(r"jax\.buffer_donor|tf\.aliasing_output", module)) == len(jax.tree.leaves(args[0]))
+
+
 def test_what_is_traced_takes_the_arguments_of_the_step():
     """By name as well, and without those that are static."""
 
