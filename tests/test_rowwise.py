@@ -332,6 +332,23 @@ def test_a_batch_without_ids_moves_nothing(first):
     assert np.all(np.asarray(state.params["w"] != before.params["w"]))
 
 
+def test_an_empty_batch_in_other_reads_moves_nothing():
+    """An empty vmap, which JAX runs as well, and empty bags in the same program."""
+
+    def loss(p, ids):
+        by_one = jax.vmap(lambda i: jnp.sum(p["t"][i] ** 2) + jnp.sum(p["b"][i]))(ids)
+        return jnp.sum(by_one) + jnp.sum(js.embedding_bag(p["t"], ids[:, None]) @ p["w"]) + jnp.sum(p["w"] ** 2)
+
+    step = js.jit(of_loss(loss))
+    state, _ = step(copied(create(optax.adam(0.1))), draw_ids(5))
+    before = copied(state)
+    state, value = step(state, jnp.zeros(0, jnp.int32))
+    assert float(value) == float(jnp.sum(before.params["w"] ** 2))
+    for name in ("t", "b"):
+        np.testing.assert_array_equal(state.params[name], before.params[name])
+        np.testing.assert_array_equal(state.opt_state[0].nu[name], before.opt_state[0].nu[name])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_tables(dtype):
     """Sums of many duplicates are made in float32: in 16 bits, a thousand ones of bfloat16 would add up to 256."""

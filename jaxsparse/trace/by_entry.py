@@ -161,7 +161,7 @@ def _summed(large: FullArray, entries: Entries, full: jax.Array) -> jax.Array:
 def by_pieces(
     large: FullArray, turn: Callable[[jax.Array, Cut], jax.Array], start: jax.Array, unsplit: Callable[[], jax.Array]
 ) -> jax.Array:
-    """at_once(); On CPU, turn(turn(start, cut), cut)... instead, over cuts that cover all entries of `large`."""
+    """unsplit(); on CPU, turn(turn(start, cut), cut)... instead, over cuts that cover all entries of `large`."""
 
     def in_pieces() -> jax.Array:
         num_entries = large.array.shape[0]
@@ -172,6 +172,8 @@ def by_pieces(
         remainder = num_entries % piece_size
         return turn(out, Cut(num_entries - remainder, remainder)) if remainder else out
 
+    if not large.array.size:  # a batch without ids
+        return unsplit()
     return jax.lax.platform_dependent(cpu=in_pieces, default=unsplit)
 
 
