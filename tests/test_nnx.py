@@ -473,6 +473,26 @@ def test_what_js_nnx_jit_refuses():
     assert model.calls[...] == 0  # the module is as it was
 
 
+class PlainAverage(nnx.Module):
+    """An average of all parameters, in arrays that no variable holds."""
+
+    def __init__(self, model):
+        self.average = nnx.data(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_an_average_in_plain_arrays_is_named():
+    def step(model, optimizer, held, batch):
+        loss = sgd_step(model, optimizer, batch)
+        now = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        held.average = nnx.data(jax.tree.map(lambda a, x: 0.9 * a + 0.1 * x, held.average, now))
+        return loss
+
+    model, optimizer = with_optimizer()
+    held = PlainAverage(model)
+    with pytest.raises(ValueError, match=r"\['held'\]\['average'\].* hold each in an nnx\.Variable"):
+        js.nnx.jit(step)(model, optimizer, held, Small.draw_batch())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps of Flax's documentation and examples
 

@@ -719,6 +719,28 @@ def test_a_refusal_names_the_line():
         js.jit(step).lower(create(tx), *batch())
 
 
+def test_a_metric_of_gradients_is_reduced_or_refused_with_what_to_do():
+    def step(state, ids, metric):
+        grads = jax.grad(lambda p: jnp.sum(jnp.sin(p["t"][ids])))(state.params)
+        return state.apply_gradients(grads=grads), metric(grads["t"])
+
+    def right(g):
+        return jnp.stack([f(g) for f in (jnp.mean, jnp.std, jnp.max, jnp.min, jnp.linalg.norm, jax.nn.logsumexp)])
+
+    ids, start = jnp.array([3, 9, 3]), create(optax.sgd(0.1))
+    _, want = jax.jit(step, static_argnums=2)(start, ids, right)
+    _, got = js.jit(step, static_argnums=2)(copied(start), ids, right)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for metric in (
+        lambda g: jnp.sort(g[:, 0])[-3:],
+        lambda g: g.cumsum(0)[-1],
+        lambda g: g.sum(1).argmax(),
+        lambda g: g[7],
+    ):
+        with pytest.raises(ValueError, match=r" at .*test_rowwise.py:\d+ .*If it is a metric .* max and min over rows"):
+            js.jit(step, static_argnums=2).lower(start, ids, metric)
+
+
 def test_a_step_that_returns_no_state():
     def total(state, ids):
         return jnp.sum(state["t"][ids])

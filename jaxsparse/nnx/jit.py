@@ -24,6 +24,7 @@ from jaxsparse.nnx.apart import Given, Static, held_by, put_together, take_apart
 from jaxsparse.ops.rows import as_shape, is_stored
 from jaxsparse.optim.replaying import is_replay_state
 from jaxsparse.trace.tracing import check_arguments
+from jaxsparse.trace.values import RefusedError
 from jaxsparse.train.jit import JittedStep, sequence
 
 _flatten: Any = jax.tree.flatten  # its stubs give a tree definition no methods
@@ -145,6 +146,7 @@ class JittedModules:
                 states, outcome = self._program(layout)(*pure)
             except (RuntimeError, ValueError) as error:
                 _check_there(error, layout, leaves)
+                self._check_held(error, args, kwargs)
                 raise
             for k, x in zip(layout.changed, layout.definition.flatten_up_to(states), strict=True):
                 leaves[k] = x
@@ -174,6 +176,22 @@ class JittedModules:
         """The number of compiled programs."""
         whole: Any = self._whole
         return self.on_rows._cache_size() + whole._cache_size()
+
+    def _check_held(self, error: Exception, args: Any, kwargs: Any) -> None:
+        """Raises a ValueError that names arrays outside of variables, where something like a slot is put into them."""
+        named = self._named(args, kwargs)
+        held = [p for p, x in nnx.iter_graph(named, graph=True) if isinstance(x, jax.Array) and x.ndim and len(p) > 1]
+        if held and isinstance(error, RefusedError) and error.got.startswith("output "):
+            paths = ", ".join("".join(f"[{k!r}]" for k in path) for path in held[:3]) + (", ..." if held[3:] else "")
+            got = f"plain arrays at {paths}, as nnx.data holds them, and a new array with a row for each of a table's"
+            do = "An average of a table is such an array: hold each in an nnx.Variable, and set variable[...] = new."
+            must = "one that keeps what has a table's rows in an nnx.Variable"
+            raise ValueError(message("nnx.jit", "step", must, got, do)) from error
+
+    def _named(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments by the names of the step's parameters."""
+        named = dict(zip(self._parameters, args, strict=False))
+        return named | {f"args[{n}]": x for n, x in enumerate(args) if n >= len(self._parameters)} | kwargs
 
     def _program(self, layout: _Layout) -> Any:
         return self.on_rows if layout.has_rows or self._rows is not None else self._whole
@@ -207,9 +225,7 @@ class JittedModules:
 
         whole = list(map(as_shape, leaves))  # packed tables are arrays to the step
         jax.eval_shape(look, *jax.tree.map(_jax.abstract, (tree, whole)))  # without shardings, as js.jit traces it
-        named = dict(zip(self._parameters, args, strict=False))
-        named |= {f"args[{n}]": x for n, x in enumerate(args) if n >= len(self._parameters)} | kwargs
-        places = _places(named, changed, held_by((args, kwargs)))
+        places = _places(self._named(args, kwargs), changed, held_by((args, kwargs)))
         numbers, definition = _flatten(places)
         has_rows = any(shape and shape[0] > 1 for k in numbers for shape, _ in _kinds(whole[k])[1])
         if not has_rows:

@@ -315,8 +315,11 @@ def check(
     """Raises RefusedError for what cannot be right on some rows. Args are as in `settle` and `Settled`."""
     plan, find = walked.plan, walked.plan.find
     classes = {find(i) for i in row_leaves}
-    across = "It looks across rows, as LAMB, LARS and Adafactor do. Keep it for dense parameters, with "
-    across += "optax.partition, and give tables an optimizer that does not, such as optax.adamw."
+    across = (
+        "It looks across rows, as LAMB, LARS and Adafactor do. Keep it for dense parameters, with optax.partition, and "
+        "give tables an optimizer that does not, such as optax.adamw. If it is a metric of a gradient or an update: "
+    )
+    across += "sums, means, norms, max and min over rows work; make any other outside of the step, of js.grad's rows."
     for node, why in plan.refused.items():
         if find(node) in classes:
             raise refused(str(why), across)
