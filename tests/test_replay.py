@@ -596,3 +596,27 @@ def test_a_state_in_any_order_and_one_without_its_parameters():
 
     with pytest.raises(ValueError, match=r"parameters beside their optimizer's state.*\['t', 'w'\]"):
         js.jit(of_others)(tx.init(params("t")), IDS[0])
+
+
+def test_a_batch_without_ids_brings_no_row_up_to_date():
+    """Its gradient is a zero that has no rows: as a dense gradient, it would mean that the whole table is up to date."""
+    tx = js.lazy_sgd(0.1, 0.9, untouched="replay")
+    state = TrainState.create(apply_fn=None, params={"t": jnp.ones((6, 2))}, tx=tx)
+    state, _ = js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids]))(state, jnp.zeros(0, jnp.int32))
+    assert int(state.opt_state.steps) == 1
+    assert [int(x.max()) for x in state.opt_state.plain["t"]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_batch_without_ids_is_a_step_that_all_rows_miss():
+    loss = lambda p, ids: jnp.sum(jnp.sin(p["t"][ids]))  # noqa: E731
+    tx, dense = js.lazy_sgd(0.1, 0.9, untouched="replay"), optax.sgd(0.1, 0.9)
+    params = {"t": jnp.linspace(0.0, 1.0, 12).reshape(6, 2)}
+    state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=tx)
+    slots, step = dense.init(params), js.make_train_step(loss)
+    for ids in ([1, 2], [], [1, 3], []):
+        ids = jnp.array(ids, jnp.int32)
+        state, _ = step(state, ids)
+        updates, slots = dense.update(jax.grad(loss)(params, ids), slots, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(js.flush(state).params["t"], params["t"], rtol=1e-6)
