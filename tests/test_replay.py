@@ -599,7 +599,7 @@ def test_a_state_in_any_order_and_one_without_its_parameters():
 
 
 def test_a_batch_without_ids_brings_no_row_up_to_date():
-    """Its gradient is a zero that has no rows: as a dense gradient, it would mean that the whole table is up to date."""
+    """Its gradient is a zero that has no rows: a dense one would mean that all rows are up to date."""
     tx = js.lazy_sgd(0.1, 0.9, untouched="replay")
     state = TrainState.create(apply_fn=None, params={"t": jnp.ones((6, 2))}, tx=tx)
     state, _ = js.make_train_step(lambda p, ids: jnp.sum(p["t"][ids]))(state, jnp.zeros(0, jnp.int32))
@@ -614,8 +614,7 @@ def test_a_batch_without_ids_is_a_step_that_all_rows_miss():
     params = {"t": jnp.linspace(0.0, 1.0, 12).reshape(6, 2)}
     state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.copy, params), tx=tx)
     slots, step = dense.init(params), js.make_train_step(loss)
-    for ids in ([1, 2], [], [1, 3], []):
-        ids = jnp.array(ids, jnp.int32)
+    for ids in (jnp.array(ids, jnp.int32) for ids in ([1, 2], [], [1, 3], [])):
         state, _ = step(state, ids)
         updates, slots = dense.update(jax.grad(loss)(params, ids), slots, params)
         params = optax.apply_updates(params, updates)
