@@ -737,7 +737,7 @@ def test_a_metric_of_gradients_is_reduced_or_refused_with_what_to_do():
         lambda g: g.sum(1).argmax(),
         lambda g: g[7],
     ):
-        with pytest.raises(ValueError, match=r" at .*test_rowwise.py:\d+ .*If it is a metric .* max and min over rows"):
+        with pytest.raises(ValueError, match=r" at .*test_rowwise.py:\d+ .*Of a metric .* max and min over rows"):
             js.jit(step, static_argnums=2).lower(start, ids, metric)
 
 

@@ -316,8 +316,8 @@ def check(
     plan, find = walked.plan, walked.plan.find
     classes = {find(i) for i in row_leaves}
     across = "It looks across rows, as LAMB, LARS and Adafactor do. Keep it for dense parameters, with "
-    across += "optax.partition, and give tables an optimizer that does not, such as optax.adamw. Of a metric of gradients, "
-    across += "sums, means, norms, max and min over rows work; make any other outside of the step, of js.grad's rows."
+    across += "optax.partition, and give tables an optimizer that does not, such as optax.adamw. Of a metric of "
+    across += "gradients, sums, means, norms, max and min over rows work; make others outside of the step, of js.grad's rows."
     for node, why in plan.refused.items():
         if find(node) in classes:
             raise refused(str(why), across)
