@@ -2,6 +2,7 @@
 batches by number."""
 
 import os
+import pickle
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -340,6 +341,31 @@ def test_grain_drives_batches():
     batches = js.batches(random_csr(rng_of(0), 30), np.arange(30), batch_size=8, shuffle=True)
     loaded = list(grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=2)))
     assert_same(loaded, list(batches))
+
+
+@pytest.mark.slow  # two processes that import JAX
+def test_grain_drives_batches_in_worker_processes():
+    grain, flags = pytest.importorskip("grain"), pytest.importorskip("absl.flags")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # as absl.app.run does
+    x = {
+        "m": random_csr(rng_of(0), 30),
+        "ids": np.arange(60).reshape(30, 2),
+        "lists": [[1] * (i % 4) for i in range(30)],
+    }
+    batches = js.batches(x, np.arange(30), batch_size=8, num_rows=60, shuffle=True)
+    loaded = grain.MapDataset.source(batches).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    workers = grain.MultiprocessingOptions(num_workers=2, per_worker_buffer_size=2)
+    assert_same(list(loaded.mp_prefetch(workers)), list(batches.one_epoch()))
+
+
+def test_pickled_batches_are_the_same():
+    """As loaders with worker processes have them."""
+    batches = js.batches([[3, 0], [], [1, 2], [2]], np.arange(4), num_rows=4, batch_size=2, shuffle=True)
+    next(iter(batches))
+    other = pickle.loads(pickle.dumps(batches))
+    assert other.state == batches.state and other.state["step"] == 1
+    assert_same(list(other.one_epoch()), list(batches.one_epoch()))
 
 
 def test_torch_drives_batches():

@@ -49,6 +49,9 @@ class Scratch:
         self.lock = threading.Lock()
         self._array = np.empty(1, np.int32)  # never empty, so that `take` works
 
+    def __reduce__(self) -> Any:
+        return Scratch, ()  # in another process: a lock of its own, and nothing looked up yet
+
     def positions(self, unique: np.ndarray) -> np.ndarray:
         """An array whose element at each of these ids, all of them >= 0, is its position in `unique`."""
         if len(unique) and unique[-1] >= len(self._array):

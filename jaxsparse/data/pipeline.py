@@ -151,7 +151,8 @@ class Batches:
 
     batches[i] is batch i of the current epoch. It may be called from several threads and does not change `state`, so
     loaders that ask by number work: a thread pool, grain's MapDataset, torch's DataLoader with batch_size=None. Between
-    epochs, set the next one for another order: batches.state = {**batches.state, "epoch": epoch, "step": 0}.
+    epochs, set the next one for another order: batches.state = {**batches.state, "epoch": epoch, "step": 0}. Worker
+    processes get a copy by pickle, examples included.
 
     Attributes:
       state: the position, a dict of ints: epoch, step (the next batch), and the settings that determine the order.
