@@ -211,6 +211,25 @@ def test_flush_of_split_rows_moves_nothing(optimizer):
     assert bytes_moved(program.as_text()) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.devices(8)
+def test_flush_of_split_rows_whose_slots_are_whole():
+    """Devices have other rows of the one than of the others, so XLA moves them."""
+    tx, params = js.lazy_sgd(1.0, momentum=0.5, untouched="replay"), {"table": jnp.ones((8, 2))}
+    opt_state, loss_fn = tx.init(params), lambda params, ids: jnp.sum(params["table"][ids])
+    for ids in (jnp.array([0, 1]), jnp.array([5])):
+        params, opt_state = js.refresh(loss_fn)((params, opt_state), ids)
+        updates, opt_state = tx.update(js.grad(loss_fn)(params, ids), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    mesh = devices.mesh_of((8,), ("rows",))
+    split, whole = (jax.sharding.NamedSharding(mesh, spec) for spec in (P("rows"), P()))
+    on_mesh = jax.device_put(params, split), jax.device_put(opt_state, whole)
+    assert _row_shardings(*on_mesh) == (None, None)
+    want, got = js.flush(jax.tree.map(jnp.copy, (params, opt_state))), js.flush(on_mesh)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert want[0]["table"][:3, 0].tolist() == [-0.5, -0.5, 1.0]
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", slow_but([AxisType.Auto], [AxisType.Auto, AxisType.Explicit]))
 def test_shard_rows_under_jit_makes_no_whole_table(kind):

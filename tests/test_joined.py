@@ -108,6 +108,24 @@ def test_steps(name):
             np.testing.assert_allclose(part(got)[name][t], part(want)[name][t], **tol)
 
 
+@pytest.mark.parametrize("strides", [None, (1, 1)])
+def test_a_gradient_that_is_cut_by_hand(strides):
+    """Each part is row-sparse: only the rows that are read change."""
+    params = {t: jnp.asarray(RNG.normal(size=(k, D)), jnp.float32) for t, k in HEIGHTS.items()}
+
+    def by_hand(params, ids):
+        gradient = jax.grad(lambda table: squares(table[ids]))(joined(params))
+        starts = dict(zip(HEIGHTS, (0, 50, 110), strict=True))
+        cut = {t: jax.lax.slice(gradient, (starts[t], 0), (starts[t] + k, D), strides) for t, k in HEIGHTS.items()}
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, cut), None
+
+    run = js.jit(by_hand)
+    said = js.explain(run)(params, IDS)
+    assert all(said[f"['{t}']"].row_sparse and said[f"['{t}']"].num_rows == k for t, k in HEIGHTS.items())
+    want = jax.jit(by_hand)(params, IDS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), run(copied(params), IDS), want)
+
+
 def test_nothing_with_all_rows_is_made():
     params = {t: jnp.ones((1000 * k, D)) for t, k in HEIGHTS.items()}
     run = js.jit(functools.partial(step, loss_fn=READS["twice"]))

@@ -90,6 +90,8 @@ PROGRAMS = {
         lambda t, b: t[jnp.concatenate([b.x["a"], b.x["b"][:, None]], 1) % 40].sum(1),
         True,
     ),
+    "masked in a jit": (IDS, {}, lambda t, b: t[jax.jit(lambda ids: jnp.where(ids > 30, ids, 30))(b.x)].sum(1), True),
+    "a feature twice": (IDS, {}, lambda t, b: t[jnp.concatenate([b.x, b.x], 1)].sum(1), True),
     "features of one table": (HEADS, {}, lambda t, b: t[b.x["a"]].sum(1) + t[b.x["b"]], True),
     "lists": (LISTS, {}, lambda t, b: bag(t, b.x), True),
     "lists padded with -1": (LISTS, {"padding_idx": -1}, lambda t, b: js.embedding_bag(t, b.x, padding_idx=-1), True),

@@ -452,6 +452,14 @@ def test_an_epoch_without_steps_raises(data, says):
         js.fit(STEP, new_state(), batches, validation=data(), metrics=metric_fn, progress=False)
 
 
+def test_a_position_at_the_end_of_an_epoch_is_said():
+    batches = js.batches(IDS, Y, batch_size=8)
+    batches.state = {**batches.state, "step": len(batches)}
+    with pytest.raises(ValueError, match=r"at least one batch an epoch. Got .* position was at the end of an epoch"):
+        js.fit(STEP, new_state(), batches, progress=False)
+    js.fit(STEP, new_state(), batches, progress=False)  # the next epoch
+
+
 def test_what_is_used_up_after_an_epoch_raises():
     class Once:  # not known to be used up before it is
         def __init__(self, batches):

@@ -420,6 +420,15 @@ def test_hand_over_to_plain_optax_and_back(name, tables):
     close(run(state, 25, 40)[1].params, dense_run(want, 0, 40)[0].params)
 
 
+def test_hand_over_where_skipped_rows_freeze():
+    """Nothing is put off, so the states are plain optax's."""
+    params, tx = {"t": jnp.ones((3, 2))}, js.lazy_adam(0.1)
+    state = tx.init(params)
+    assert jax.tree.structure(js.to_optax_state(state)) == jax.tree.structure(optax.adam(0.1).init(params))
+    plain = jax.tree.map(lambda x: x + 1, js.to_optax_state(state))
+    chex.assert_trees_all_equal(js.from_optax_state(tx, plain, params), plain)
+
+
 @pytest.mark.slow  # as test_checkpoints.py for all optimizers
 @pytest.mark.parametrize("how", ["orbax", "flax"])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(how, tmp_path):

@@ -81,9 +81,7 @@ def remat(walk: Walk, eqn: Equation, values: Values) -> Outs:
 
 
 def cond(walk: Walk, eqn: Equation, values: Values) -> Outs:
-    index, operands = values[0], values[1:]
-    if isinstance(index, Rows):
-        return None
+    index, operands = values[0], values[1:]  # the index has no axes, and so no rows
     branches = _jax.branches(eqn)
     reads: list[list[Any]] = [[] for _ in branches]
 
