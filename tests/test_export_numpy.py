@@ -706,6 +706,19 @@ def test_refused_equations(tmp_path):
     check(tmp_path, by_batch, {}, x, batch="5, _")  # at one size there is one program
 
 
+def test_equations_that_few_models_have(tmp_path):
+    def model(table, x):
+        small = x["i"].astype(jnp.int8)
+        return {
+            "rows times rows": jax.lax.dot_general(x["f"], table, (((1,), (1,)), ((), ()))),
+            "wider than its factors": jax.lax.dot(small, small.T[:, :1], preferred_element_type=jnp.int32),
+            "bits": x["i"].astype(jnp.uint32) >> 1,
+            "as precise as it is": jax.lax.reduce_precision(x["f"], 8, 23),
+        }
+
+    check(tmp_path, model, numbers(4, 6), {"f": numbers(5, 6), "i": ids_below(9, 5, 6)}, batch="5, _")
+
+
 REFUSED = {
     "shift_right_logical of signed integers": lambda f, i: jax.lax.shift_right_logical(i, 1),
     "reduce_precision to less than float32": lambda f, i: jax.lax.reduce_precision(f, 5, 10),

@@ -220,10 +220,16 @@ def test_columns_of_arrow():
     lists = pa.array([["x", "y"], [], ["z"]])
     of_chunks = js.hash_ids(pa.chunked_array([lists[1:], lists]), LARGEST)
     assert [row.tolist() for row in of_chunks] == [[], ids(["z"]), ids(["x", "y"]), [], ids(["z"])]
+    with pytest.raises(ValueError, match=r"without missing lists\. Got 1 of them"):
+        js.hash_ids(pa.array([["x"], None]), 10)
     none_among_values = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["x", None]))
     assert ids(none_among_values, missing="y") == ids(["x", "y", "x"])
     with pytest.raises(ValueError, match="without missing values"):
         js.hash_ids(none_among_values, 10)
+
+
+def test_no_numbers_are_no_ids():
+    assert js.hash_ids(np.zeros(0), 10).tolist() == []
 
 
 def test_numbers_of_numpy_in_lists_are_what_they_are_in_arrays():

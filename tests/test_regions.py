@@ -25,6 +25,12 @@ def gathered(t, at, sizes, **dims):
     return jax.lax.gather(t, at, jax.lax.GatherDimensionNumbers(**dims), sizes, mode="clip")
 
 
+def first_three(t, ids):
+    """What a while loop reads: how many rows is not known before it ends."""
+    t = jax.lax.stop_gradient(t)
+    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] + t[ids[c[0]]]), (0, jnp.zeros(D)))[1]
+
+
 def delay_line(t):
     """Each turn hands a table on to the next of twelve places: the kinds of the places settle after as many turns."""
     places, _ = jax.lax.scan(lambda c, _: ((c[0], *c[:-1]), None), (t, *[jnp.zeros((V, D))] * 12), None, length=2)
@@ -61,6 +67,7 @@ READS = {  # what is read of a table besides t[IDS], and whether that leaves it 
         lambda t, i: jax.lax.scan(lambda c, _: (OTHER, None), t, None, length=2)[0][i] + t[i],
         True,
     ),
+    "rows that a while reads": (lambda t, i: first_three(t, i)[None] + t[i], False),
     "twelve places": (lambda t, i: delay_line(t)[i], False),
 }
 
