@@ -317,9 +317,7 @@ def check(
     classes = {find(i) for i in row_leaves}
     across = "It looks across rows, as LAMB, LARS and Adafactor do. Keep it for dense parameters, with "
     across += "optax.partition, and give tables an optimizer that does not, such as optax.adamw. Of a metric of "
-    across += (
-        "gradients, sums, means, norms, max and min over rows work: make others of js.grad's rows, outside of a step."
-    )
+    across += "gradients, sums, means, norms, max and min over rows work: make others of js.grad's rows."
     for node, why in plan.refused.items():
         if find(node) in classes:
             raise refused(str(why), across)
