@@ -127,7 +127,8 @@ def replay(
         for name, g in leaves.items():
             rows, whole = stamps[name]
             if is_tracing():  # rows that are read were brought up to date before; all other parameters were flushed
-                count, chosen = rows_of(rows)  # not of g: without ids it is a zero that has no rows
+                count, chosen = rows_of(rows)  # the gradient of a batch without ids is a zero that has no rows
+                chosen |= rows_of(g)[1]  # the stamps belong to the rows of the gradient
                 stamps[name] = Stamps(jnp.where(chosen, now, rows), jnp.where(count < 0, now, whole))
                 continue
             is_stale = whole != state.steps
