@@ -74,6 +74,18 @@ def in_cond(t, ids):
     return jax.lax.cond(jnp.asarray(ids)[0] > 0, each, lambda t: 0.0, t)
 
 
+def set_before(t, ids):
+    return jnp.sum(t.at[:, 1].set(0.0)[ids] ** 2)  # set_before
+
+
+def summed_before(t, ids):
+    return jnp.sum(jnp.cumsum(t, 0)[ids] ** 2)  # summed_before
+
+
+def sorted_before(t, ids):
+    return jnp.sum(jnp.flip(jnp.sort(t, 0), 0)[ids] ** 2)  # sorted_before
+
+
 TAKE = r"jnp\.take\(table, ids, axis=0\)"
 ONE_HOT = rf"dot_general at .* If .* one-hot, read rows, {TAKE}; if it is sparse, js\.dot takes it as a BCOO\.$"
 TIED = r"(reduce_\w+|dot_general) at .* For an output layer, js\.sampled_softmax computes the logits of few rows\.$"
@@ -88,6 +100,9 @@ ADVICE = {
     in_cond: ONE_HOT,
     tied_in_scan: TIED,
     carried: TIED,
+    set_before: rf"gather at .* Read rows by ids, {TAKE}\.$",
+    summed_before: rf"gather at .* Read rows by ids, {TAKE}\.$",
+    sorted_before: rf"gather at .* Read rows by ids, {TAKE}\.$",
 }
 
 

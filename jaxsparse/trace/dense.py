@@ -22,7 +22,9 @@ LARGE = 1 << 16  # rows of a table that is worth a warning if no ids read it
 
 _CONVERT, _TRANSPOSE = _jax.primitives("convert_element_type copy"), _jax.primitives("transpose")
 _MOVES, _WHILE = _CONVERT | _TRANSPOSE, _jax.primitives("while")
-_FOLLOWED = INLINED | _MOVES | _WHILE | {_jax.COND, _jax.SCAN}  # and remat, which has two forms
+# of all rows, but still rows that may be read
+_ACROSS = _jax.primitives("scatter scatter_add scatter_mul cumsum cumprod cummax cummin rev sort")
+_FOLLOWED = INLINED | _MOVES | _ACROSS | _WHILE | {_jax.COND, _jax.SCAN}  # and remat, which has two forms
 _DOT = _jax.primitives("dot_general")
 _OTHER_READS = _jax.primitives("slice reshape squeeze pad select_n gather dynamic_slice")
 
@@ -94,21 +96,31 @@ def _contracts(use: _Use) -> bool:
 
 
 def _uses(
-    program: Program,
-    v: Any,
-    axis: int,
-    within: tuple[Equation, ...],
-    followed: Collection[Any] = _FOLLOWED,
+    program: Program, v: Any, axis: int, within: tuple[Equation, ...], followed: Collection[Any] = _FOLLOWED
 ) -> Iterator[_Use]:
     """The equations that use a variable, in order. Equations of the primitives `followed` are looked through."""
+    return (use for use in _uses_and_outputs(program, v, axis, within, followed) if isinstance(use, _Use))
+
+
+def _uses_and_outputs(
+    program: Program, v: Any, axis: int, within: tuple[Equation, ...], followed: Collection[Any]
+) -> Iterator[_Use | tuple[int, int]]:
+    """The same, and (output, axis) for each output of the program that the variable becomes."""
+    yield from ((number, axis) for number, out in enumerate(program.outputs) if out is v)
     users = ((eqn, i) for eqn in program.equations for i, operand in enumerate(eqn.inputs) if operand is v)
     for user, i in users:
-        if user.primitive in _MOVES and user.primitive in followed:
+        if user.primitive in _MOVES | _ACROSS and user.primitive in followed:
             at = list(user.param("permutation")).index(axis) if user.primitive in _TRANSPOSE else axis
-            yield from _uses(program, user.outputs[0], at, within, followed)
+            if i == 0:  # not what is written into another array
+                yield from _uses_and_outputs(program, user.outputs[0], at, within, followed)
         elif inner := _inside(user, i, followed):
             for body, operand in inner:
-                yield from _uses(body, operand, axis, (*within, user), followed)
+                for use in _uses_and_outputs(body, operand, axis, (*within, user), followed):
+                    if isinstance(use, _Use):
+                        yield use
+                    elif user.primitive in INLINED:
+                        number, at = use
+                        yield from _uses_and_outputs(program, user.outputs[number], at, within, followed)
         else:
             yield _Use(user, i, axis, within)
 
