@@ -35,12 +35,23 @@ def pytest_runtest_setup(item):
     for mark in item.iter_markers("cpu"):
         if jax.default_backend() != "cpu":
             pytest.skip(f"on a CPU only: {mark.args[0]}")
-    wanted = [mark.args[0] for mark in item.iter_markers("devices")]
-    if isinstance(item, pytest.DoctestItem):
-        wanted += [int(n) for line in item.dtest.examples for n in re.findall(r"jax\.devices\(\)\[:(\d)", line.source)]
-    for number in wanted:
-        if jax.device_count() < number:
-            pytest.skip(f"{jax.device_count()} of {number} devices: {jax.devices()[0].device_kind}")
+    for mark in item.iter_markers("devices"):
+        if jax.device_count() < mark.args[0]:
+            pytest.skip(few_devices(mark.args[0]))
+
+
+def few_devices(wanted):
+    return f"{jax.device_count()} of {wanted} devices: {jax.devices()[0].device_kind}"
+
+
+def pytest_collection_modifyitems(items):
+    """Examples in docstrings, which have no marks, are skipped where there are fewer devices than they ask for."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            asked = re.findall(r"jax\.devices\(\)\[:(\d)", "".join(line.source for line in item.dtest.examples))
+            for number in map(int, asked):
+                if jax.device_count() < number:
+                    item.add_marker(pytest.mark.skip(few_devices(number)))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import tracemalloc
 from functools import partial
 
@@ -285,6 +286,9 @@ def test_what_is_made_ahead_fails_in_its_place_and_ends_where_it_is_left(tmp_pat
         next(batches)
         batches.close()
     del batches  # Python 3.12.3 keeps what a closed generator holds until it is deleted
+    for _ in range(500):  # and the thread holds it until its last task has ended
+        if len(closed) < 3:
+            time.sleep(0.01)
     assert len(closed) == 3
 
 
