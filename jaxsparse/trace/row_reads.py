@@ -61,7 +61,7 @@ def gather(walk: Walk, eqn: Equation, values: Values) -> Outs:
         at = clip_others(at, component, numbers.start_index_map, shape, sizes)
     fill_value = eqn.param("fill_value") if mode == Mode.FILL_OR_DROP else None
     fill_value = missing_value(rows.data.dtype) if fill_value is None else fill_value
-    sum_axis = _only_sum_axis(walk, eqn) if walk.alone and not walk.planning else None
+    sum_axis = _only_sum_axis(walk, eqn) if walk.on_one_device and not walk.planning else None
     full_rows = _takes_full_rows(numbers.offset_dims, numbers.collapsed_slice_dims, len(shape), place.ndim)
     if not (full_rows and sum_axis is not None and sum_axis < place.ndim and sizes[1:] == shape[1:]):
         sum_axis = None
@@ -276,7 +276,7 @@ def scatter(walk: Walk, eqn: Equation, values: Values) -> Outs:
     adds_full_rows = (
         adds
         and not walk.planning
-        and walk.alone  # otherwise each of the small scatters would be added up over the devices
+        and walk.on_one_device  # otherwise each of the small scatters would be added up over the devices
         and _takes_full_rows(numbers.update_window_dims, numbers.inserted_window_dims, len(shape), at.ndim - 1)
     )
     adds_equal_rows = adds_full_rows and isinstance(updates, EqualRows) and updates.axis < at.ndim - 1

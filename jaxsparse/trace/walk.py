@@ -60,7 +60,7 @@ class Walk:
       spaces: {class: its chosen rows}; None while planning.
       within: the equations that the program is inside of.
       depth: how many regions the program is inside of.
-      alone: whether the program runs on one device, and will not be split over several.
+      on_one_device: whether the program runs on one device, and will not be split over several.
       defers: whether blocks that are made row by row are computed when they are needed.
       stand_ins: while planning, int32 (k,) in place of the ids of a block.
     """
@@ -71,11 +71,11 @@ class Walk:
         spaces: dict[int, Space] | None = None,
         within: tuple[Equation, ...] = (),
         depth: int = 0,
-        alone: bool = True,
+        on_one_device: bool = True,
         defers: bool = False,
         stand_ins: Any = None,
     ) -> None:
-        self.plan, self.spaces, self.within, self.depth, self.alone = plan, spaces, within, depth, alone
+        self.plan, self.spaces, self.within, self.depth, self.on_one_device = plan, spaces, within, depth, on_one_device
         self.defers, self.stand_ins = defers, stand_ins
         self.tables_read: list[jax.Array] = []  # read in full tables, on CPU
         self.reads: list[tuple[Read, jax.Array]] = []
@@ -248,7 +248,7 @@ class Walk:
 
     def inside(self) -> Walk:
         """A walk for a region's program. Its reads are its own and become outputs of the region."""
-        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.alone, stand_ins=self.stand_ins)
+        return Walk(self.plan, self.spaces, self.within, self.depth + 1, self.on_one_device, stand_ins=self.stand_ins)
 
     def ids(self, node: int) -> Any:
         return self.stand_ins if self.spaces is None else self.spaces[self.plan.find(node)].ids

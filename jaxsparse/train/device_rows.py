@@ -77,12 +77,12 @@ def knows_all(planned: Planned, leaves: Sequence[Any]) -> bool:
     return bool(found) and all(code for read, code in nodes if planned.plan.find(read.node) in planned.classes)
 
 
-def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *, alone: bool = True) -> Space:
+def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *, on_one_device: bool = True) -> Space:
     """The distinct rows of a class that the ids of all reads name.
 
     Args:
       axes: further mapped axes along which all devices need the same rows, besides those the step adds up over.
-      alone: as of a Walk.
+      on_one_device: as in `Walk`.
     """
     num_rows, reads = planned.classes[c], planned.reads_in(c)
     arrays = dict(zip(planned.ids.numbers, ids.arrays, strict=True))
@@ -103,7 +103,7 @@ def choose_rows(planned: Planned, c: int, ids: Ids, axes: Sequence[Any] = (), *,
         return Space(jnp.full(1, num_rows, jnp.int32), num_rows, {})
     size = min(everything.shape[0], num_rows) + 1
     # the ids of a turn of a loop, or of one device of several, are looked up, among rows in order
-    looked_up = bool(over) or not alone or any(read.path is None for read, _ in reads)
+    looked_up = bool(over) or not on_one_device or any(read.path is None for read, _ in reads)
     if looked_up:
         ordered = jnp.sort(everything)
         unique = compact(ordered, is_first(ordered, num_rows), num_rows, size)

@@ -102,7 +102,7 @@ class HostRows:
         self._sizes[n] = sorted([*sizes, min(size, most + 1)])
         return min(size, most + 1)
 
-    def most(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    def largest(self, ids: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
         """The largest results of `choose`, abstractly: all ids distinct."""
         rows = []
         for (_, num_rows, _), given in zip(self._by_class, ids, strict=True):

@@ -84,7 +84,7 @@ class StepProgram:
         return self._ids(used) if self._numpy_ids is None else self._host.wanted(self._numpy_ids(used))
 
     def _with_rows(self, donated: list[Any], kept: list[Any], chosen: Any) -> list[Any]:
-        leaves = self._together(donated, kept)
+        leaves = self._merge_leaves(donated, kept)
 
         def run(leaves: list[Any], chosen: Any) -> list[Any]:
             if chosen is None:
@@ -95,14 +95,14 @@ class StepProgram:
         return [outs[j] for j in self._order]
 
     def _with_ids(self, donated: list[Any], kept: list[Any]) -> list[Any]:
-        outs = on_rows(self._prepared, self._together(donated, kept), alone=False)
+        outs = on_rows(self._prepared, self._merge_leaves(donated, kept), on_one_device=False)
         return [outs[j] for j in self._order]
 
-    def _together(self, donated: list[Any], kept: list[Any]) -> list[Any]:
+    def _merge_leaves(self, donated: list[Any], kept: list[Any]) -> list[Any]:
         leaves = dict(zip(self._donated, donated, strict=True)) | dict(zip(self._kept, kept, strict=True))
         return [leaves[i] for i in range(self._num_leaves)]
 
-    def _apart(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+    def _split_leaves(self, leaves: list[Any]) -> tuple[list[Any], list[Any]]:
         kept = [leaves[i] for i in self._kept]
         donated = _jax.without_repeats([leaves[i] for i in self._donated], kept)
         if not self._stored:
@@ -129,7 +129,7 @@ class StepProgram:
 
     def _run(self, leaves: list[Any]) -> Any:
         used = [leaves[i] for i in self._used]
-        donated, kept = self._apart(leaves)
+        donated, kept = self._split_leaves(leaves)
         if self._leaves_ids_to_device(leaves, used):
             outs = self._on_device(donated, kept)
         else:
@@ -151,11 +151,11 @@ class StepProgram:
     def lower(self, leaves: list[Any]) -> tuple[Any, Callable[..., Any]]:
         """(the lowered program for these leaves, a function of the compiled program and the leaves that calls it)."""
         used = [leaves[i] for i in self._used]
-        donated, kept = self._apart(leaves)
+        donated, kept = self._split_leaves(leaves)
         if self._leaves_ids_to_device(leaves, used):
 
             def with_ids(compiled: Any, leaves: list[Any]) -> Any:
-                return self._returned(compiled(*self._apart(leaves)))
+                return self._returned(compiled(*self._split_leaves(leaves)))
 
             return self._on_device.lower(donated, kept), with_ids
         if self._knows_all:
@@ -163,11 +163,11 @@ class StepProgram:
         else:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in used)
             ids = jax.eval_shape(self._ids, used) if abstract else self._host_ids(used)
-            chosen = self._host.most(ids) if abstract else self._host.choose(ids)
+            chosen = self._host.largest(ids) if abstract else self._host.choose(ids)
             sizes = [x.shape[0] for x in chosen[0]]
 
         def with_rows(compiled: Any, leaves: list[Any]) -> Any:
-            donated, kept = self._apart(leaves)
+            donated, kept = self._split_leaves(leaves)
             used = [leaves[i] for i in self._used]
             chosen = None if self._knows_all else self._host.choose(self._host_ids(used), sizes)
             return self._returned(compiled(donated, kept, chosen))
@@ -176,12 +176,12 @@ class StepProgram:
 
     def trace(self, step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The step as one jitted function, traced for these arguments."""
-        alone = _jax.on_one_device(jax.tree.leaves((args, kwargs)))
+        on_one_device = _jax.on_one_device(jax.tree.leaves((args, kwargs)))
 
         @functools.wraps(step)
         def run(*args: Any, **kwargs: Any) -> Any:
             return self._unflatten(
-                on_rows(self._prepared, jax.tree.leaves((args, kwargs), is_leaf=is_stored), alone=alone)
+                on_rows(self._prepared, jax.tree.leaves((args, kwargs), is_leaf=is_stored), on_one_device=on_one_device)
             )
 
         def is_donated(leaves: Any) -> bool:

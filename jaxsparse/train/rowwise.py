@@ -110,15 +110,17 @@ def plans_seen() -> Iterator[list[PlannedStep]]:
         _SEEN.reset(token)
 
 
-def on_rows(prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True) -> list[Any]:
+def on_rows(
+    prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, on_one_device: bool = True
+) -> list[Any]:
     """The step's outputs for these leaves of its arguments.
 
     Args:
       axes: further mapped axes along which all devices need the same rows, besides those that the step sums over.
-      alone: as in `Walk`.
+      on_one_device: as in `Walk`.
     """
     return over_any_mesh(
-        prepared.planned, leaves, lambda leaves, _: evaluate_by_ids(prepared, leaves, axes, alone=alone)
+        prepared.planned, leaves, lambda leaves, _: evaluate_by_ids(prepared, leaves, axes, on_one_device=on_one_device)
     )
 
 
@@ -141,13 +143,13 @@ def over_any_mesh(
 
 
 def evaluate_by_ids(
-    prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, alone: bool = True
+    prepared: Prepared, leaves: Sequence[Any], axes: Sequence[Any] = (), *, on_one_device: bool = True
 ) -> list[Any]:
-    """`evaluate` on the rows that the ids of the reads name. `axes`, `alone`: as in `on_rows`."""
+    """`evaluate` on the rows that the ids of the reads name. `axes`, `on_one_device`: as in `on_rows`."""
     planned, leaves = prepared.planned, list(map(as_array, leaves))
     ids = ids_of(planned, leaves, axes)
-    spaces = {c: choose_rows(planned, c, ids, axes, alone=alone) for c in planned.classes}
-    outs = evaluate(prepared, leaves, spaces, alone=alone)
+    spaces = {c: choose_rows(planned, c, ids, axes, on_one_device=on_one_device) for c in planned.classes}
+    outs = evaluate(prepared, leaves, spaces, on_one_device=on_one_device)
     tables = {planned.traced.places[i] for i in planned.leaves}
     return [x if j in tables else ids.checked(x, leaves) for j, x in enumerate(outs)]
 
@@ -242,7 +244,9 @@ def _unpacked(planned: PlannedStep, args: Any, kwargs: Any) -> list[str]:
     return warnings
 
 
-def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, alone: bool = True) -> list[Any]:
+def evaluate(
+    prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space], *, on_one_device: bool = True
+) -> list[Any]:
     """The step's outputs, on the rows of these spaces."""
     planned, places = prepared.planned, prepared.planned.traced.places
     spaces = {
@@ -251,8 +255,8 @@ def evaluate(prepared: Prepared, leaves: Sequence[Any], spaces: dict[int, Space]
     }
     arrays = flush_before(prepared.replayed, list(map(as_array, leaves)), planned.leaves)
     arrays = planned.traced.stacked.flat(arrays)
-    defers = alone and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
-    walk = Walk(planned.plan, spaces, alone=alone, defers=defers)
+    defers = on_one_device and not _jax.varying_axes([arrays, [space.ids for space in spaces.values()]])
+    walk = Walk(planned.plan, spaces, on_one_device=on_one_device, defers=defers)
     values = [
         rows_of_leaf(walk.leaf(x, i), i, x, x if defers and not is_stored(x) else None)
         if i in planned.leaves
