@@ -88,7 +88,7 @@ from jaxsparse.train.resize import shrink as shrink
 from jaxsparse.train.rowwise import rowwise as rowwise
 from jaxsparse.train.step import make_train_step as make_train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # By what people come for, in the order of the API pages (docs/conf.py), whose titles are the comments.
 __all__ = [  # noqa: RUF022
