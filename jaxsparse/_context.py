@@ -16,27 +16,22 @@ import jax.numpy as jnp
 
 
 @contextlib.contextmanager
-def tracing(*, loss_alone: bool = False) -> Iterator[None]:
-    """Marks the tracing of a program that will be evaluated on rows. `loss_alone`: JAX differentiates it after that."""
-    token = _TRACING.set("loss" if loss_alone else "step")
+def tracing() -> Iterator[None]:
+    """Marks the tracing of a program that will be evaluated on rows."""
+    token = _TRACING.set(True)
     try:
         yield
     finally:
         _TRACING.reset(token)
 
 
-_TRACING: contextvars.ContextVar[str] = contextvars.ContextVar("tracing", default="")
+_TRACING: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", default=False)
 
 
 def is_tracing() -> bool:
     """Whether a step is being traced. Arrays then have their full shapes, and the step chooses the rows, not
     js.value_and_grad or js.lazy."""
-    return bool(_TRACING.get())
-
-
-def is_tracing_loss_alone() -> bool:
-    """Whether a loss is being traced without its gradient, for js.value_and_grad."""
-    return _TRACING.get() == "loss"
+    return _TRACING.get()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse._checks import as_ids, check_choice, check_float, check_table, message
-from jaxsparse._context import is_one_gather_per_bag, is_tracing, is_tracing_loss_alone
+from jaxsparse._context import is_one_gather_per_bag, is_tracing
 from jaxsparse._names import other_names
 from jaxsparse.ops.rows import at_least_int32, gather_rows, in_range, row_ids
 
@@ -277,10 +277,8 @@ def padded_sum(table: jax.Array, ids: jax.Array, weights: jax.Array | None) -> j
     A sum of L gathers is one pass over the batch; one (B, L, d) gather and a reduction is ten times slower on CPU.
     """
     wide, length = _wide(table), ids.shape[1]
-    # a traced step gets one gather, of which trace/row_reads.py and trace/by_entry.py make several on CPU; a traced
-    # loss gets one only without weights, because JAX differentiates it as it is
-    is_read_once = is_tracing() and (weights is None or not is_tracing_loss_alone())
-    if not 0 < length <= _UNROLL or is_read_once or is_one_gather_per_bag():
+    # a traced step or gradient without weights gets one gather; trace/row_reads.py makes L of it on CPU
+    if not 0 < length <= _UNROLL or (is_tracing() and weights is None) or is_one_gather_per_bag():
         rows = gather_rows(table, ids).astype(wide)  # (B, L, ...)
         return jnp.sum(rows if weights is None else rows * _spread(weights, rows), axis=1)
     out = jnp.zeros((ids.shape[0], *table.shape[1:]), wide)

@@ -220,7 +220,7 @@ def plan_gradient(
     chosen = None if tables is None else chosen_paths("value_and_grad", tables, paths, leaves)
     candidates = {i for i, x in enumerate(leaves) if x.ndim and x.shape[0] and (chosen is None or chosen[i])}
     places = {i: 1 + i for i in range(len(leaves))}
-    with tracing(loss_alone=True):
+    with tracing():
         known, arrays, with_arrays = known_of_traced(args, kwargs, len(leaves))
         program = _jax.trace(lambda leaves, arrays: both(leaves, *with_arrays(arrays)), leaves, arrays)
         program = read_tables_separately(program, [*leaves, *arrays], candidates)
